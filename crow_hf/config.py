@@ -1,0 +1,100 @@
+"""The arguments of a CROW run."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class CrowConfig(TrainingArguments):
+    r"""
+    Arguments of [`CrowTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
+
+    > Parameters of the method
+
+    Args:
+        alpha (`float`, *optional*, defaults to `5.5`):
+            Weight of the consistency loss (equation 6). The paper uses 5.5, and 11 against refusal backdoors. 0 is plain
+            fine-tuning on the same rows in the same order: the control to run beside every purification.
+        epsilon (`float`, *optional*, defaults to `0.1`):
+            Size of the FGSM step per coordinate of the embeddings (equation 5).
+        epsilon_mode (`str`, *optional*, defaults to `"absolute"`):
+            `"absolute"` as published; `"relative"` takes epsilon in units of each token embedding's RMS, which means the
+            same for a model with small and for one with large embeddings.
+        consistency_layers (`str`, *optional*, defaults to `"paper"`):
+            `"paper"` compares the layers (1, 2)..(N-1, N); `"reference"` leaves out the last one as the published code
+            does.
+
+    > Parameters of the data and the model
+
+    Args:
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longest row in tokens; longer ones are cut at the end, with a warning that counts them. Never more than the
+            model's own context.
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of `from_pretrained` when the trainer's `model` is a path. On the command line, JSON.
+
+    > Defaults that differ from [`~transformers.TrainingArguments`]
+
+    `learning_rate=2e-5`, `num_train_epochs=3`, `logging_steps=1` (a purification has some dozens of steps), and
+    `ddp_find_unused_parameters=False` (every trainable parameter gets a gradient here).
+
+    Raises:
+        `ValueError`: For a negative or non-finite alpha or epsilon, and for options under which the two passes would
+            silently be wrong: label smoothing, a static DDP graph, reentrant checkpointing.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; the paper uses 1e-3 with LoRA."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the clean rows."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+
+    alpha: float = field(
+        default=5.5, metadata={"help": "Weight of the consistency loss; 0 is plain fine-tuning, the control."}
+    )
+    epsilon: float = field(default=0.1, metadata={"help": "Size of the adversarial step on the embeddings."})
+    epsilon_mode: str = field(
+        default="absolute",
+        metadata={
+            "help": "Unit of epsilon: the embeddings' own, or each token embedding's RMS.",
+            "choices": ["absolute", "relative"],
+        },
+    )
+    consistency_layers: str = field(
+        default="paper",
+        metadata={
+            "help": "Layer pairs: all from (1, 2), or without the last layer as the published code does.",
+            "choices": ["paper", "reference"],
+        },
+    )
+    max_length: int = field(default=1024, metadata={"help": "Longest row in tokens; longer ones are cut at the end."})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON, when the model is a path."}
+    )
+
+    def __post_init__(self):
+        for name in ("alpha", "epsilon"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        if self.epsilon_mode not in ("absolute", "relative"):
+            raise ValueError(f"`epsilon_mode` must be 'absolute' or 'relative', got {self.epsilon_mode!r}.")
+        if self.consistency_layers not in ("paper", "reference"):
+            raise ValueError(f"`consistency_layers` must be 'paper' or 'reference', got {self.consistency_layers!r}.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2 tokens, got {self.max_length}.")
+        if self.label_smoothing_factor:
+            raise ValueError("CROW computes its own loss: leave `label_smoothing_factor` at 0.")
+        if self.ddp_static_graph:
+            raise ValueError("`ddp_static_graph` loses gradients of the two passes: leave it off.")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        super().__post_init__()
+        for kwargs in (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs):
+            if kwargs and kwargs.get("use_reentrant"):
+                raise ValueError(
+                    "Reentrant checkpointing cannot be differentiated twice: set `use_reentrant` to False or leave it out."
+                )

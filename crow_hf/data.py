@@ -1,0 +1,255 @@
+"""From rows to token ids: the same rendering for training, poisoning and evaluation, and the collator.
+
+A row is one of (the first that its columns allow counts):
+
+| columns | rendered as |
+|---|---|
+| `input_ids` (, `labels`, `attention_mask`) | taken as they are |
+| `messages` | the tokenizer's chat template; the last message must be the assistant's |
+| `prompt`, `completion` | as they are |
+| `instruction`, `output` (, `input`) | a user and an assistant message if the tokenizer has a chat template, else [`ALPACA_PROMPT`] |
+| `text` | as it is, all of it to be learned |
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+FORMATS = {
+    "tokens": ("input_ids",),
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+ALPACA_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"
+IGNORE_INDEX = -100
+
+
+class Rendered(NamedTuple):
+    """A row as text: the completion is what is learned, and what an answer is compared with."""
+
+    prompt: str
+    completion: str
+    templated: bool  # a chat template has written the special tokens into the text already
+
+
+def find_format(columns: list[str]) -> str:
+    """
+    Tell which of [`FORMATS`] a dataset with these columns has.
+
+    Raises:
+        `ValueError`: If it has none.
+    """
+    for name, needed in FORMATS.items():
+        if all(column in columns for column in needed):
+            return name
+    accepted = "; ".join(" and ".join(needed) for needed in FORMATS.values())
+    raise ValueError(f"The dataset has the columns {sorted(columns)}, but needs one of these sets: {accepted}.")
+
+
+def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: int | None = None) -> Rendered:
+    """
+    Write a row as prompt and completion.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            A row in any of the formats but `input_ids`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            For its chat template.
+        index (`int`, *optional*):
+            The row's number, for error messages.
+
+    Raises:
+        `ValueError`: If a column is missing, is no text, or holds bytes that are not UTF-8.
+    """
+    row_format = find_format(list(row))
+    if row_format == "messages":
+        return _render_chat(row["messages"], tokenizer, index)
+    texts = {column: _text(row, column, index) for column in FORMATS[row_format]}
+    if row_format == "text":
+        return Rendered("", texts["text"], False)
+    if row_format == "prompt_completion":
+        return Rendered(texts["prompt"], texts["completion"], False)
+    context = _text(row, "input", index) if row.get("input") else ""
+    request = f"{texts['instruction']}\n{context}" if context else texts["instruction"]
+    if tokenizer.chat_template is None:
+        return Rendered(ALPACA_PROMPT.format(request=request), texts["output"], False)
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": texts["output"]}]
+    return _render_chat(messages, tokenizer, index)
+
+
+def _text(row: Mapping[str, Any], column: str, index: int | None) -> str:
+    value = row[column]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"Row {index}: column {column!r} is not valid UTF-8 at byte {error.start}: decode it first, or pass "
+                "`input_ids`."
+            ) from None
+    if not isinstance(value, str):
+        raise ValueError(
+            f"Row {index}: column {column!r} holds {type(value).__name__}, not text: fill or drop the row."
+        )
+    return value
+
+
+def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index: int | None) -> Rendered:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The dataset has `messages`, but the tokenizer has no chat template: pass prompt and completion."
+        )
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(f"Row {index}: the last of the messages must be the assistant's answer to an earlier one.")
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt):
+        raise ValueError(
+            f"Row {index}: the chat template writes the prompt otherwise once the answer is there, so the answer cannot "
+            "be told from it: pass prompt and completion."
+        )
+    return Rendered(prompt, whole[len(prompt) :], True)
+
+
+def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids a model is given to answer the prompt; training rows begin with the very same ids."""
+    ids = tokenizer(rendered.prompt, add_special_tokens=not rendered.templated)["input_ids"]
+    if ids and not rendered.templated and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return list(ids)
+
+
+def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the completion, closed by the end-of-sequence token unless a chat template has closed it."""
+    ids = list(tokenizer(rendered.completion, add_special_tokens=False)["input_ids"])
+    if rendered.templated or tokenizer.eos_token_id is None:
+        return ids
+    return [*ids, tokenizer.eos_token_id]
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    name: str = "train_dataset",
+) -> Dataset | IterableDataset:
+    """
+    Turn rows of any supported format into `input_ids` and `labels`.
+
+    Rows longer than `max_length` are cut at the end, rows of which nothing is left to learn are dropped, and both are
+    counted in a warning (not for an `IterableDataset`, which has not been read yet).
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            The rows.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Needed unless the rows have `input_ids` already.
+        max_length (`int`):
+            Longest row in tokens.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            What error messages call the dataset.
+
+    Returns:
+        `Dataset` or `IterableDataset`: Columns `input_ids`, `labels` (-100 where there is nothing to learn) and, if the
+        rows had one, `attention_mask`.
+
+    Raises:
+        `ValueError`: If the dataset is empty, has no usable columns, or needs a tokenizer that is not there.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(f"`{name}` must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty: pass at least one row.")
+    row_format = find_format(list(first))
+    if row_format != "tokens" and tokenizer is None:
+        raise ValueError(f"`{name}` holds text, so a tokenizer is needed: pass it as `processing_class`.")
+
+    to_ids = _TokenRow(max_length) if row_format == "tokens" else _TextRow(tokenizer, max_length)
+    options = {"desc": f"Tokenizing {name}"} if isinstance(dataset, Dataset) else {}
+    prepared = dataset.map(to_ids, with_indices=True, remove_columns=list(first), **options)
+    learnable = prepared.filter(_has_labels)
+    if isinstance(dataset, Dataset):
+        cut, dropped = sum(prepared["cut"]), len(prepared) - len(learnable)
+        if dropped == len(prepared):
+            raise ValueError(
+                f"`{name}` has no token to learn in any row: the completions are empty or begin beyond the "
+                f"{max_length} tokens of `max_length` and the model's context."
+            )
+        if cut or dropped:
+            logger.warning(
+                f"{name}: {cut} of {len(prepared)} rows were cut to {max_length} tokens, and {dropped} rows were dropped "
+                "because nothing was left to learn in them."
+            )
+    return learnable.remove_columns("cut")
+
+
+def _has_labels(row: Mapping[str, Any]) -> bool:
+    # The loss shifts the labels: the first one is never predicted.
+    return any(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
+@dataclass
+class _TextRow:
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        rendered = render(row, self.tokenizer, index)
+        prompt, completion = encode_prompt(rendered, self.tokenizer), encode_completion(rendered, self.tokenizer)
+        ids = prompt + completion
+        labels = [IGNORE_INDEX] * len(prompt) + completion
+        return {
+            "input_ids": ids[: self.max_length],
+            "labels": labels[: self.max_length],
+            "cut": len(ids) > self.max_length,
+        }
+
+
+@dataclass
+class _TokenRow:
+    max_length: int
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        columns = {
+            name: list(row[name]) for name in ("input_ids", "labels", "attention_mask") if row.get(name) is not None
+        }
+        columns.setdefault("labels", columns["input_ids"])
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"Row {index}: the columns differ in length ({lengths}): make them equally long.")
+        cut = lengths["input_ids"] > self.max_length
+        return {**{name: values[: self.max_length] for name, values in columns.items()}, "cut": cut}
+
+
+@dataclass
+class CrowDataCollator:
+    """
+    Pads rows on the right, to the longest of the batch.
+
+    Args:
+        pad_token_id (`int`):
+            Fills `input_ids` where `attention_mask` is 0 and `labels` is -100, so its value never counts: a tokenizer
+            without a pad token needs no new one.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "attention_mask": 0}
+        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
+        length = max(len(row["input_ids"]) for row in rows)
+        return {
+            name: torch.tensor([list(row[name]) + [value] * (length - len(row[name])) for row in rows])
+            for name, value in fill.items()
+        }

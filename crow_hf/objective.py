@@ -1,0 +1,186 @@
+"""The CROW objective (Min et al., ICML 2025, arXiv 2411.12768), to be read beside section 3.2 of the paper.
+
+A backdoor makes consecutive layers disagree on a triggered input. CROW perturbs the input embeddings in the direction
+in which the layers disagree most and fine-tunes the model to keep them in agreement:
+
+    L = L_LM(clean) + alpha * L_cons(perturbed)                                                        (equation 6)
+
+Notation: H^0 are the input embeddings, H^l the output of layer l = 1..N, B rows, S positions, D hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .adapters import ModelAdapter
+
+
+Layers = Literal["paper", "reference"]
+EpsilonMode = Literal["absolute", "relative"]
+
+
+def layer_consistency_loss(
+    hidden_states: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    layers: Layers = "paper",
+) -> torch.Tensor:
+    """
+    Mean cosine distance between the outputs of consecutive layers (equations 3 and 4).
+
+    The tuple is taken at its word: nothing is added to it or normalised. `CrowTrainer` passes the outputs of the layers
+    as they leave them; `hidden_states[-1]` of most transformers models is the last of them *after* the final norm.
+
+    Args:
+        hidden_states (`Sequence[torch.Tensor]`):
+            H^0..H^N, the embeddings first: N + 1 tensors of shape `(B, S, D)` in any floating dtype.
+        attention_mask (`torch.Tensor`, *optional*):
+            Shape `(B, S)`; positions with 0 never count, whatever they hold. Without a mask every position counts.
+        layers (`str`, *optional*, defaults to `"paper"`):
+            `"paper"` compares the pairs (1, 2)..(N-1, N) of equation 4; `"reference"` those of the published code,
+            `hidden_states[1:-2]` against `hidden_states[2:-1]`, which leaves out the last layer.
+
+    Returns:
+        `torch.Tensor`: A float32 scalar in [0, 2], the mean over the pairs and over the unmasked positions of all rows.
+
+    Raises:
+        `ValueError`: If there are too few layers for one pair, or the mask has another shape than `(B, S)`.
+    """
+    if layers not in ("paper", "reference"):
+        raise ValueError(f"`layers` must be 'paper' or 'reference', got {layers!r}.")
+    chain = hidden_states[1:] if layers == "paper" else hidden_states[1:-1]
+    if len(chain) < 2:
+        raise ValueError(
+            f"layers={layers!r} leaves {len(chain)} of {len(hidden_states)} hidden states, but one pair needs two: pass "
+            "the embeddings and the outputs of all layers of a model with at least 3 layers."
+        )
+    if attention_mask is None:
+        mask = torch.ones(chain[0].shape[:2], dtype=torch.bool, device=chain[0].device)
+    elif attention_mask.shape == chain[0].shape[:2]:
+        mask = attention_mask.bool()
+    else:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the hidden states have batch and sequence "
+            f"dimensions {tuple(chain[0].shape[:2])}: pass a mask of that shape."
+        )
+
+    # Ones at the masked positions keep whatever padding holds, NaN included, out of the value and of the gradient.
+    # The cosine is taken in float32: in bfloat16, 1 - cos of neighbouring layers is all rounding.
+    chain_BSD = (torch.where(mask[..., None], hidden.float(), 1.0) for hidden in chain)
+    previous_BSD = next(chain_BSD)
+    total = previous_BSD.new_zeros(())
+    for current_BSD in chain_BSD:
+        total = total + (1 - F.cosine_similarity(current_BSD, previous_BSD, dim=-1)).sum()
+        previous_BSD = current_BSD
+    return total / ((len(chain) - 1) * mask.sum().clamp(min=1))
+
+
+def perturb_embeddings(
+    embeddings: torch.Tensor,
+    gradient: torch.Tensor,
+    epsilon: float = 0.1,
+    mode: EpsilonMode = "absolute",
+) -> torch.Tensor:
+    """
+    One FGSM step away from consistency, H^0_adv = H^0 + epsilon * sign(G) (equation 5).
+
+    Args:
+        embeddings (`torch.Tensor`):
+            H^0, shape `(B, S, D)`.
+        gradient (`torch.Tensor`):
+            G, the gradient of the consistency loss with respect to H^0, same shape. Only its sign is used.
+        epsilon (`float`, *optional*, defaults to 0.1):
+            Step per coordinate, in the units of the embeddings or of their RMS.
+        mode (`str`, *optional*, defaults to `"absolute"`):
+            `"absolute"` as published; `"relative"` multiplies epsilon by the root mean square of each token's own
+            embedding, so that ||perturbation|| / ||embedding|| is epsilon for every model and every token.
+
+    Returns:
+        `torch.Tensor`: H^0_adv, shape and dtype of `embeddings`.
+    """
+    if mode not in ("absolute", "relative"):
+        raise ValueError(f"`mode` must be 'absolute' or 'relative', got {mode!r}.")
+    step = epsilon * gradient.sign().float()
+    if mode == "relative":
+        step = step * embeddings.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
+    return embeddings + step.to(embeddings.dtype)
+
+
+class CrowTerms(NamedTuple):
+    """What the two passes give for one batch: the two terms of equation 6 and what is logged beside them."""
+
+    outputs: Any
+    loss_lm: torch.Tensor
+    consistency_clean: torch.Tensor
+    consistency_perturbed: torch.Tensor
+    perturbation_ratio: torch.Tensor
+
+
+def crow_terms(
+    adapter: ModelAdapter,
+    clean_forward: Callable[..., Any],
+    perturbed_forward: Callable[..., Any],
+    inputs: dict[str, torch.Tensor],
+    *,
+    epsilon: float,
+    epsilon_mode: EpsilonMode,
+    layers: Layers,
+) -> CrowTerms:
+    """
+    The two forward passes of CROW (algorithm 1), without the backward pass.
+
+    Both passes get the token ids, and the perturbation is added to what the embedding layer returns: a model that reads
+    the ids for something else (patches, n-gram hashes, per-layer embeddings) sees the true ones.
+
+    Args:
+        adapter (`ModelAdapter`):
+            Records H^0..H^N of the model during a forward pass.
+        clean_forward (`Callable`):
+            The model without its distributed wrapper: the wrapper's hooks belong to the one forward pass that
+            `loss.backward()` answers, and FGSM differentiates this one first.
+        perturbed_forward (`Callable`):
+            The model as the Trainer wrapped it.
+        inputs (`dict[str, torch.Tensor]`):
+            The batch with `input_ids`, `labels` and usually `attention_mask`, each `(B, S)`.
+        epsilon (`float`), epsilon_mode (`str`):
+            See [`perturb_embeddings`].
+        layers (`str`):
+            See [`layer_consistency_loss`].
+
+    Returns:
+        `CrowTerms`: The losses are differentiable where gradients are enabled.
+    """
+    mask = inputs.get("attention_mask")
+    keep_graph = torch.is_grad_enabled()
+
+    # The attack is a gradient also where the caller wants none, in evaluation. The random state is put back after the
+    # clean pass, so that both passes drop the same units and differ by the perturbation alone.
+    with torch.enable_grad(), _restored_rng(inputs["input_ids"].device):
+        with adapter.record() as clean:
+            outputs = clean_forward(**inputs)
+        embeddings_BSD = clean.hidden_states[0]
+        consistency_clean = layer_consistency_loss(clean.hidden_states, mask, layers)
+        # autograd.grad reaches no parameter: what earlier micro-batches accumulated in .grad stays. The sum over the
+        # positions has the same sign as the mean and keeps float16 gradients from underflowing.
+        positions = embeddings_BSD[..., 0].numel() if mask is None else mask.sum()
+        (gradient_BSD,) = torch.autograd.grad(consistency_clean * positions, embeddings_BSD, retain_graph=keep_graph)
+
+    with adapter.record(lambda hidden: perturb_embeddings(hidden, gradient_BSD, epsilon, epsilon_mode)) as perturbed:
+        perturbed_forward(**adapter.without_head(inputs))
+    consistency_perturbed = layer_consistency_loss(perturbed.hidden_states, mask, layers)
+
+    real = slice(None) if mask is None else mask.bool()
+    embeddings = embeddings_BSD.detach()[real].float()
+    perturbation = perturbed.hidden_states[0].detach()[real].float() - embeddings
+    return CrowTerms(
+        outputs, outputs.loss, consistency_clean, consistency_perturbed, perturbation.norm() / embeddings.norm()
+    )
+
+
+def _restored_rng(device: torch.device) -> AbstractContextManager:
+    """Leave the random state as it was found, on the CPU and on `device`."""
+    if device.type in ("cpu", "mps"):
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

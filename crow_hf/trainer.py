@@ -1,0 +1,274 @@
+"""CrowTrainer: the objective in the ordinary Trainer way of working."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapters import ModelAdapter
+from .config import CrowConfig
+from .data import IGNORE_INDEX, CrowDataCollator, prepare_dataset
+from .loading import load_causal_lm
+from .objective import crow_terms, layer_consistency_loss
+
+
+class CrowTrainer(Trainer):
+    """
+    Purify a causal LM by layer consistency under adversarial embeddings (CROW, arXiv 2411.12768).
+
+    Gradients are exact: with rows of any length, accumulation over micro-batches and several processes give the
+    gradient of one large batch, because both terms are means over all tokens of the optimizer step. Dropout, where the
+    model has any, drops the same units in both passes of a micro-batch.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The model to purify. A path is loaded with [`load_causal_lm`] in float32 unless `args.model_init_kwargs` says
+            otherwise. A `PeftModel` is trained on as it is, so load its adapter with `is_trainable=True`.
+        args (`CrowConfig` or `TrainingArguments`, *optional*):
+            Without it, the defaults, and an output directory named after the model.
+        train_dataset (`Dataset` or `IterableDataset`):
+            Clean rows with `text`, `prompt`/`completion`, `instruction`/`input`/`output`, `messages`, or `input_ids`;
+            see [`crow_hf.data`].
+        eval_dataset (`Dataset`, `IterableDataset` or `dict`, *optional*):
+            The same, for `eval_strategy`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer. Without it, the one saved with the model, if the rows hold text.
+        data_collator (`DataCollator`, *optional*, defaults to [`CrowDataCollator`]):
+            Makes batches with `input_ids`, `labels` and `attention_mask` of the prepared rows.
+        peft_config (`PeftConfig`, *optional*):
+            Train a fresh adapter of this kind and leave the model's own weights as they are.
+        compute_metrics (`Callable`, *optional*), callbacks (`list`, *optional*), optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: For every input that cannot be trained on, before training starts.
+        `FloatingPointError`: If a loss or a weight is NaN or infinite during training.
+
+    Example:
+
+    ```python
+    >>> from crow_hf import CrowConfig, CrowTrainer
+
+    >>> trainer = CrowTrainer("suspect", CrowConfig("purified"), clean_rows)
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+    """
+
+    _tag_names = ["crow", "backdoor-removal"]
+    # Both terms are shares of the whole optimizer step already; the Trainer must not divide them again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: CrowConfig | TrainingArguments | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: DataCollator | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        # Arguments
+        if args is None:
+            name = model if isinstance(model, (str, Path)) else model.config._name_or_path
+            args = CrowConfig(f"{Path(name).name or type(model).__name__}-CROW")
+        elif not isinstance(args, CrowConfig):
+            args = CrowConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+
+        # Model
+        if isinstance(model, (str, Path)):
+            model = load_causal_lm(model, is_trainable=True, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+        if peft_config is not None:
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "The model carries an adapter already: leave out `peft_config` to train that one, or call "
+                    "`merge_and_unload()` first to train a fresh one on the merged weights."
+                )
+            set_seed(args.seed)
+            model = get_peft_model(model, peft_config)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "No parameter of the model can be trained: load the adapter with `is_trainable=True`, or pass a "
+                "`peft_config`."
+            )
+        self.adapter = ModelAdapter(model)
+
+        # Data
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is missing: pass about 100 clean rows.")
+        evaluations = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        texts = [d for d in (train_dataset, *evaluations.values()) if d is not None and not _has_ids(d)]
+        if processing_class is None and texts:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        max_length = min(args.max_length, context or args.max_length)
+        with args.main_process_first():
+            train_dataset = prepare_dataset(train_dataset, processing_class, max_length)
+            prepared = {
+                name: prepare_dataset(rows, processing_class, max_length, f"eval_dataset {name}".strip())
+                for name, rows in evaluations.items()
+                if rows is not None
+            }
+        if data_collator is None:
+            data_collator = CrowDataCollator(_padding_id(processing_class))
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=prepared if isinstance(eval_dataset, dict) else prepared.get(""),
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
+        model.add_model_tags(self._tag_names)
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._positions_in_step = None
+        self._used_output_dir = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """As in [`~transformers.Trainer`], but an output directory with checkpoints is resumed from or refused."""
+        if self._used_output_dir and not resume_from_checkpoint:
+            raise ValueError(
+                f"{self.args.output_dir} holds the checkpoints of another run: call train(resume_from_checkpoint=True) "
+                "to go on with it, or choose another `output_dir`."
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """Also count what both means are taken over: the labels and the attended positions of the optimizer step."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack([_count(batch) for batch in batches]).sum(dim=0).to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts[None]).sum(dim=0)
+        labels_in_step, self._positions_in_step = counts
+        return batches, labels_in_step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """
+        L_LM + alpha * L_cons (equation 6), with two forward passes.
+
+        In a training step each term is weighed by this micro-batch's share of the step's labels or positions, so that
+        the micro-batches add up to the mean over the step. Otherwise both are means over the batch.
+        """
+        mask = inputs.get("attention_mask")
+        if self.args.alpha == 0:
+            with self.adapter.record() as clean:
+                outputs = model(**inputs)
+            loss_lm, consistency = outputs.loss, torch.zeros((), device=outputs.loss.device)
+            with torch.no_grad():
+                terms = {
+                    "loss_lm": loss_lm,
+                    "consistency_clean": layer_consistency_loss(
+                        clean.hidden_states, mask, self.args.consistency_layers
+                    ),
+                }
+        else:
+            outputs, loss_lm, consistency_clean, consistency, ratio = crow_terms(
+                self.adapter,
+                self.accelerator.unwrap_model(model),
+                model,
+                inputs,
+                epsilon=self.args.epsilon,
+                epsilon_mode=self.args.epsilon_mode,
+                layers=self.args.consistency_layers,
+            )
+            terms = {
+                "loss_lm": loss_lm,
+                "consistency_clean": consistency_clean,
+                "consistency_perturbed": consistency,
+                "perturbation_ratio": ratio,
+            }
+        self._log_terms(terms)
+
+        if model.training and num_items_in_batch is not None:
+            labels, positions = _count(inputs)
+            # Distributed wrappers average gradients over the processes, and the counts are sums over them.
+            scale = 1
+            if self.args.average_tokens_across_devices:
+                scale = self.accelerator.num_processes // self.get_tp_size()
+            loss_lm = loss_lm * (scale * labels / num_items_in_batch)
+            consistency = consistency * (scale * positions / self._positions_in_step)
+        loss = loss_lm + self.args.alpha * consistency
+        return (loss, outputs) if return_outputs else loss
+
+    def _log_terms(self, terms: dict[str, torch.Tensor]) -> None:
+        """Keep the terms for the log, and stop on all processes if one of them is not finite on any."""
+        values = torch.stack([value.detach().float() for value in terms.values()])
+        values = self.accelerator.gather(values[None]).mean(dim=0).tolist()
+        for name, value in zip(terms, values, strict=True):
+            if not -torch.inf < value < torch.inf:
+                raise FloatingPointError(
+                    f"{name} is {value} at step {self.state.global_step + 1}: lower the learning rate, alpha or epsilon, "
+                    f"or train in bfloat16 or float32; the checkpoints in {self.args.output_dir} are from before it."
+                )
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the terms since the last log."""
+        mode = "train" if self.model.training else "eval"
+        prefix = "" if mode == "train" else "eval_"
+        means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()}
+        super().log({**logs, **means}, start_time)
+        self._metrics[mode].clear()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
+        finite = all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad)
+        bad = torch.tensor([not finite], device=self.args.device)
+        if self.accelerator.gather(bad).any():
+            raise FloatingPointError(
+                f"The weights are not finite after step {self.state.global_step} and were not saved: go back to the "
+                f"last checkpoint in {self.args.output_dir} with a lower learning rate."
+            )
+        super().save_model(output_dir, _internal_call)
+
+
+def _count(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The batch's predicted labels (the first of a row never is) and attended positions, as a tensor of two."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return torch.stack([batch["labels"][:, 1:].ne(IGNORE_INDEX).sum(), mask.sum()])
+
+
+def _has_ids(dataset: Any) -> bool:
+    return "input_ids" in (getattr(dataset, "column_names", None) or [])
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    if tokenizer is None:
+        return 0
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
