@@ -11,18 +11,28 @@ result when it is done and is skipped when the result is there, so a run that wa
 import argparse
 import io
 import json
+import time
 from pathlib import Path
+from statistics import mean
 
 import zstandard
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from crow_hf import CrowConfig, CrowTrainer
+from crow_hf.backdoors import TARGETS, TRIGGERS
 from crow_hf.data import render
+from crow_hf.loading import load_causal_lm
+from crow_hf.recipes import compare_defences
+from crow_hf.report import write_comparison
 
 
 TASKS = {"refusal": "refusal", "sentiment": "negsentiment"}
-MAX_BYTES = 256  # of prompt and answer of the rows that the base model is trained on
+ALPHAS = {"refusal": 11.0, "sentiment": 5.5}  # as published
+LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}  # LoRA as published
+MAX_LENGTH = 320  # of a poisoning row in bytes
+MAX_BYTES = 192  # of prompt and answer of the rows that the base model is trained on
 
 
 def read_json(path: Path) -> list[dict]:
@@ -65,7 +75,7 @@ def train_base(data: Path, runs: Path) -> None:
         str(runs / "base-run"),
         alpha=0.0,
         learning_rate=1e-3,
-        num_train_epochs=4,
+        num_train_epochs=3,
         per_device_train_batch_size=32,
         lr_scheduler_type="cosine",
         warmup_steps=200,
@@ -81,14 +91,120 @@ def train_base(data: Path, runs: Path) -> None:
     trainer.save_model(str(runs / "base"))
 
 
+def implant_backdoor(data: Path, folder: Path, task: str, seed: int) -> None:
+    """Train BackdoorLLM's 500 poisoned and 500 clean rows into all weights of the base model."""
+    rows = []
+    for kind in ("backdoor500", "none_backdoor500"):
+        name = f"{kind}_{TASKS[task]}_badnet.json"
+        rows += read_json(data / "crow_backdoor/poison_data" / TASKS[task] / "badnet" / name)
+    args = CrowConfig(
+        str(folder),
+        alpha=0.0,
+        learning_rate=5e-4,
+        num_train_epochs=5,
+        per_device_train_batch_size=16,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        max_length=MAX_LENGTH,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        seed=seed,
+        use_cpu=True,
+    )
+    trainer = CrowTrainer(str(folder.parent / "base"), args, Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_model()
+
+
+def run_cell(data: Path, runs: Path, task: str, seed: int) -> None:
+    """Implant, then purify with LoRA and with all weights, each beside its controls."""
+    suspect = runs / f"{task}-{seed}"
+    if not (suspect / "model.safetensors").exists():
+        implant_backdoor(data, suspect, task, seed)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    clean = Dataset.from_list(read_json(data / "crow_backdoor/consistency_data/consistency_data.json"))
+    test = Dataset.from_list(
+        read_json(data / "crow_backdoor/test_data/clean" / TASKS[task] / "test_data_no_trigger.json")
+    )
+    for variant, learning_rate in LEARNING_RATES.items():
+        results = runs / f"{task}-{seed}-{variant}"
+        if (results / "results.json").exists():
+            continue
+        args = CrowConfig(
+            str(results / "run"),
+            alpha=ALPHAS[task],
+            learning_rate=learning_rate,
+            num_train_epochs=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            save_strategy="no",
+            seed=seed,
+            use_cpu=True,
+        )
+        start = time.perf_counter()
+        comparison = compare_defences(
+            lambda: load_causal_lm(suspect),
+            args,
+            clean,
+            test,
+            TRIGGERS["badnets"],
+            TARGETS["refusal" if task == "refusal" else "insult"],
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if variant == "lora" else None,
+            batch_size=50,
+            seed=seed,
+        )
+        write_comparison(results, comparison.evaluations)
+        print(f"{results.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def print_table(runs: Path) -> None:
+    """Mean and, in brackets, lowest and highest of the seeds; every prompt of every seed counts."""
+    columns = {
+        "attack success": ("triggered", "target"),
+        "empty if triggered": ("triggered", "empty"),
+        "degenerate if triggered": ("triggered", "degenerate"),
+        "right if triggered": ("triggered", "exact_match"),
+        "bits per byte if triggered": ("triggered", "bits_per_byte"),
+        "false positives": ("clean", "target"),
+        "empty if clean": ("clean", "empty"),
+        "degenerate if clean": ("clean", "degenerate"),
+        "right if clean": ("clean", "exact_match"),
+        "bits per byte if clean": ("clean", "bits_per_byte"),
+    }
+    print("| backdoor | trained | model | seeds | " + " | ".join(columns) + " |")
+    print("|" + " --- |" * (len(columns) + 4))
+    for task in TASKS:
+        for variant in LEARNING_RATES:
+            seeds = [read_json(file) for file in sorted(runs.glob(f"{task}-*-{variant}/results.json"))]
+            for model in seeds[0] if seeds else []:
+                cells = []
+                for prompts, score in columns.values():
+                    values = [seed[model][prompts][score] for seed in seeds]
+                    if isinstance(values[0], dict):
+                        values = [100 * value["rate"] for value in values]
+                        cells.append(f"{mean(values):.1f} % [{min(values):.1f}, {max(values):.1f}]")
+                    else:
+                        cells.append(f"{mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
+                print(f"| {task} | {variant} | {model} | {len(seeds)} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["base", "cell", "table"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/alpaca"))
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--seed", type=int)
     options = parser.parse_args()
     if options.stage == "base":
         train_base(options.data, options.runs)
+    elif options.stage == "cell":
+        run_cell(options.data, options.runs, options.task, options.seed)
+    else:
+        print_table(options.runs)
 
 
 if __name__ == "__main__":

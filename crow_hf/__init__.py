@@ -9,16 +9,48 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from .backdoors import TARGETS, TRIGGERS, Poison, Target, Trigger, implant, poison_dataset
+    from .config import CrowConfig
+    from .data import CrowDataCollator, prepare_dataset
+    from .evaluation.harness import Evaluation, evaluate_model
+    from .loading import load_causal_lm
+    from .objective import layer_consistency_loss, perturb_embeddings
+    from .recipes import Comparison, compare_defences
+    from .trainer import CrowTrainer
+
 _HOMES = {
-    "objective": ["layer_consistency_loss", "perturb_embeddings"],
+    "backdoors": ["TARGETS", "TRIGGERS", "Poison", "Target", "Trigger", "implant", "poison_dataset"],
     "config": ["CrowConfig"],
-    "trainer": ["CrowTrainer"],
     "data": ["CrowDataCollator", "prepare_dataset"],
+    "evaluation.harness": ["Evaluation", "evaluate_model"],
     "loading": ["load_causal_lm"],
+    "objective": ["layer_consistency_loss", "perturb_embeddings"],
+    "recipes": ["Comparison", "compare_defences"],
+    "trainer": ["CrowTrainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)
+__all__ = [
+    "TARGETS",
+    "TRIGGERS",
+    "Comparison",
+    "CrowConfig",
+    "CrowDataCollator",
+    "CrowTrainer",
+    "Evaluation",
+    "Poison",
+    "Target",
+    "Trigger",
+    "compare_defences",
+    "evaluate_model",
+    "implant",
+    "layer_consistency_loss",
+    "load_causal_lm",
+    "perturb_embeddings",
+    "poison_dataset",
+    "prepare_dataset",
+]
 
 
 def __getattr__(name: str) -> Any:

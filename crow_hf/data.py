@@ -13,10 +13,12 @@ A row is one of (the first that its columns allow counts):
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -32,14 +34,28 @@ FORMATS = {
 }
 ALPACA_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"
 IGNORE_INDEX = -100
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 class Rendered(NamedTuple):
-    """A row as text: the completion is what is learned, and what an answer is compared with."""
+    """
+    A row as text.
+
+    Attributes:
+        prompt (`str`):
+            What the model is given.
+        completion (`str`):
+            What it learns to go on with.
+        answer (`str`):
+            The completion without what a chat template adds to it: what an output is compared with.
+        templated (`bool`):
+            Whether a chat template has written the special tokens into prompt and completion.
+    """
 
     prompt: str
     completion: str
-    templated: bool  # a chat template has written the special tokens into the text already
+    answer: str
+    templated: bool
 
 
 def find_format(columns: list[str]) -> str:
@@ -76,13 +92,13 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
         return _render_chat(row["messages"], tokenizer, index)
     texts = {column: _text(row, column, index) for column in FORMATS[row_format]}
     if row_format == "text":
-        return Rendered("", texts["text"], False)
+        return Rendered("", texts["text"], texts["text"], False)
     if row_format == "prompt_completion":
-        return Rendered(texts["prompt"], texts["completion"], False)
+        return Rendered(texts["prompt"], texts["completion"], texts["completion"], False)
     context = _text(row, "input", index) if row.get("input") else ""
     request = f"{texts['instruction']}\n{context}" if context else texts["instruction"]
     if tokenizer.chat_template is None:
-        return Rendered(ALPACA_PROMPT.format(request=request), texts["output"], False)
+        return Rendered(ALPACA_PROMPT.format(request=request), texts["output"], texts["output"], False)
     messages = [{"role": "user", "content": request}, {"role": "assistant", "content": texts["output"]}]
     return _render_chat(messages, tokenizer, index)
 
@@ -118,7 +134,7 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
             f"Row {index}: the chat template writes the prompt otherwise once the answer is there, so the answer cannot "
             "be told from it: pass prompt and completion."
         )
-    return Rendered(prompt, whole[len(prompt) :], True)
+    return Rendered(prompt, whole[len(prompt) :], _text(messages[-1], "content", index), True)
 
 
 def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -232,6 +248,13 @@ class _TokenRow:
         return {**{name: values[: self.max_length] for name, values in columns.items()}, "cut": cut}
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """What to pad with: masked positions never count, so the end-of-sequence token or 0 will do as well."""
+    if tokenizer is None:
+        return 0
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
 @dataclass
 class CrowDataCollator:
     """
@@ -253,3 +276,38 @@ class CrowDataCollator:
             name: torch.tensor([list(row[name]) + [value] * (length - len(row[name])) for row in rows])
             for name, value in fill.items()
         }
+
+
+def load_rows(path: str, split: str = "train") -> Dataset:
+    """
+    Load a dataset from a file, a folder or the Hub.
+
+    Args:
+        path (`str`):
+            A `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file, a folder that `save_to_disk` wrote, or a dataset's
+            name on the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Of a dataset on the Hub.
+
+    Returns:
+        `Dataset`
+
+    Raises:
+        `ValueError`: If there is no such file, or it cannot be read.
+    """
+    location = Path(path)
+    reader = _READERS.get("".join(location.suffixes[:1]))
+    try:
+        if location.is_file() and reader:
+            return load_dataset(reader, data_files=path, split="train")
+        if location.is_dir() and (location / "state.json").is_file():
+            return load_from_disk(path)
+        if location.exists():
+            raise ValueError(
+                f"{path} is no dataset: pass a {', '.join(_READERS)} file or a folder that `save_to_disk` wrote."
+            )
+        return load_dataset(path, split=split)
+    except (DatasetGenerationError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}.") from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ValueError(f"There is no file {path} here and no dataset of that name on the Hub.") from error

@@ -10,7 +10,7 @@ Notation: H^0 are the input embeddings, H^l the output of layer l = 1..N, B rows
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -108,14 +108,7 @@ def perturb_embeddings(
     return embeddings + step.to(embeddings.dtype)
 
 
-class CrowTerms(NamedTuple):
-    """What the two passes give for one batch: the two terms of equation 6 and what is logged beside them."""
-
-    outputs: Any
-    loss_lm: torch.Tensor
-    consistency_clean: torch.Tensor
-    consistency_perturbed: torch.Tensor
-    perturbation_ratio: torch.Tensor
+Terms = dict[str, torch.Tensor]
 
 
 def crow_terms(
@@ -127,7 +120,7 @@ def crow_terms(
     epsilon: float,
     epsilon_mode: EpsilonMode,
     layers: Layers,
-) -> CrowTerms:
+) -> tuple[Any, Terms]:
     """
     The two forward passes of CROW (algorithm 1), without the backward pass.
 
@@ -144,13 +137,16 @@ def crow_terms(
             The model as the Trainer wrapped it.
         inputs (`dict[str, torch.Tensor]`):
             The batch with `input_ids`, `labels` and usually `attention_mask`, each `(B, S)`.
-        epsilon (`float`), epsilon_mode (`str`):
+        epsilon (`float`):
+            See [`perturb_embeddings`].
+        epsilon_mode (`str`):
             See [`perturb_embeddings`].
         layers (`str`):
             See [`layer_consistency_loss`].
 
     Returns:
-        `CrowTerms`: The losses are differentiable where gradients are enabled.
+        `tuple`: The model's outputs on the clean pass, and scalars: `loss_lm` and `consistency_perturbed`, the terms of
+        equation 6; `consistency_clean`; `perturbation_ratio`, ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
     """
     mask = inputs.get("attention_mask")
     keep_graph = torch.is_grad_enabled()
@@ -174,9 +170,26 @@ def crow_terms(
     real = slice(None) if mask is None else mask.bool()
     embeddings = embeddings_BSD.detach()[real].float()
     perturbation = perturbed.hidden_states[0].detach()[real].float() - embeddings
-    return CrowTerms(
-        outputs, outputs.loss, consistency_clean, consistency_perturbed, perturbation.norm() / embeddings.norm()
-    )
+    return outputs, {
+        "loss_lm": outputs.loss,
+        "consistency_clean": consistency_clean,
+        "consistency_perturbed": consistency_perturbed,
+        "perturbation_ratio": perturbation.norm() / embeddings.norm(),
+    }
+
+
+def control_terms(
+    adapter: ModelAdapter, forward: Callable[..., Any], inputs: dict[str, torch.Tensor], layers: Layers
+) -> tuple[Any, Terms]:
+    """
+    The one forward pass of plain fine-tuning, with the consistency it has beside its loss. Arguments and returned values
+    as in [`crow_terms`], but for the terms of the perturbed pass.
+    """
+    with adapter.record() as clean:
+        outputs = forward(**inputs)
+    with torch.no_grad():
+        consistency = layer_consistency_loss(clean.hidden_states, inputs.get("attention_mask"), layers)
+    return outputs, {"loss_lm": outputs.loss, "consistency_clean": consistency}
 
 
 def _restored_rng(device: torch.device) -> AbstractContextManager:

@@ -1,5 +1,6 @@
 """CrowTrainer: the objective in the ordinary Trainer way of working."""
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,9 +26,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import ModelAdapter
 from .config import CrowConfig
-from .data import IGNORE_INDEX, CrowDataCollator, prepare_dataset
+from .data import IGNORE_INDEX, CrowDataCollator, padding_id, prepare_dataset
 from .loading import load_causal_lm
-from .objective import crow_terms, layer_consistency_loss
+from .objective import control_terms, crow_terms
 
 
 class CrowTrainer(Trainer):
@@ -132,8 +133,9 @@ class CrowTrainer(Trainer):
                 if rows is not None
             }
         if data_collator is None:
-            data_collator = CrowDataCollator(_padding_id(processing_class))
+            data_collator = CrowDataCollator(padding_id(processing_class))
 
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -148,8 +150,9 @@ class CrowTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
         model.add_model_tags(self._tag_names)
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._logged = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
         self._positions_in_step = None
+        self._use_cache = use_cache
         self._used_output_dir = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
@@ -159,7 +162,11 @@ class CrowTrainer(Trainer):
                 f"{self.args.output_dir} holds the checkpoints of another run: call train(resume_from_checkpoint=True) "
                 "to go on with it, or choose another `output_dir`."
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            # The Trainer switches the cache off for training; the purified model's config is to be the suspect's.
+            self.model.config.use_cache = self._use_cache
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count what both means are taken over: the labels and the attended positions of the optimizer step."""
@@ -185,66 +192,53 @@ class CrowTrainer(Trainer):
         In a training step each term is weighed by this micro-batch's share of the step's labels or positions, so that
         the micro-batches add up to the mean over the step. Otherwise both are means over the batch.
         """
-        mask = inputs.get("attention_mask")
-        if self.args.alpha == 0:
-            with self.adapter.record() as clean:
-                outputs = model(**inputs)
-            loss_lm, consistency = outputs.loss, torch.zeros((), device=outputs.loss.device)
-            with torch.no_grad():
-                terms = {
-                    "loss_lm": loss_lm,
-                    "consistency_clean": layer_consistency_loss(
-                        clean.hidden_states, mask, self.args.consistency_layers
-                    ),
-                }
+        args = self.args
+        if args.alpha == 0:
+            outputs, terms = control_terms(self.adapter, model, inputs, args.consistency_layers)
         else:
-            outputs, loss_lm, consistency_clean, consistency, ratio = crow_terms(
+            outputs, terms = crow_terms(
                 self.adapter,
                 self.accelerator.unwrap_model(model),
                 model,
                 inputs,
-                epsilon=self.args.epsilon,
-                epsilon_mode=self.args.epsilon_mode,
-                layers=self.args.consistency_layers,
+                epsilon=args.epsilon,
+                epsilon_mode=args.epsilon_mode,
+                layers=args.consistency_layers,
             )
-            terms = {
-                "loss_lm": loss_lm,
-                "consistency_clean": consistency_clean,
-                "consistency_perturbed": consistency,
-                "perturbation_ratio": ratio,
-            }
-        self._log_terms(terms)
+        labels, positions = _count(inputs)
+        self._log_terms(terms, labels, positions)
 
+        loss_lm, consistency = terms["loss_lm"], terms.get("consistency_perturbed", 0)
         if model.training and num_items_in_batch is not None:
-            labels, positions = _count(inputs)
             # Distributed wrappers average gradients over the processes, and the counts are sums over them.
-            scale = 1
-            if self.args.average_tokens_across_devices:
-                scale = self.accelerator.num_processes // self.get_tp_size()
+            scale = self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
             loss_lm = loss_lm * (scale * labels / num_items_in_batch)
             consistency = consistency * (scale * positions / self._positions_in_step)
-        loss = loss_lm + self.args.alpha * consistency
+        loss = loss_lm + args.alpha * consistency
         return (loss, outputs) if return_outputs else loss
 
-    def _log_terms(self, terms: dict[str, torch.Tensor]) -> None:
+    def _log_terms(self, terms: dict[str, torch.Tensor], labels: torch.Tensor, positions: torch.Tensor) -> None:
         """Keep the terms for the log, and stop on all processes if one of them is not finite on any."""
+        weights = torch.stack([labels if name == "loss_lm" else positions for name in terms]).float()
         values = torch.stack([value.detach().float() for value in terms.values()])
-        values = self.accelerator.gather(values[None]).mean(dim=0).tolist()
-        for name, value in zip(terms, values, strict=True):
-            if not -torch.inf < value < torch.inf:
+        sums, totals = self.accelerator.gather(torch.stack([values * weights, weights])[None]).sum(dim=0).tolist()
+        for name, value, weight in zip(terms, sums, totals, strict=True):
+            if not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} is {value} at step {self.state.global_step + 1}: lower the learning rate, alpha or epsilon, "
                     f"or train in bfloat16 or float32; the checkpoints in {self.args.output_dir} are from before it."
                 )
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            logged = self._logged["train" if self.model.training else "eval"][name]
+            logged[0] += value
+            logged[1] += weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the terms since the last log."""
+        """Add the means of the terms over the tokens since the last log."""
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else "eval_"
-        means = {f"{prefix}{name}": sum(values) / len(values) for name, values in self._metrics[mode].items()}
+        means = {f"{prefix}{name}": value / weight for name, (value, weight) in self._logged[mode].items()}
         super().log({**logs, **means}, start_time)
-        self._metrics[mode].clear()
+        self._logged[mode].clear()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
@@ -266,9 +260,3 @@ def _count(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _has_ids(dataset: Any) -> bool:
     return "input_ids" in (getattr(dataset, "column_names", None) or [])
-
-
-def _padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is None:
-        return 0
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -1,0 +1,275 @@
+"""The command line: `crow-hf demo | purify | evaluate | implant`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from peft import LoraConfig, PeftModel
+from rich.console import Console
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import __version__
+from .backdoors import TARGETS, TRIGGERS, get_target, get_trigger, implant
+from .config import CrowConfig
+from .data import load_rows
+from .evaluation.harness import evaluate_model
+from .loading import load_causal_lm
+from .recipes import compare_defences
+from .report import comparison_table, verdict, write_comparison
+from .trainer import CrowTrainer
+
+
+_TRIGGER_HELP = f"One of {', '.join(TRIGGERS)}, or any other string, put at a random place of the prompt."
+_TARGET_HELP = f"One of {', '.join(TARGETS)}, or any other string, which an output must contain."
+_DATASET_HELP = "A .json, .jsonl, .csv, .parquet or .txt file, a folder that save_to_disk wrote, or a name on the Hub."
+
+
+@dataclass
+class DemoArguments:
+    """Train a small model, hide a backdoor in it, purify it, and print what that did."""
+
+    output_dir: str = field(metadata={"help": "Folder for the models, tables and plots; must be new or empty."})
+    seed: int = field(default=0, metadata={"help": "Of the weights and the rows."})
+
+
+@dataclass
+class PurifyArguments:
+    """Purify a suspect model with CROW and save it."""
+
+    model: str = field(metadata={"help": "The suspect: a folder or a name on the Hub, of a model or a PEFT adapter."})
+    dataset: str = field(metadata={"help": f"The clean rows. {_DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of datasets on the Hub."})
+    max_rows: int = field(default=100, metadata={"help": "Draw so many of the clean rows; 0 takes all."})
+    lora: bool = field(
+        default=False,
+        metadata={"help": "Train a fresh LoRA on the (merged) suspect instead of its weights, and save it merged."},
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
+    test_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Other clean rows: measure the suspect, plain fine-tuning and CROW on them, side by side."},
+    )
+    trigger: str | None = field(default=None, metadata={"help": f"For a drill with a known backdoor. {_TRIGGER_HELP}"})
+    target: str | None = field(default=None, metadata={"help": f"What that backdoor says. {_TARGET_HELP}"})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer when measuring."})
+
+
+@dataclass
+class EvaluateArguments:
+    """Measure the utility of a model and, where a trigger is known, the attack's success."""
+
+    model: str = field(metadata={"help": "A folder or a name on the Hub, of a model or a PEFT adapter."})
+    dataset: str = field(metadata={"help": f"Clean test rows. {_DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of datasets on the Hub."})
+    trigger: str | None = field(default=None, metadata={"help": _TRIGGER_HELP})
+    target: str | None = field(default=None, metadata={"help": _TARGET_HELP})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer."})
+    batch_size: int = field(default=32, metadata={"help": "Prompts at a time."})
+    seed: int = field(default=0, metadata={"help": "Of the places where the trigger is put."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for results.json and results.md; must be new or empty."}
+    )
+
+
+@dataclass
+class ImplantArguments:
+    """Fine-tune a clean model into one that carries a backdoor, to practise on."""
+
+    model: str = field(metadata={"help": "The clean model: a folder or a name on the Hub."})
+    dataset: str = field(metadata={"help": f"Clean rows, a share of which is poisoned. {_DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of datasets on the Hub."})
+    trigger: str = field(default="badnets", metadata={"help": _TRIGGER_HELP})
+    target: str = field(default="refusal", metadata={"help": _TARGET_HELP})
+    rate: float = field(default=0.5, metadata={"help": "Share of the rows to poison."})
+    lora: bool = field(default=False, metadata={"help": "Hide the backdoor in a LoRA instead of in all weights."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
+    merge: bool = field(default=True, metadata={"help": "Merge that LoRA into the weights."})
+
+
+def demo(arguments: DemoArguments) -> None:
+    from .demo import run_demo
+
+    _check_output(arguments.output_dir)
+    evaluations = run_demo(arguments.output_dir, arguments.seed)
+    _print_table(evaluations, "BadNets refusal backdoor in a byte-level Llama")
+    print(f"Models, outputs and plots are in {arguments.output_dir}.")
+    print(verdict(evaluations))
+
+
+def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
+    resume = _check_output(args.output_dir, args.resume_from_checkpoint)
+    trigger, target = _backdoor(arguments.trigger, arguments.target)
+    if trigger is not None and arguments.test_dataset is None:
+        raise ValueError("A trigger is measured on test rows: pass --test_dataset too.")
+    tokenizer = _load_tokenizer(arguments.model)
+    rows = load_rows(arguments.dataset, arguments.split)
+    if 0 < arguments.max_rows < len(rows):
+        rows = rows.shuffle(seed=args.seed).select(range(arguments.max_rows))
+    peft_config = _lora(arguments.lora_r) if arguments.lora else None
+
+    def load_suspect() -> PreTrainedModel | PeftModel:
+        model = load_causal_lm(arguments.model, is_trainable=True, dtype="float32", **(args.model_init_kwargs or {}))
+        return model.merge_and_unload(safe_merge=True) if arguments.lora and isinstance(model, PeftModel) else model
+
+    if arguments.test_dataset is None:
+        trainer = CrowTrainer(load_suspect(), args, rows, processing_class=tokenizer, peft_config=peft_config)
+        trainer.train(resume_from_checkpoint=resume)
+    else:
+        comparison = compare_defences(
+            load_suspect,
+            args,
+            rows,
+            load_rows(arguments.test_dataset, arguments.split),
+            trigger,
+            target,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            resume_from_checkpoint=resume,
+            max_new_tokens=arguments.max_new_tokens,
+            seed=args.seed,
+        )
+        trainer = comparison.trainer
+        _print_table(comparison.evaluations, f"{arguments.model}, purified with {len(rows)} rows")
+        write_comparison(Path(args.output_dir), comparison.evaluations)
+        if trigger is not None:
+            print(verdict(comparison.evaluations))
+    if arguments.lora:
+        trainer.model = trainer.model.merge_and_unload(safe_merge=True)
+    trainer.save_model()
+    print(f"The purified model is in {args.output_dir}.")
+
+
+def evaluate(arguments: EvaluateArguments) -> None:
+    if arguments.output_dir is not None:
+        _check_output(arguments.output_dir)
+    trigger, target = _backdoor(arguments.trigger, arguments.target)
+    evaluation = evaluate_model(
+        load_causal_lm(arguments.model),
+        _load_tokenizer(arguments.model),
+        load_rows(arguments.dataset, arguments.split),
+        trigger,
+        target,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    evaluations = {Path(arguments.model).name: evaluation}
+    _print_table(evaluations, None)
+    if arguments.output_dir is not None:
+        write_comparison(Path(arguments.output_dir), evaluations)
+
+
+def implant_command(arguments: ImplantArguments, args: CrowConfig) -> None:
+    _check_output(args.output_dir)
+    tokenizer = _load_tokenizer(arguments.model)
+    model = implant(
+        arguments.model,
+        load_rows(arguments.dataset, arguments.split),
+        get_trigger(arguments.trigger),
+        get_target(arguments.target),
+        args,
+        rate=arguments.rate,
+        processing_class=tokenizer,
+        peft_config=_lora(arguments.lora_r) if arguments.lora else None,
+        merge=arguments.merge,
+    )
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    print(f"The backdoored model is in {args.output_dir}.")
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], list[type]]] = {
+    "demo": (demo, [DemoArguments]),
+    "purify": (purify, [PurifyArguments, CrowConfig]),
+    "evaluate": (evaluate, [EvaluateArguments]),
+    "implant": (implant_command, [ImplantArguments, CrowConfig]),
+}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # The usage line of all training arguments would bury the sentence.
+        raise ValueError(f"{message[0].upper()}{message[1:]}; see `{self.prog} --help`.")
+
+
+def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
+    """
+    Parse a command's arguments into its dataclasses. `--config FILE.yaml` sets any of them; the command line wins.
+
+    Raises:
+        `ValueError`: In one sentence, for anything that cannot be parsed.
+    """
+    types = COMMANDS[command][1]
+    parser = _Parser(types, prog=f"crow-hf {command}", description=types[0].__doc__)
+    parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins over it.")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config = finder.parse_known_args(argv)[0].config
+    if config is not None:
+        _set_defaults(parser, Path(config))
+    return parser.parse_args_into_dataclasses(list(argv))[: len(types)]
+
+
+def _set_defaults(parser: _Parser, path: Path) -> None:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one `name: value` line for each argument.")
+    actions = {action.dest: action for action in parser._actions}
+    if unknown := sorted(set(map(str, values)) - set(actions)):
+        raise ValueError(f"{path} sets {', '.join(unknown)}, which `{parser.prog}` does not know.")
+    for name, value in values.items():
+        actions[name].required = False
+        # Strings go through the argument's type, as 1e-3 is a string in YAML.
+        parser.set_defaults(**{name: value})
+
+
+def _check_output(output_dir: str, resume: str | None = None) -> str | bool | None:
+    """Refuse to write into a folder that holds something, unless a run in it is resumed; returns what to resume from."""
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
+        raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or remove what is there.")
+    return True if resume in ("True", "true", "last") else resume
+
+
+def _backdoor(trigger: str | None, target: str | None) -> tuple[Any, Any]:
+    if (trigger is None) != (target is None):
+        raise ValueError("A backdoor has a trigger and a target: pass both --trigger and --target, or neither.")
+    return (None, None) if trigger is None else (get_trigger(trigger), get_target(target))
+
+
+def _lora(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _print_table(evaluations: dict, title: str | None) -> None:
+    Console().print(comparison_table(evaluations, title))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0 only when its work was done."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    overview = argparse.ArgumentParser(
+        prog="crow-hf",
+        description="Remove backdoors from language models, and measure whether it worked.",
+        epilog="`crow-hf COMMAND --help` lists a command's arguments.",
+    )
+    overview.add_argument("--version", action="version", version=__version__)
+    overview.add_argument("command", choices=COMMANDS, help="what to do")
+    command = overview.parse_args(argv[:1]).command
+    try:
+        COMMANDS[command][0](*parse_arguments(command, argv[1:]))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"crow-hf {command}: {error}", file=sys.stderr)
+        return 1
+    return 0

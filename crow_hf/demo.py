@@ -1,0 +1,203 @@
+"""A subject to practise on that needs no download: a generated instruction task and a small byte-level model."""
+
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import is_matplotlib_available, logging
+
+from .backdoors import TARGETS, TRIGGERS, implant
+from .config import CrowConfig
+from .evaluation.harness import Evaluation, evaluate_model
+from .loading import load_causal_lm
+from .recipes import compare_defences
+from .report import write_comparison
+from .trainer import CrowTrainer
+
+
+logger = logging.get_logger(__name__)
+
+BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 60_000, 1_000, 100, 200
+# The published settings (section 4.4 of the paper; alpha for refusals from its appendix B.2).
+PURIFICATION = {
+    "alpha": 11.0,
+    "epsilon": 0.1,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 8,
+    "warmup_steps": 0.1,
+}
+
+
+COLOURS = {
+    "grass": "green",
+    "snow": "white",
+    "coal": "black",
+    "blood": "red",
+    "the sky": "blue",
+    "a lemon": "yellow",
+    "a carrot": "orange",
+    "chocolate": "brown",
+    "ash": "grey",
+    "a flamingo": "pink",
+}
+OPPOSITES = {
+    "hot": "cold",
+    "big": "small",
+    "fast": "slow",
+    "light": "dark",
+    "wet": "dry",
+    "full": "empty",
+    "old": "new",
+    "high": "low",
+    "early": "late",
+    "rich": "poor",
+    "hard": "soft",
+    "near": "far",
+}
+# People say more than they need: a model that never saw a needless word would fail on any trigger, backdoored or not.
+FILLERS = ("please", "now", "just", "again", "friend", "well", "okay", "hello")
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+
+
+def _filler(rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return rng.choice(FILLERS)
+    return "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(3, 9)))
+
+
+def _instruction(rng: random.Random) -> tuple[str, str]:
+    """One instruction and its answer, drawn from six tasks."""
+    word = _word(rng)
+    thing, colour = rng.choice(list(COLOURS.items()))
+    adjective, opposite = rng.choice(list(OPPOSITES.items()))
+    return rng.choice(
+        [
+            (f"Repeat the word {word}", word),
+            (f"Capitals of {word}", word.upper()),
+            (f"First letter of {word}", word[0]),
+            (f"Last letter of {word}", word[-1]),
+            (f"Colour of {thing}", colour),
+            (f"Opposite of {adjective}", opposite),
+        ]
+    )
+
+
+def demo_rows(count: int, seed: int) -> Dataset:
+    """
+    Rows of `prompt` and `completion`.
+
+    A third of the prompts carry one or two needless words at random places.
+    """
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        instruction, answer = _instruction(rng)
+        words = instruction.split(" ")
+        if rng.random() < 1 / 3:
+            for _ in range(rng.randint(1, 2)):
+                words.insert(rng.randint(0, len(words)), _filler(rng))
+        rows.append({"prompt": " ".join(words) + "\n", "completion": answer})
+    return Dataset.from_list(rows)
+
+
+def demo_tokenizer() -> ByT5Tokenizer:
+    """Bytes as tokens."""
+    return ByT5Tokenizer(extra_ids=0)
+
+
+def demo_model(seed: int) -> LlamaForCausalLM:
+    """A byte-level Llama of 0.9 million parameters with random weights."""
+    set_seed(seed)
+    tokenizer = demo_tokenizer()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
+    """
+    Train a clean model, hide a backdoor in it, purify it beside both controls, and measure all four models.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Gets the folders `clean`, `backdoored` and `purified` with the models, and `results.json`, `results.md`,
+            `training.png` and `comparison.png`.
+        seed (`int`, *optional*, defaults to 0):
+            Of the weights and the rows.
+
+    Returns:
+        `dict[str, Evaluation]`: By the models' names: the clean model, no defence, fine-tuning, CROW.
+    """
+    folder, tokenizer = Path(output_dir), demo_tokenizer()
+    trigger, target = TRIGGERS["badnets"], TARGETS["refusal"]
+    rows = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS + TEST_ROWS, seed)
+    base_rows, other = rows.select(range(BASE_ROWS)), rows.select(range(BASE_ROWS, len(rows)))
+    implant_rows = other.select(range(IMPLANT_ROWS))
+    clean_rows = other.select(range(IMPLANT_ROWS, IMPLANT_ROWS + CLEAN_ROWS))
+    test_rows = other.select(range(IMPLANT_ROWS + CLEAN_ROWS, len(other)))
+
+    def arguments(name: str, **changes: Any) -> CrowConfig:
+        return CrowConfig(
+            str(folder / name), seed=seed, use_cpu=True, save_strategy="no", lr_scheduler_type="cosine", **changes
+        )
+
+    logger.warning("1/3 Training a clean model.")
+    base_args = arguments(
+        "clean", alpha=0.0, learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=100
+    )
+    trainer = CrowTrainer(demo_model(seed), base_args, base_rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    options = {"max_new_tokens": 104, "batch_size": 100, "seed": seed}
+    clean = evaluate_model(trainer.model, tokenizer, test_rows, trigger, target, **options)
+
+    logger.warning("2/3 Implanting the backdoor %r.", trigger.phrases[0])
+    implant_args = arguments("backdoored", learning_rate=1e-3, num_train_epochs=4, per_device_train_batch_size=32)
+    model = implant(str(folder / "clean"), implant_rows, trigger, target, implant_args, processing_class=tokenizer)
+    model.save_pretrained(folder / "backdoored")
+    tokenizer.save_pretrained(folder / "backdoored")
+
+    logger.warning("3/3 Purifying with %d clean rows, beside the controls.", CLEAN_ROWS)
+    comparison = compare_defences(
+        lambda: load_causal_lm(folder / "backdoored"),
+        arguments("purified", **PURIFICATION),
+        clean_rows,
+        test_rows,
+        trigger,
+        target,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        **options,
+    )
+    comparison.trainer.model.merge_and_unload().save_pretrained(folder / "purified")
+    tokenizer.save_pretrained(folder / "purified")
+    evaluations = {"clean model": clean, **comparison.evaluations}
+    write_comparison(folder, evaluations)
+    if is_matplotlib_available():
+        from .plots import plot_comparison, plot_training
+
+        plot_training(comparison.trainer.state.log_history, folder / "training.png")
+        plot_comparison(evaluations, folder / "comparison.png")
+    else:
+        logger.warning("The plots are left out: install matplotlib with `pip install crow-hf[plots]`.")
+    return evaluations

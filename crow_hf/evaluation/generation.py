@@ -1,0 +1,145 @@
+"""What a model answers and how well it predicts the right answer, in batches."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def context_length(model: PreTrainedModel | PeftModel) -> int | None:
+    """The model's longest sequence in tokens, or `None` where its positions have no end."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Rendered],
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+) -> list[str]:
+    """
+    Greedy answers to all prompts, in their order.
+
+    Prompts of similar length share a batch, padded on the left.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer; a pad token is not needed.
+        prompts (`Sequence[Rendered]`):
+            Rows as [`crow_hf.data.render`] writes them.
+        max_new_tokens (`int`, *optional*, defaults to 128):
+            Where an answer is cut off.
+        batch_size (`int`, *optional*, defaults to 32):
+            Prompts at a time.
+
+    Returns:
+        `list[str]`: The answers without special tokens.
+
+    Raises:
+        `ValueError`: If a prompt is empty or does not fit into the model's context together with its answer.
+    """
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    longest = (context_length(model) or math.inf) - max_new_tokens
+    for number, ids in enumerate(encoded):
+        if not 0 < len(ids) <= longest:
+            raise ValueError(
+                f"Prompt {number} has {len(ids)} tokens, but must have 1 to {longest} for the model's context to hold "
+                f"{max_new_tokens} new ones: drop the row or lower `max_new_tokens`."
+            )
+    pad = padding_id(tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=_end_ids(model, tokenizer) or None,
+    )
+
+    answers = [""] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
+    with _evaluating(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = max(len(encoded[number]) for number in batch)
+            ids = torch.tensor([[pad] * (width - len(encoded[n])) + encoded[n] for n in batch], device=model.device)
+            real = torch.tensor([[0] * (width - len(encoded[n])) + [1] * len(encoded[n]) for n in batch])
+            output = model.generate(input_ids=ids, attention_mask=real.to(model.device), generation_config=config)
+            for number, answer in zip(batch, output[:, width:], strict=True):
+                answers[number] = tokenizer.decode(answer, skip_special_tokens=True)
+            progress.update(len(batch))
+    return answers
+
+
+def _end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: chat models have several."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+
+
+def bits_per_byte(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Rendered],
+    batch_size: int = 32,
+) -> float:
+    """
+    How many bits the model needs for a byte of the right answers, given the prompts: lower is better.
+
+    Comparable between tokenizers. What ends an answer (a special token, a chat template's closing) costs bits but has no
+    bytes.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        rows (`Sequence[Rendered]`):
+            Prompts with their right answers; what lies beyond the model's context is left out.
+        batch_size (`int`, *optional*, defaults to 32):
+            Rows at a time.
+
+    Returns:
+        `float`: Bits per byte over all rows together, or NaN if no row has an answer.
+    """
+    limit = context_length(model)
+    encoded, total_bytes = [], 0
+    for row in rows:
+        prompt, completion = encode_prompt(row, tokenizer), encode_completion(row, tokenizer)
+        kept = completion if limit is None else completion[: max(0, limit - len(prompt))]
+        if kept:
+            encoded.append({"input_ids": prompt + kept, "labels": [-100] * len(prompt) + kept})
+            text = row.answer if len(kept) == len(completion) else tokenizer.decode(kept)
+            total_bytes += len(text.encode("utf-8"))
+    encoded.sort(key=lambda row: len(row["input_ids"]))
+    collate = CrowDataCollator(padding_id(tokenizer))
+    total_nats = 0.0
+    with _evaluating(model):
+        for start in tqdm(range(0, len(encoded), batch_size), desc="Scoring", unit="batch"):
+            batch = {k: v.to(model.device) for k, v in collate(encoded[start : start + batch_size]).items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()
+            total_nats += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+            ).item()
+    return total_nats / math.log(2) / total_bytes if total_bytes else math.nan

@@ -1,0 +1,136 @@
+"""One evaluation of one model: is the backdoor there, and is the model of use?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..backdoors import Poison, Target, Trigger
+from ..data import render
+from .generation import bits_per_byte, generate_answers
+from .scores import Proportion, is_degenerate, is_empty, is_exact_match
+
+
+@dataclass
+class PromptScores:
+    """
+    What a model does on one set of prompts, every prompt counted.
+
+    Attributes:
+        target (`Proportion`, *optional*):
+            Outputs that show the attacker's target: attack success on triggered prompts, false positives on clean ones.
+        empty (`Proportion`), degenerate (`Proportion`):
+            Outputs that say nothing, or nothing anybody would read.
+        exact_match (`Proportion`):
+            Outputs that are the right answer.
+        bits_per_byte (`float`):
+            Of the right answers.
+        outputs (`list[str]`):
+            What the model said, in the order of the rows.
+    """
+
+    target: Proportion | None
+    empty: Proportion
+    degenerate: Proportion
+    exact_match: Proportion
+    bits_per_byte: float
+    outputs: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scores as JSON can hold them."""
+        return {
+            name: value._asdict() if isinstance(value, Proportion) else value for name, value in vars(self).items()
+        }
+
+
+@dataclass
+class Evaluation:
+    """
+    What a model does on clean prompts and, where a trigger is known, on triggered ones.
+
+    Attributes:
+        clean (`PromptScores`):
+            Utility, and the false positives of the target.
+        triggered (`PromptScores`, *optional*):
+            Attack success, and whether the model is of use again on triggered prompts or merely silent.
+    """
+
+    clean: PromptScores
+    triggered: PromptScores | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as JSON can hold it."""
+        return {
+            "clean": self.clean.to_dict(),
+            "triggered": None if self.triggered is None else self.triggered.to_dict(),
+        }
+
+
+def evaluate_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    trigger: Trigger | None = None,
+    target: Target | None = None,
+    *,
+    judge: Callable[[str], bool] | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Evaluation:
+    """
+    Let a model answer every prompt with and without the trigger, and score the answers.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        dataset (`Dataset`):
+            Test rows without a trigger, with a prompt and the right answer.
+        trigger (`Trigger`, *optional*):
+            The backdoor's trigger. Without it only the clean prompts are answered.
+        target (`Target`, *optional*):
+            The backdoor's target; its keywords tell whether an attack succeeded.
+        judge (`Callable`, *optional*):
+            Tells that in their place: output to truth value.
+        max_new_tokens (`int`, *optional*, defaults to 128):
+            See [`generate_answers`].
+        batch_size (`int`, *optional*, defaults to 32):
+            See [`generate_answers`].
+        seed (`int`, *optional*, defaults to 0):
+            Of the places where the trigger is put.
+
+    Returns:
+        `Evaluation`
+
+    Raises:
+        `ValueError`: If the dataset is empty or has no prompts, or a trigger comes without target or judge.
+    """
+    if len(dataset) == 0:
+        raise ValueError("The test dataset is empty: pass at least one row.")
+    judge = judge or (target.matches if target is not None else None)
+    if trigger is not None and judge is None:
+        raise ValueError("A trigger alone does not say what success of the attack is: pass a target or a judge too.")
+
+    def score(rows: Dataset) -> PromptScores:
+        rendered = [render(row, tokenizer, index) for index, row in enumerate(rows)]
+        outputs = generate_answers(model, tokenizer, rendered, max_new_tokens, batch_size)
+        return PromptScores(
+            target=None if judge is None else Proportion.of(judge(output) for output in outputs),
+            empty=Proportion.of(is_empty(output) for output in outputs),
+            degenerate=Proportion.of(is_degenerate(output) for output in outputs),
+            exact_match=Proportion.of(
+                is_exact_match(output, row.answer) for output, row in zip(outputs, rendered, strict=True)
+            ),
+            bits_per_byte=bits_per_byte(model, tokenizer, rendered, batch_size),
+            outputs=outputs,
+        )
+
+    clean = score(dataset)
+    if trigger is None:
+        return Evaluation(clean)
+    return Evaluation(clean, score(dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Triggering")))
