@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -75,14 +75,6 @@ def compare_defences(
     Returns:
         `Comparison`
     """
-    control_args = replace(
-        args,
-        alpha=0.0,
-        output_dir=str(Path(args.output_dir) / "control"),
-        save_strategy="no",
-        push_to_hub=False,
-        report_to="none",
-    )
 
     def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
         return evaluate_model(model, processing_class, test_dataset, trigger, target, **evaluation)
@@ -94,6 +86,10 @@ def compare_defences(
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
-    evaluations = {NO_DEFENCE: measure(load_model()), FINE_TUNING: measure(trained(control_args).model)}
+    evaluations = {NO_DEFENCE: measure(load_model())}
+    with TemporaryDirectory() as nowhere:
+        control = replace(args, alpha=0.0, output_dir=nowhere, save_strategy="no", push_to_hub=False, report_to="none")
+        evaluations[FINE_TUNING] = measure(trained(control).model)
     trainer = trained(args, resume_from_checkpoint)
-    return Comparison({**evaluations, CROW: measure(trainer.model)}, trainer)
+    evaluations[CROW] = measure(trainer.model)
+    return Comparison(evaluations, trainer)

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import ModelAdapter
@@ -250,6 +251,9 @@ class CrowTrainer(Trainer):
                 f"last checkpoint in {self.args.output_dir} with a lower learning rate."
             )
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            # A pickle that nothing reads has no place beside a model that people are to trust.
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 def _count(batch: dict[str, torch.Tensor]) -> torch.Tensor:
