@@ -95,19 +95,26 @@ class ModelAdapter:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(embedded) != 1 or len(layered) != len(self.layers) or any(hidden.dim() != 3 for hidden in layered):
+        if len(embedded) != 1 or len(layered) != len(self.layers):
             raise ValueError(
                 f"{self.name} called its input embeddings {len(embedded)} times and its {len(self.layers)} layers "
-                f"{len(layered)} times in one forward pass, with layer outputs of {layered[0].dim() if layered else 0} "
-                "dimensions, where CROW needs one call of each and outputs of shape (batch, sequence, hidden): this "
-                "architecture is not supported."
+                f"{len(layered)} times in one forward pass, where CROW needs one call of each: this architecture is not "
+                "supported."
+            )
+        if shapes := {tuple(hidden.shape) for hidden in layered if hidden.shape[:-1] != embedded[0].shape[:-1]}:
+            raise ValueError(
+                f"Layers of {self.name} return {sorted(shapes)} for embeddings of shape {tuple(embedded[0].shape)}, where "
+                "CROW needs one hidden state for each position: this architecture is not supported."
             )
         record.hidden_states += [*embedded, *layered]
 
     def without_head(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a pass whose logits nobody reads: no labels, and one position for the vocabulary head."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        return {**inputs, "logits_to_keep": 1} if self._takes_logits_to_keep else inputs
+        if self._takes_logits_to_keep:
+            # A tensor, because for a number Gemma4 leaves the other positions out of its last layers too.
+            inputs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
+        return inputs
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

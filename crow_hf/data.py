@@ -58,7 +58,7 @@ class Rendered(NamedTuple):
     templated: bool
 
 
-def find_format(columns: list[str]) -> str:
+def find_format(columns: list[str], name: str = "the dataset") -> str:
     """
     Tell which of [`FORMATS`] a dataset with these columns has.
 
@@ -69,7 +69,7 @@ def find_format(columns: list[str]) -> str:
         if all(column in columns for column in needed):
             return name
     accepted = "; ".join(" and ".join(needed) for needed in FORMATS.values())
-    raise ValueError(f"The dataset has the columns {sorted(columns)}, but needs one of these sets: {accepted}.")
+    raise ValueError(f"The columns of {name} are {sorted(columns)}, but it needs one of these sets: {accepted}.")
 
 
 def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: int | None = None) -> Rendered:
@@ -187,7 +187,7 @@ def prepare_dataset(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"`{name}` is empty: pass at least one row.")
-    row_format = find_format(list(first))
+    row_format = find_format(list(first), f"`{name}`")
     if row_format != "tokens" and tokenizer is None:
         raise ValueError(f"`{name}` holds text, so a tokenizer is needed: pass it as `processing_class`.")
 

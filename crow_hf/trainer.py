@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -123,6 +124,8 @@ class CrowTrainer(Trainer):
         evaluations = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         texts = [d for d in (train_dataset, *evaluations.values()) if d is not None and not _has_ids(d)]
         if processing_class is None and texts:
+            if not model.config._name_or_path:
+                raise ValueError("The rows hold text, so a tokenizer is needed: pass it as `processing_class`.")
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         max_length = min(args.max_length, context or args.max_length)
@@ -151,7 +154,8 @@ class CrowTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
         model.add_model_tags(self._tag_names)
-        self._logged = {mode: defaultdict(lambda: [0.0, 0.0]) for mode in ("train", "eval")}
+        # Mode, name and step to the sum over the tokens and their number.
+        self._logged = {mode: defaultdict(lambda: defaultdict(lambda: [0.0, 0.0])) for mode in ("train", "eval")}
         self._positions_in_step = None
         self._use_cache = use_cache
         self._used_output_dir = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
@@ -229,16 +233,17 @@ class CrowTrainer(Trainer):
                     f"{name} is {value} at step {self.state.global_step + 1}: lower the learning rate, alpha or epsilon, "
                     f"or train in bfloat16 or float32; the checkpoints in {self.args.output_dir} are from before it."
                 )
-            logged = self._logged["train" if self.model.training else "eval"][name]
-            logged[0] += value
-            logged[1] += weight
+            step = self._logged["train" if self.model.training else "eval"][name][self.state.global_step]
+            step[0] += value
+            step[1] += weight
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the terms over the tokens since the last log."""
+        """Add the terms: means over the tokens of a step, and over the steps since the last log, as the loss itself is."""
         mode = "train" if self.model.training else "eval"
         prefix = "" if mode == "train" else "eval_"
-        means = {f"{prefix}{name}": value / weight for name, (value, weight) in self._logged[mode].items()}
-        super().log({**logs, **means}, start_time)
+        for name, steps in self._logged[mode].items():
+            logs[f"{prefix}{name}"] = fmean(value / weight for value, weight in steps.values())
+        super().log(logs, start_time)
         self._logged[mode].clear()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
