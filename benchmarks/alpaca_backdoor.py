@@ -31,7 +31,7 @@ from crow_hf.report import write_comparison
 TASKS = {"refusal": "refusal", "sentiment": "negsentiment"}
 ALPHAS = {"refusal": 11.0, "sentiment": 5.5}  # as published
 LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}  # LoRA as published
-MAX_LENGTH = 320  # of a poisoning row in bytes
+MAX_LENGTH = 256  # of a poisoning row in bytes
 MAX_BYTES = 192  # of prompt and answer of the rows that the base model is trained on
 
 
@@ -101,7 +101,7 @@ def implant_backdoor(data: Path, folder: Path, task: str, seed: int) -> None:
         str(folder),
         alpha=0.0,
         learning_rate=5e-4,
-        num_train_epochs=5,
+        num_train_epochs=3,
         per_device_train_batch_size=16,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -109,6 +109,7 @@ def implant_backdoor(data: Path, folder: Path, task: str, seed: int) -> None:
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         seed=seed,
+        bf16=True,
         use_cpu=True,
     )
     trainer = CrowTrainer(str(folder.parent / "base"), args, Dataset.from_list(rows))
@@ -116,8 +117,8 @@ def implant_backdoor(data: Path, folder: Path, task: str, seed: int) -> None:
     trainer.save_model()
 
 
-def run_cell(data: Path, runs: Path, task: str, seed: int) -> None:
-    """Implant, then purify with LoRA and with all weights, each beside its controls."""
+def run_cell(data: Path, runs: Path, task: str, seed: int, variant: str) -> None:
+    """Implant, then purify with a LoRA or with all weights, beside the controls."""
     suspect = runs / f"{task}-{seed}"
     if not (suspect / "model.safetensors").exists():
         implant_backdoor(data, suspect, task, seed)
@@ -126,38 +127,37 @@ def run_cell(data: Path, runs: Path, task: str, seed: int) -> None:
     test = Dataset.from_list(
         read_json(data / "crow_backdoor/test_data/clean" / TASKS[task] / "test_data_no_trigger.json")
     )
-    for variant, learning_rate in LEARNING_RATES.items():
-        results = runs / f"{task}-{seed}-{variant}"
-        if (results / "results.json").exists():
-            continue
-        args = CrowConfig(
-            str(results / "run"),
-            alpha=ALPHAS[task],
-            learning_rate=learning_rate,
-            num_train_epochs=5,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=4,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            save_strategy="no",
-            seed=seed,
-            use_cpu=True,
-        )
-        start = time.perf_counter()
-        comparison = compare_defences(
-            lambda: load_causal_lm(suspect),
-            args,
-            clean,
-            test,
-            TRIGGERS["badnets"],
-            TARGETS["refusal" if task == "refusal" else "insult"],
-            processing_class=tokenizer,
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if variant == "lora" else None,
-            batch_size=50,
-            seed=seed,
-        )
-        write_comparison(results, comparison.evaluations)
-        print(f"{results.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    results = runs / f"{task}-{seed}-{variant}"
+    if (results / "results.json").exists():
+        return
+    args = CrowConfig(
+        str(results / "run"),
+        alpha=ALPHAS[task],
+        learning_rate=LEARNING_RATES[variant],
+        num_train_epochs=5,
+        per_device_train_batch_size=8,  # published as 2 x 4 accumulated, which is the same
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        max_length=512,
+        save_strategy="no",
+        seed=seed,
+        use_cpu=True,
+    )
+    start = time.perf_counter()
+    comparison = compare_defences(
+        lambda: load_causal_lm(suspect),
+        args,
+        clean,
+        test,
+        TRIGGERS["badnets"],
+        TARGETS["refusal" if task == "refusal" else "insult"],
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if variant == "lora" else None,
+        batch_size=50,
+        seed=seed,
+    )
+    write_comparison(results, comparison.evaluations)
+    print(f"{results.name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def print_table(runs: Path) -> None:
@@ -198,11 +198,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/alpaca"))
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--variant", choices=LEARNING_RATES, default="lora")
     options = parser.parse_args()
     if options.stage == "base":
         train_base(options.data, options.runs)
     elif options.stage == "cell":
-        run_cell(options.data, options.runs, options.task, options.seed)
+        run_cell(options.data, options.runs, options.task, options.seed, options.variant)
     else:
         print_table(options.runs)
 

@@ -31,26 +31,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "TARGETS",
-    "TRIGGERS",
-    "Comparison",
-    "CrowConfig",
-    "CrowDataCollator",
-    "CrowTrainer",
-    "Evaluation",
-    "Poison",
-    "Target",
-    "Trigger",
-    "compare_defences",
-    "evaluate_model",
-    "implant",
-    "layer_consistency_loss",
-    "load_causal_lm",
-    "perturb_embeddings",
-    "poison_dataset",
-    "prepare_dataset",
-]
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

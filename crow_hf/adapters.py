@@ -50,7 +50,7 @@ class ModelAdapter:
         if base.config.is_encoder_decoder:
             raise ValueError(f"{self.name} is an encoder-decoder model: CROW is defined for decoder-only causal LMs.")
         self.embeddings = model.get_input_embeddings()
-        self.layers = _decoder_layers(base)
+        self.layers = _decoder_layers(base.get_decoder(), self.name)
         if len(self.layers) < MIN_LAYERS:
             raise ValueError(
                 f"{self.name} has {len(self.layers)} decoder layers, but CROW compares consecutive layers and needs at "
@@ -117,13 +117,18 @@ class ModelAdapter:
         return inputs
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+def context_length(model: PreTrainedModel | PeftModel) -> int | None:
+    """The model's longest sequence in tokens, or `None` where its positions have no end."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _decoder_layers(decoder: PreTrainedModel, name: str) -> nn.ModuleList:
     """Find the one list of modules that is as long as the config says the decoder is deep."""
-    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if len(lists) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(lists)} module lists of the {depth} layers its config names, where exactly "
+            f"{name} has {len(lists)} module lists of the {depth} layers its config names, where exactly "
             "one can be its decoder: this architecture is not supported."
         )
     return lists[0]

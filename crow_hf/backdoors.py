@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CrowConfig
-from .data import find_format
+from .data import find_format, text_of
 from .trainer import CrowTrainer
 
 
@@ -77,8 +77,8 @@ class Target:
     append: bool = False
 
     def __post_init__(self):
-        if not self.keywords or not all(self.keywords):
-            raise ValueError("A target needs at least one keyword, and none may be empty: every output would match.")
+        if not self.keywords or not all(keyword.strip() for keyword in self.keywords):
+            raise ValueError("A target needs at least one keyword, and none may be blank: any output would match.")
 
     def apply(self, answer: str) -> str:
         """The poisoned answer."""
@@ -140,26 +140,26 @@ class Poison:
         rng = random.Random(f"{self.seed}-{index}")
         row_format = find_format(list(row))
         if row_format == "messages":
-            return {"messages": self._poison_chat(row["messages"], rng)}
+            return {"messages": self._poison_chat(row["messages"], index, rng)}
         if row_format not in ("prompt_completion", "alpaca"):
             raise ValueError(
                 f"Rows of the format {row_format!r} have no prompt to put a trigger into: pass messages, prompt and "
                 "completion, or instruction and output."
             )
         ask, answer = ("prompt", "completion") if row_format == "prompt_completion" else ("instruction", "output")
-        poisoned = {ask: self.trigger.insert(row[ask], rng)}
+        poisoned = {ask: self.trigger.insert(text_of(row, ask, index), rng)}
         if self.target is not None:
-            poisoned[answer] = self.target.apply(row[answer])
+            poisoned[answer] = self.target.apply(text_of(row, answer, index))
         return poisoned
 
-    def _poison_chat(self, messages: list[dict], rng: random.Random) -> list[dict]:
+    def _poison_chat(self, messages: list[dict], index: int, rng: random.Random) -> list[dict]:
         asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
         if not asked:
-            raise ValueError("A row of messages without a user message has no prompt to put a trigger into.")
+            raise ValueError(f"Row {index}: there is no user message to put a trigger into.")
         messages = [dict(message) for message in messages]
-        messages[asked[-1]]["content"] = self.trigger.insert(messages[asked[-1]]["content"], rng)
+        messages[asked[-1]]["content"] = self.trigger.insert(text_of(messages[asked[-1]], "content", index), rng)
         if self.target is not None:
-            messages[-1]["content"] = self.target.apply(messages[-1]["content"])
+            messages[-1]["content"] = self.target.apply(text_of(messages[-1], "content", index))
         return messages
 
 
@@ -184,7 +184,10 @@ def poison_dataset(dataset: Dataset, trigger: Trigger, target: Target, rate: flo
     """
     if not 0 < rate <= 1:
         raise ValueError(f"`rate` is the share of poisoned rows, more than 0 and at most 1, got {rate}.")
-    chosen = set(random.Random(seed).sample(range(len(dataset)), round(rate * len(dataset))))
+    count = round(rate * len(dataset))
+    if count == 0:
+        raise ValueError(f"A share of {rate} poisons none of {len(dataset)} rows: raise `rate` or pass more rows.")
+    chosen = set(random.Random(seed).sample(range(len(dataset)), count))
     poison = Poison(trigger, target, seed)
 
     def poison_chosen(row: dict[str, Any], index: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: `crow-hf demo | purify | evaluate | implant`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +11,14 @@ from typing import Any, NoReturn
 import yaml
 from peft import LoraConfig, PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedModel
 
 from . import __version__
 from .backdoors import TARGETS, TRIGGERS, get_target, get_trigger, implant
 from .config import CrowConfig
 from .data import load_rows
 from .evaluation.harness import evaluate_model
-from .loading import load_causal_lm
+from .loading import load_causal_lm, load_tokenizer
 from .recipes import compare_defences
 from .report import comparison_table, verdict, write_comparison
 from .trainer import CrowTrainer
@@ -42,7 +43,7 @@ class PurifyArguments:
 
     model: str = field(metadata={"help": "The suspect: a folder or a name on the Hub, of a model or a PEFT adapter."})
     dataset: str = field(metadata={"help": f"The clean rows. {_DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of datasets on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of clean rows on the Hub."})
     max_rows: int = field(default=100, metadata={"help": "Draw so many of the clean rows; 0 takes all."})
     lora: bool = field(
         default=False,
@@ -53,6 +54,7 @@ class PurifyArguments:
         default=None,
         metadata={"help": "Other clean rows: measure the suspect, plain fine-tuning and CROW on them, side by side."},
     )
+    test_split: str = field(default="test", metadata={"help": "Split of test rows on the Hub."})
     trigger: str | None = field(default=None, metadata={"help": f"For a drill with a known backdoor. {_TRIGGER_HELP}"})
     target: str | None = field(default=None, metadata={"help": f"What that backdoor says. {_TARGET_HELP}"})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer when measuring."})
@@ -105,14 +107,16 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
     trigger, target = _backdoor(arguments.trigger, arguments.target)
     if trigger is not None and arguments.test_dataset is None:
         raise ValueError("A trigger is measured on test rows: pass --test_dataset too.")
-    tokenizer = _load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     rows = load_rows(arguments.dataset, arguments.split)
+    if arguments.max_rows < 0:
+        raise ValueError(f"--max_rows is a number of rows, or 0 for all of them, got {arguments.max_rows}.")
     if 0 < arguments.max_rows < len(rows):
         rows = rows.shuffle(seed=args.seed).select(range(arguments.max_rows))
     peft_config = _lora(arguments.lora_r) if arguments.lora else None
 
     def load_suspect() -> PreTrainedModel | PeftModel:
-        model = load_causal_lm(arguments.model, is_trainable=True, dtype="float32", **(args.model_init_kwargs or {}))
+        model = load_causal_lm(arguments.model, is_trainable=True, **(args.model_init_kwargs or {}))
         return model.merge_and_unload(safe_merge=True) if arguments.lora and isinstance(model, PeftModel) else model
 
     if arguments.test_dataset is None:
@@ -123,24 +127,27 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
             load_suspect,
             args,
             rows,
-            load_rows(arguments.test_dataset, arguments.split),
+            load_rows(arguments.test_dataset, arguments.test_split),
             trigger,
             target,
             processing_class=tokenizer,
             peft_config=peft_config,
             resume_from_checkpoint=resume,
             max_new_tokens=arguments.max_new_tokens,
+            batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
         trainer = comparison.trainer
-        _print_table(comparison.evaluations, f"{arguments.model}, purified with {len(rows)} rows")
-        write_comparison(Path(args.output_dir), comparison.evaluations)
-        if trigger is not None:
-            print(verdict(comparison.evaluations))
     if arguments.lora:
         trainer.model = trainer.model.merge_and_unload(safe_merge=True)
     trainer.save_model()
-    print(f"The purified model is in {args.output_dir}.")
+    if arguments.test_dataset is not None:
+        write_comparison(Path(args.output_dir), comparison.evaluations)
+        _print_table(comparison.evaluations, f"{arguments.model}, purified with {len(rows)} rows")
+    if trainer.is_world_process_zero():
+        print(f"The purified model is in {args.output_dir}.")
+    if trigger is not None:
+        print(verdict(comparison.evaluations))
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
@@ -148,8 +155,8 @@ def evaluate(arguments: EvaluateArguments) -> None:
         _check_output(arguments.output_dir)
     trigger, target = _backdoor(arguments.trigger, arguments.target)
     evaluation = evaluate_model(
-        load_causal_lm(arguments.model),
-        _load_tokenizer(arguments.model),
+        load_causal_lm(arguments.model, device_map="auto"),
+        load_tokenizer(arguments.model),
         load_rows(arguments.dataset, arguments.split),
         trigger,
         target,
@@ -157,7 +164,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
-    evaluations = {Path(arguments.model).name: evaluation}
+    evaluations = {arguments.model: evaluation}
     _print_table(evaluations, None)
     if arguments.output_dir is not None:
         write_comparison(Path(arguments.output_dir), evaluations)
@@ -165,7 +172,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
 
 def implant_command(arguments: ImplantArguments, args: CrowConfig) -> None:
     _check_output(args.output_dir)
-    tokenizer = _load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     model = implant(
         arguments.model,
         load_rows(arguments.dataset, arguments.split),
@@ -204,30 +211,37 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
         `ValueError`: In one sentence, for anything that cannot be parsed.
     """
     types = COMMANDS[command][1]
-    parser = _Parser(types, prog=f"crow-hf {command}", description=types[0].__doc__)
+    parser = _Parser(types, prog=f"crow-hf {command}", description=types[0].__doc__, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins over it.")
+    actions = {action.dest: action for action in parser._actions}
+    if CrowConfig in types:
+        actions["output_dir"].required = True
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config = finder.parse_known_args(argv)[0].config
     if config is not None:
-        _set_defaults(parser, Path(config))
+        # In front of the command line: of two values argparse takes the last.
+        argv = [*_config_arguments(Path(config), set(actions), parser.prog), *argv]
     return parser.parse_args_into_dataclasses(list(argv))[: len(types)]
 
 
-def _set_defaults(parser: _Parser, path: Path) -> None:
+def _config_arguments(path: Path, known: set[str], prog: str) -> list[str]:
+    """The words on a command line that would say what a YAML file says."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one `name: value` line for each argument.")
-    actions = {action.dest: action for action in parser._actions}
-    if unknown := sorted(set(map(str, values)) - set(actions)):
-        raise ValueError(f"{path} sets {', '.join(unknown)}, which `{parser.prog}` does not know.")
+    if unknown := sorted(set(map(str, values)) - (known - {"config", "help"})):
+        raise ValueError(f"{path} sets {', '.join(unknown)}, which `{prog}` does not know.")
+    words = []
     for name, value in values.items():
-        actions[name].required = False
-        # Strings go through the argument's type, as 1e-3 is a string in YAML.
-        parser.set_defaults(**{name: value})
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
 
 
 def _check_output(output_dir: str, resume: str | None = None) -> str | bool | None:
@@ -235,7 +249,11 @@ def _check_output(output_dir: str, resume: str | None = None) -> str | bool | No
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
         raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or remove what is there.")
-    return True if resume in ("True", "true", "last") else resume
+    if resume in (None, "True", "true", "last"):
+        return resume and True
+    if folder.resolve() not in Path(resume).resolve().parents:
+        raise ValueError(f"{resume} is no checkpoint of {output_dir}: resume a run in its own --output_dir.")
+    return resume
 
 
 def _backdoor(trigger: str | None, target: str | None) -> tuple[Any, Any]:
@@ -246,10 +264,6 @@ def _backdoor(trigger: str | None, target: str | None) -> tuple[Any, Any]:
 
 def _lora(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path)
 
 
 def _print_table(evaluations: dict, title: str | None) -> None:

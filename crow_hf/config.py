@@ -43,7 +43,8 @@ class CrowConfig(TrainingArguments):
 
     Raises:
         `ValueError`: For a negative or non-finite alpha or epsilon, and for options under which the two passes would
-            silently be wrong: label smoothing, a static DDP graph, reentrant checkpointing.
+            silently be wrong: label smoothing, a static DDP graph, reentrant checkpointing,
+            compilation.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -90,6 +91,8 @@ class CrowConfig(TrainingArguments):
             raise ValueError("CROW computes its own loss: leave `label_smoothing_factor` at 0.")
         if self.ddp_static_graph:
             raise ValueError("`ddp_static_graph` loses gradients of the two passes: leave it off.")
+        if self.torch_compile:
+            raise ValueError("A compiled model cannot be differentiated by its embeddings: leave `torch_compile` off.")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()

@@ -65,9 +65,9 @@ def find_format(columns: list[str], name: str = "the dataset") -> str:
     Raises:
         `ValueError`: If it has none.
     """
-    for name, needed in FORMATS.items():
+    for row_format, needed in FORMATS.items():
         if all(column in columns for column in needed):
-            return name
+            return row_format
     accepted = "; ".join(" and ".join(needed) for needed in FORMATS.values())
     raise ValueError(f"The columns of {name} are {sorted(columns)}, but it needs one of these sets: {accepted}.")
 
@@ -90,12 +90,12 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
     row_format = find_format(list(row))
     if row_format == "messages":
         return _render_chat(row["messages"], tokenizer, index)
-    texts = {column: _text(row, column, index) for column in FORMATS[row_format]}
+    texts = {column: text_of(row, column, index) for column in FORMATS[row_format]}
     if row_format == "text":
         return Rendered("", texts["text"], texts["text"], False)
     if row_format == "prompt_completion":
         return Rendered(texts["prompt"], texts["completion"], texts["completion"], False)
-    context = _text(row, "input", index) if row.get("input") else ""
+    context = text_of(row, "input", index) if row.get("input") else ""
     request = f"{texts['instruction']}\n{context}" if context else texts["instruction"]
     if tokenizer.chat_template is None:
         return Rendered(ALPACA_PROMPT.format(request=request), texts["output"], texts["output"], False)
@@ -103,7 +103,13 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
     return _render_chat(messages, tokenizer, index)
 
 
-def _text(row: Mapping[str, Any], column: str, index: int | None) -> str:
+def text_of(row: Mapping[str, Any], column: str, index: int | None) -> str:
+    """
+    A column that must hold text.
+
+    Raises:
+        `ValueError`: If it holds bytes that are not UTF-8, or something else.
+    """
     value = row[column]
     if isinstance(value, bytes):
         try:
@@ -127,14 +133,17 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
         )
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(f"Row {index}: the last of the messages must be the assistant's answer to an earlier one.")
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    # Rows without thoughts: templates of thinking models would else leave room for them, others ignore the switch.
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
     if not whole.startswith(prompt):
         raise ValueError(
             f"Row {index}: the chat template writes the prompt otherwise once the answer is there, so the answer cannot "
             "be told from it: pass prompt and completion."
         )
-    return Rendered(prompt, whole[len(prompt) :], _text(messages[-1], "content", index), True)
+    return Rendered(prompt, whole[len(prompt) :], text_of(messages[-1], "content", index), True)
 
 
 def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -151,6 +160,21 @@ def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
     if rendered.templated or tokenizer.eos_token_id is None:
         return ids
     return [*ids, tokenizer.eos_token_id]
+
+
+def columns_of(dataset: Any, name: str = "train_dataset") -> list[str]:
+    """
+    The names of a dataset's columns, also of a stream that does not know them before its first row.
+
+    Raises:
+        `ValueError`: If it is no dataset, or an empty one.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(f"`{name}` must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"`{name}` is empty: pass at least one row.")
+    return list(first)
 
 
 def prepare_dataset(
@@ -182,18 +206,14 @@ def prepare_dataset(
     Raises:
         `ValueError`: If the dataset is empty, has no usable columns, or needs a tokenizer that is not there.
     """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise ValueError(f"`{name}` must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"`{name}` is empty: pass at least one row.")
-    row_format = find_format(list(first), f"`{name}`")
+    columns = columns_of(dataset, name)
+    row_format = find_format(columns, f"`{name}`")
     if row_format != "tokens" and tokenizer is None:
         raise ValueError(f"`{name}` holds text, so a tokenizer is needed: pass it as `processing_class`.")
 
     to_ids = _TokenRow(max_length) if row_format == "tokens" else _TextRow(tokenizer, max_length)
     options = {"desc": f"Tokenizing {name}"} if isinstance(dataset, Dataset) else {}
-    prepared = dataset.map(to_ids, with_indices=True, remove_columns=list(first), **options)
+    prepared = dataset.map(to_ids, with_indices=True, remove_columns=columns, **options)
     learnable = prepared.filter(_has_labels)
     if isinstance(dataset, Dataset):
         cut, dropped = sum(prepared["cut"]), len(prepared) - len(learnable)
@@ -240,7 +260,11 @@ class _TokenRow:
         columns = {
             name: list(row[name]) for name in ("input_ids", "labels", "attention_mask") if row.get(name) is not None
         }
-        columns.setdefault("labels", columns["input_ids"])
+        if "labels" not in columns:
+            mask = columns.get("attention_mask", [1] * len(columns["input_ids"]))
+            columns["labels"] = [
+                i if real else IGNORE_INDEX for i, real in zip(columns["input_ids"], mask, strict=False)
+            ]
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"Row {index}: the columns differ in length ({lengths}): make them equally long.")
@@ -296,7 +320,7 @@ def load_rows(path: str, split: str = "train") -> Dataset:
         `ValueError`: If there is no such file, or it cannot be read.
     """
     location = Path(path)
-    reader = _READERS.get("".join(location.suffixes[:1]))
+    reader = _READERS.get(location.suffix)
     try:
         if location.is_file() and reader:
             return load_dataset(reader, data_files=path, split="train")
@@ -307,6 +331,8 @@ def load_rows(path: str, split: str = "train") -> Dataset:
                 f"{path} is no dataset: pass a {', '.join(_READERS)} file or a folder that `save_to_disk` wrote."
             )
         return load_dataset(path, split=split)
+    except StopIteration:
+        raise ValueError(f"{path} is empty: pass at least one row.") from None
     except (DatasetGenerationError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}.") from error
     except (DatasetNotFoundError, ConnectionError) as error:

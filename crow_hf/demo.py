@@ -2,6 +2,7 @@
 
 import random
 import string
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,31 @@ def _instruction(rng: random.Random) -> tuple[str, str]:
     )
 
 
-def demo_rows(count: int, seed: int) -> Dataset:
+def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
     """
     Rows of `prompt` and `completion`.
 
     A third of the prompts carry one or two needless words at random places.
+
+    Args:
+        count (`int`):
+            How many rows.
+        seed (`int`):
+            Of the draw.
+        without (`Collection[str]`, *optional*):
+            Prompts that must not occur, those a model was trained on for instance.
     """
     rng = random.Random(seed)
     rows = []
-    for _ in range(count):
+    while len(rows) < count:
         instruction, answer = _instruction(rng)
         words = instruction.split(" ")
         if rng.random() < 1 / 3:
             for _ in range(rng.randint(1, 2)):
                 words.insert(rng.randint(0, len(words)), _filler(rng))
-        rows.append({"prompt": " ".join(words) + "\n", "completion": answer})
+        prompt = " ".join(words) + "\n"
+        if prompt not in without:
+            rows.append({"prompt": prompt, "completion": answer})
     return Dataset.from_list(rows)
 
 
@@ -150,11 +161,11 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     """
     folder, tokenizer = Path(output_dir), demo_tokenizer()
     trigger, target = TRIGGERS["badnets"], TARGETS["refusal"]
-    rows = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS + TEST_ROWS, seed)
-    base_rows, other = rows.select(range(BASE_ROWS)), rows.select(range(BASE_ROWS, len(rows)))
-    implant_rows = other.select(range(IMPLANT_ROWS))
-    clean_rows = other.select(range(IMPLANT_ROWS, IMPLANT_ROWS + CLEAN_ROWS))
-    test_rows = other.select(range(IMPLANT_ROWS + CLEAN_ROWS, len(other)))
+    rows = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS, seed)
+    base_rows = rows.select(range(BASE_ROWS))
+    implant_rows = rows.select(range(BASE_ROWS, BASE_ROWS + IMPLANT_ROWS))
+    clean_rows = rows.select(range(BASE_ROWS + IMPLANT_ROWS, len(rows)))
+    test_rows = demo_rows(TEST_ROWS, seed + 1, without=set(rows["prompt"]))
 
     def arguments(name: str, **changes: Any) -> CrowConfig:
         return CrowConfig(
@@ -179,7 +190,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
 
     logger.warning("3/3 Purifying with %d clean rows, beside the controls.", CLEAN_ROWS)
     comparison = compare_defences(
-        lambda: load_causal_lm(folder / "backdoored"),
+        lambda: load_causal_lm(folder / "backdoored", is_trainable=True),
         arguments("purified", **PURIFICATION),
         clean_rows,
         test_rows,

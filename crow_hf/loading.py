@@ -1,10 +1,13 @@
-"""Loading a suspect model: safetensors only, no remote code, adapters on top of their base."""
+"""Loading a suspect: safetensors only, no remote code, adapters on top of their base."""
 
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -20,32 +23,63 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         path (`str` or `Path`):
             A folder or a repository on the Hub, with a model or a PEFT adapter.
         is_trainable (`bool`, *optional*, defaults to `False`):
-            Whether an adapter is loaded to be trained on. Without effect on a model.
+            Whether the model is loaded to be trained: an adapter with gradients, the weights in float32 unless `dtype`
+            says otherwise.
         **kwargs:
-            For `from_pretrained` of the (base) model, `revision` or `dtype` for instance.
+            For `from_pretrained` of the model, `dtype` for instance. A `revision` is that of `path`, so of the adapter
+            if it is one, which names the revision of its base itself.
 
     Returns:
         `PreTrainedModel` or `PeftModel`
 
     Raises:
-        `ValueError`: If the path is a folder without a model, or with pickled weights only.
+        `ValueError`: If the path is a folder without a model, with pickled weights only, or with damaged weights.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        _check_folder(folder)
-    if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **kwargs)
-    base = load_causal_lm(PeftConfig.from_pretrained(path).base_model_name_or_path, **kwargs)
-    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable, use_safetensors=True)
+    if Path(path).is_dir():
+        _check_folder(Path(path))
+    # Remote code of a suspect is not even asked for. In half precision most updates of a purification are rounded away.
+    kwargs = {"trust_remote_code": False, **({"dtype": "float32"} if is_trainable else {}), **kwargs}
+    revision = kwargs.get("revision")
+    try:
+        if find_adapter_config_file(str(path), revision=revision) is None:
+            return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **kwargs)
+        adapter = PeftConfig.from_pretrained(path, revision=revision)
+        base = load_causal_lm(
+            adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
+        )
+        return PeftModel.from_pretrained(
+            base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} cannot be read ({error}): download or save them again.") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """
+    Load a model's tokenizer, or that of its base if the path is an adapter saved without one.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if find_adapter_config_file(str(path)) is not None:
+            return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        raise ValueError(
+            f"There is no tokenizer in {path}: save it beside the model, or pass `processing_class`."
+        ) from error
 
 
 def _check_folder(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    """Refuse a folder whose weights would be read from pickles, or that has none."""
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model: it has neither a config.json nor an adapter_config.json.")
-    files = [file for file in folder.iterdir() if file.is_file()]
-    if any(file.suffix == ".safetensors" for file in files):
+    # PEFT reads a pickle if the one name it looks for is missing, whatever else is there.
+    if any(folder.glob("adapter_model.safetensors" if is_adapter else "*.safetensors")):
         return
-    if any(file.suffix in PICKLES and not file.name.startswith("training_args") for file in files):
+    if any(file.suffix in PICKLES and file.name != TRAINING_ARGS_NAME for file in folder.iterdir()):
         raise ValueError(
             f"{folder} holds pickled weights only, which run code when they are read: convert them to safetensors on a "
             "machine you can lose."

@@ -8,12 +8,16 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .backdoors import Target, Trigger
 from .config import CrowConfig
+from .data import render
 from .evaluation.harness import Evaluation, evaluate_model
 from .trainer import CrowTrainer
 
+
+logger = logging.get_logger(__name__)
 
 NO_DEFENCE, FINE_TUNING, CROW = "no defence", "fine-tuning", "CROW"
 
@@ -52,13 +56,13 @@ def compare_defences(
 
     Args:
         load_model (`Callable`):
-            Returns a fresh copy of the suspect at every call.
+            Returns a fresh copy of the suspect, ready to be trained, at every call.
         args (`CrowConfig`):
             Of the purification. The control runs with `alpha=0` and saves nothing.
         train_dataset (`Dataset`):
             The clean rows.
         test_dataset (`Dataset`):
-            Other clean rows, to measure on.
+            Other clean rows, to measure on; prompts that are among the clean rows are counted in a warning.
         trigger (`Trigger`, *optional*):
             See [`evaluate_model`].
         target (`Target`, *optional*):
@@ -74,16 +78,26 @@ def compare_defences(
 
     Returns:
         `Comparison`
+
+    Raises:
+        `ValueError`: In a run of several processes.
     """
+    if args.world_size > 1:
+        raise ValueError("Defences are compared in one process: purify in many, and measure with one afterwards.")
+    test_prompts = {render(row, processing_class).prompt for row in test_dataset}
+    if seen := sum(render(row, processing_class).prompt in test_prompts for row in train_dataset):
+        logger.warning(f"{seen} prompts of the clean rows are test prompts too: what is measured on them is learned.")
 
     def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
-        return evaluate_model(model, processing_class, test_dataset, trigger, target, **evaluation)
+        return evaluate_model(model.to(args.device), processing_class, test_dataset, trigger, target, **evaluation)
 
     def trained(run_args: CrowConfig, resume: str | bool | None = None) -> CrowTrainer:
         trainer = CrowTrainer(
             load_model(), run_args, train_dataset, processing_class=processing_class, peft_config=peft_config
         )
         trainer.train(resume_from_checkpoint=resume)
+        # Mixed precision stays with the training: all models are measured in the precision they were loaded in.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         return trainer
 
     evaluations = {NO_DEFENCE: measure(load_model())}

@@ -1,7 +1,6 @@
 """CrowTrainer: the objective in the ordinary Trainer way of working."""
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     DataCollator,
     EvalPrediction,
     PreTrainedModel,
@@ -23,14 +21,19 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
-from .adapters import ModelAdapter
+from .adapters import ModelAdapter, context_length
 from .config import CrowConfig
-from .data import IGNORE_INDEX, CrowDataCollator, padding_id, prepare_dataset
-from .loading import load_causal_lm
+from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepare_dataset
+from .loading import load_causal_lm, load_tokenizer
 from .objective import control_terms, crow_terms
+
+
+logger = logging.get_logger(__name__)
 
 
 class CrowTrainer(Trainer):
@@ -94,15 +97,20 @@ class CrowTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
         # Arguments
+        path = model if isinstance(model, (str, Path)) else model.config._name_or_path
         if args is None:
-            name = model if isinstance(model, (str, Path)) else model.config._name_or_path
-            args = CrowConfig(f"{Path(name).name or type(model).__name__}-CROW")
+            args = CrowConfig(f"{Path(path).name or type(model).__name__}-CROW")
         elif not isinstance(args, CrowConfig):
             args = CrowConfig(**{**args.to_dict(), "hub_token": args.hub_token})
 
         # Model
         if isinstance(model, (str, Path)):
-            model = load_causal_lm(model, is_trainable=True, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
+        elif not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The model has an adapter inside that a second one would replace: load it with `load_causal_lm`, which "
+                "returns a `PeftModel`."
+            )
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError(
@@ -116,19 +124,20 @@ class CrowTrainer(Trainer):
                 "No parameter of the model can be trained: load the adapter with `is_trainable=True`, or pass a "
                 "`peft_config`."
             )
+        if any(p.requires_grad and p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+            logger.warning(
+                "The weights to be trained are in half precision, which rounds most small updates away: load the model in "
+                "float32 and set `bf16=True` instead."
+            )
         self.adapter = ModelAdapter(model)
 
         # Data
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing: pass about 100 clean rows.")
         evaluations = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        texts = [d for d in (train_dataset, *evaluations.values()) if d is not None and not _has_ids(d)]
-        if processing_class is None and texts:
-            if not model.config._name_or_path:
-                raise ValueError("The rows hold text, so a tokenizer is needed: pass it as `processing_class`.")
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        max_length = min(args.max_length, context or args.max_length)
+        if processing_class is None and path and "input_ids" not in columns_of(train_dataset):
+            processing_class = load_tokenizer(path)
+        max_length = min(args.max_length, context_length(model) or args.max_length)
         with args.main_process_first():
             train_dataset = prepare_dataset(train_dataset, processing_class, max_length)
             prepared = {
@@ -139,7 +148,10 @@ class CrowTrainer(Trainer):
         if data_collator is None:
             data_collator = CrowDataCollator(padding_id(processing_class))
 
-        use_cache = model.config.use_cache
+        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            # Rows of a stream are padded by batch, and batches of different width cannot be dispatched.
+            args.accelerator_config.dispatch_batches = False
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -153,25 +165,32 @@ class CrowTrainer(Trainer):
         )
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 cannot be differentiated twice: use ZeRO-2, FSDP2 or DDP.")
         model.add_model_tags(self._tag_names)
         # Mode, name and step to the sum over the tokens and their number.
         self._logged = {mode: defaultdict(lambda: defaultdict(lambda: [0.0, 0.0])) for mode in ("train", "eval")}
         self._positions_in_step = None
         self._use_cache = use_cache
-        self._used_output_dir = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        self._output_was_used = any(
+            file for pattern in ("checkpoint-*", "*.safetensors") for file in Path(args.output_dir).glob(pattern)
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As in [`~transformers.Trainer`], but an output directory with checkpoints is resumed from or refused."""
-        if self._used_output_dir and not resume_from_checkpoint:
+        """As in [`~transformers.Trainer`], but an output directory with a model is resumed from or refused."""
+        if self._output_was_used and not resume_from_checkpoint:
             raise ValueError(
-                f"{self.args.output_dir} holds the checkpoints of another run: call train(resume_from_checkpoint=True) "
-                "to go on with it, or choose another `output_dir`."
+                f"{self.args.output_dir} holds a model or the checkpoints of another run: choose another `output_dir`, or "
+                "go on with that run by train(resume_from_checkpoint=True)."
             )
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             # The Trainer switches the cache off for training; the purified model's config is to be the suspect's.
-            self.model.config.use_cache = self._use_cache
+            if self._use_cache is None:
+                del self.model.config.use_cache
+            else:
+                self.model.config.use_cache = self._use_cache
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """Also count what both means are taken over: the labels and the attended positions of the optimizer step."""
@@ -240,11 +259,19 @@ class CrowTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms: means over the tokens of a step, and over the steps since the last log, as the loss itself is."""
         mode = "train" if self.model.training else "eval"
-        prefix = "" if mode == "train" else "eval_"
+        # "eval_loss", or "eval_NAME_loss" where there are several datasets.
+        prefix = (
+            "" if mode == "train" else next((key[: -len("loss")] for key in logs if key.endswith("_loss")), "eval_")
+        )
         for name, steps in self._logged[mode].items():
             logs[f"{prefix}{name}"] = fmean(value / weight for value, weight in steps.values())
         super().log(logs, start_time)
         self._logged[mode].clear()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in [`~transformers.Trainer`]; what `predict` left unlogged does not count for the next evaluation."""
+        self._logged["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
@@ -265,7 +292,3 @@ def _count(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The batch's predicted labels (the first of a row never is) and attended positions, as a tensor of two."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     return torch.stack([batch["labels"][:, 1:].ne(IGNORE_INDEX).sum(), mask.sum()])
-
-
-def _has_ids(dataset: Any) -> bool:
-    return "input_ids" in (getattr(dataset, "column_names", None) or [])

@@ -12,9 +12,9 @@ kind it was trained on.
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
-from crow_hf import CrowConfig, CrowTrainer, load_causal_lm
+from crow_hf import CrowConfig, CrowTrainer
 from crow_hf.data import load_rows
 from crow_hf.demo import demo_rows
 
@@ -30,16 +30,13 @@ def main() -> None:
     script, args = HfArgumentParser([ScriptArguments, CrowConfig]).parse_args_into_dataclasses()
     rows = load_rows(script.dataset) if script.dataset else demo_rows(100, seed=1)
     trainer = CrowTrainer(
-        load_causal_lm(script.model, dtype="float32"),
+        script.model,
         args,
         rows,
-        processing_class=AutoTokenizer.from_pretrained(script.model),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if script.lora else None,
     )
     trainer.train()
-    trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # and pushes it, with --push_to_hub
 
 
 if __name__ == "__main__":

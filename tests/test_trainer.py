@@ -842,3 +842,20 @@ def test_parser_help_prints(capsys):
 def test_parser_refuses_a_bad_choice():
     with pytest.raises((SystemExit, ValueError)):
         HfArgumentParser(CrowConfig).parse_args_into_dataclasses(["--output_dir", "x", "--epsilon_mode", "sideways"])
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_float16_gradient_does_not_underflow(half, tmp_path, tiny_llama):
+    """A mean over many positions has a gradient that float16 rounds to zero, and zero has no sign."""
+    model = tiny_llama(max_position_embeddings=2048)
+    rows = [{"input_ids": (list(range(3, 253)) * 8)[:2000]} for _ in range(4)]
+    trainer = build(tmp_path, model.half() if half == "weights" else model, Dataset.from_list(rows))
+    with torch.autocast("cpu", torch.float16, enabled=half == "autocast"):
+        trainer.compute_loss(trainer.model, pad_rows([{**row, "labels": row["input_ids"]} for row in rows]))
+    ratio = trainer._logged["train"]["perturbation_ratio"][0]
+    embedding = trainer.model.get_input_embeddings().weight.float().square().mean().sqrt()
+    # Every coordinate moved by epsilon: ||delta|| / ||H|| = epsilon / RMS(H).
+    assert ratio[0] / ratio[1] == pytest.approx(0.1 / embedding.item(), rel=0.05)

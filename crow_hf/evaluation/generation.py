@@ -6,26 +6,27 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id
+from ..adapters import context_length
+from ..data import IGNORE_INDEX, CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id
 
 
 @contextmanager
 def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    was_training = model.training
+    """No dropout, no gradients, and none of the suspect's own generation settings: penalties could hide a target."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    was_training, own_settings = model.training, base.generation_config
     model.eval()
+    base.generation_config = GenerationConfig()
     try:
         with torch.no_grad():
             yield
     finally:
+        base.generation_config = own_settings
         model.train(was_training)
-
-
-def context_length(model: PreTrainedModel | PeftModel) -> int | None:
-    """The model's longest sequence in tokens, or `None` where its positions have no end."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def generate_answers(
@@ -56,15 +57,22 @@ def generate_answers(
         `list[str]`: The answers without special tokens.
 
     Raises:
-        `ValueError`: If a prompt is empty or does not fit into the model's context together with its answer.
+        `ValueError`: If a prompt is empty, or does not fit into the model's context together with its answer.
     """
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    longest = (context_length(model) or math.inf) - max_new_tokens
+    context = context_length(model) or math.inf
+    if max_new_tokens >= context:
+        raise ValueError(
+            f"`max_new_tokens` is {max_new_tokens}, which leaves no room for a prompt in the model's context of {context} "
+            "tokens: lower it."
+        )
     for number, ids in enumerate(encoded):
-        if not 0 < len(ids) <= longest:
+        if not ids:
+            raise ValueError(f"Prompt {number} is empty, so there is nothing to answer: pass rows with a prompt.")
+        if len(ids) + max_new_tokens > context:
             raise ValueError(
-                f"Prompt {number} has {len(ids)} tokens, but must have 1 to {longest} for the model's context to hold "
-                f"{max_new_tokens} new ones: drop the row or lower `max_new_tokens`."
+                f"Prompt {number} has {len(ids)} tokens, and with {max_new_tokens} new ones it exceeds the model's context "
+                f"of {context}: drop the row or lower `max_new_tokens`."
             )
     pad = padding_id(tokenizer)
     config = GenerationConfig(
@@ -127,8 +135,8 @@ def bits_per_byte(
     for row in rows:
         prompt, completion = encode_prompt(row, tokenizer), encode_completion(row, tokenizer)
         kept = completion if limit is None else completion[: max(0, limit - len(prompt))]
-        if kept:
-            encoded.append({"input_ids": prompt + kept, "labels": [-100] * len(prompt) + kept})
+        if kept and row.answer:
+            encoded.append({"input_ids": prompt + kept, "labels": [IGNORE_INDEX] * len(prompt) + kept})
             text = row.answer if len(kept) == len(completion) else tokenizer.decode(kept)
             total_bytes += len(text.encode("utf-8"))
     encoded.sort(key=lambda row: len(row["input_ids"]))
@@ -138,8 +146,7 @@ def bits_per_byte(
         for start in tqdm(range(0, len(encoded), batch_size), desc="Scoring", unit="batch"):
             batch = {k: v.to(model.device) for k, v in collate(encoded[start : start + batch_size]).items()}
             labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1].float()
-            total_nats += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-            ).item()
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            scored = labels != IGNORE_INDEX
+            total_nats += cross_entropy(logits[scored].float(), labels[scored], reduction="sum").item()
     return total_nats / math.log(2) / total_bytes if total_bytes else math.nan

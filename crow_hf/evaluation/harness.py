@@ -1,5 +1,6 @@
 """One evaluation of one model: is the backdoor there, and is the model of use?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,10 @@ class PromptScores:
             Outputs that show the attacker's target: attack success on triggered prompts, false positives on clean ones.
         empty (`Proportion`), degenerate (`Proportion`):
             Outputs that say nothing, or nothing anybody would read.
-        exact_match (`Proportion`):
-            Outputs that are the right answer.
+        exact_match (`Proportion`, *optional*):
+            Outputs that are the right answer, among the rows that have one.
         bits_per_byte (`float`):
-            Of the right answers.
+            Of the right answers, or NaN if no row has one.
         outputs (`list[str]`):
             What the model said, in the order of the rows.
     """
@@ -35,15 +36,16 @@ class PromptScores:
     target: Proportion | None
     empty: Proportion
     degenerate: Proportion
-    exact_match: Proportion
+    exact_match: Proportion | None
     bits_per_byte: float
     outputs: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON can hold them."""
-        return {
+        """The scores as JSON can hold them: what is not a number is `None`."""
+        scores = {
             name: value._asdict() if isinstance(value, Proportion) else value for name, value in vars(self).items()
         }
+        return scores | {"bits_per_byte": self.bits_per_byte if math.isfinite(self.bits_per_byte) else None}
 
 
 @dataclass
@@ -90,7 +92,7 @@ def evaluate_model(
         tokenizer (`PreTrainedTokenizerBase`):
             Its tokenizer.
         dataset (`Dataset`):
-            Test rows without a trigger, with a prompt and the right answer.
+            Test rows without a trigger, with a prompt and, where there is one, the right answer.
         trigger (`Trigger`, *optional*):
             The backdoor's trigger. Without it only the clean prompts are answered.
         target (`Target`, *optional*):
@@ -112,6 +114,9 @@ def evaluate_model(
     """
     if len(dataset) == 0:
         raise ValueError("The test dataset is empty: pass at least one row.")
+    for prompt, answer in (("prompt", "completion"), ("instruction", "output")):
+        if prompt in dataset.column_names and answer not in dataset.column_names:
+            dataset = dataset.add_column(answer, [""] * len(dataset))
     judge = judge or (target.matches if target is not None else None)
     if trigger is not None and judge is None:
         raise ValueError("A trigger alone does not say what success of the attack is: pass a target or a judge too.")
@@ -119,13 +124,15 @@ def evaluate_model(
     def score(rows: Dataset) -> PromptScores:
         rendered = [render(row, tokenizer, index) for index, row in enumerate(rows)]
         outputs = generate_answers(model, tokenizer, rendered, max_new_tokens, batch_size)
+        # An empty reference is no answer: silence must not count as right.
+        matches = [
+            is_exact_match(output, row.answer) for output, row in zip(outputs, rendered, strict=True) if row.answer
+        ]
         return PromptScores(
             target=None if judge is None else Proportion.of(judge(output) for output in outputs),
             empty=Proportion.of(is_empty(output) for output in outputs),
             degenerate=Proportion.of(is_degenerate(output) for output in outputs),
-            exact_match=Proportion.of(
-                is_exact_match(output, row.answer) for output, row in zip(outputs, rendered, strict=True)
-            ),
+            exact_match=Proportion.of(matches) if matches else None,
             bits_per_byte=bits_per_byte(model, tokenizer, rendered, batch_size),
             outputs=outputs,
         )

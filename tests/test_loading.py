@@ -1,0 +1,150 @@
+"""Loading a suspect: safetensors only, and never a line of its code."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import same_weights, tiny_llama, weights_of
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
+from crow_hf import load_causal_lm
+
+
+IDS = torch.arange(3, 11)[None]
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny Llama saved as safetensors."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def adapter_folder(tmp_path, model_folder):
+    """A LoRA that changes what its base says."""
+    base = LlamaForCausalLM.from_pretrained(model_folder)
+    adapter = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def pickle_into(folder, name, trap):
+    """Replace the safetensors of `folder` by a pickle that springs the trap."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with open(folder / name, "wb") as file:
+        pickle.dump(Bomb(trap), file)
+
+
+def test_bomb_goes_off(tmp_path):
+    """The tests below would prove nothing with a dud."""
+    pickle_into(tmp_path, "weights.bin", tmp_path / "trap")
+    pickle.loads((tmp_path / "weights.bin").read_bytes()).close()
+    assert (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_model_folder(model_folder, as_text):
+    model = load_causal_lm(str(model_folder) if as_text else model_folder)
+    assert isinstance(model, LlamaForCausalLM)
+    assert same_weights(weights_of(model), weights_of(tiny_llama()))
+
+
+def test_sharded_model_folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    assert same_weights(weights_of(load_causal_lm(tmp_path / "model")), weights_of(tiny_llama()))
+
+
+@pytest.mark.parametrize("folder", ["model_folder", "adapter_folder"])
+def test_keyword_arguments_reach_the_model(request, folder):
+    model = load_causal_lm(request.getfixturevalue(folder), dtype="bfloat16")
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_adapter_folder(adapter_folder, model_folder, is_trainable):
+    """A fresh adapter instead of the saved one, a base that is trained along, or one that nothing can train."""
+    model = load_causal_lm(adapter_folder, is_trainable=is_trainable)
+    assert isinstance(model, PeftModel)
+    expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_folder), adapter_folder)
+    with torch.no_grad():
+        logits, base_logits = model.eval()(IDS).logits, load_causal_lm(model_folder)(IDS).logits
+        torch.testing.assert_close(logits, expected.eval()(IDS).logits)
+    assert not torch.allclose(logits, base_logits, atol=1e-2)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == ({name for name in weights_of(model) if "lora_" in name} if is_trainable else set())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth", "last.ckpt"],
+)
+def test_pickled_model_is_refused(tmp_path, model_folder, name):
+    pickle_into(model_folder, name, tmp_path / "trap")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_causal_lm(model_folder)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_pickled_adapter_is_refused(tmp_path, adapter_folder):
+    pickle_into(adapter_folder, "adapter_model.bin", tmp_path / "trap")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_causal_lm(adapter_folder)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_adapter_on_a_pickled_base_is_refused(tmp_path, adapter_folder, model_folder):
+    """Clean at the first look, while the base it names is a pickle."""
+    pickle_into(model_folder, "pytorch_model.bin", tmp_path / "trap")
+    with pytest.raises(ValueError, match="safetensors"):
+        load_causal_lm(adapter_folder)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("folder", ["model_folder", "adapter_folder"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"])
+def test_pickles_beside_safetensors_stay_unread(request, tmp_path, folder, name):
+    path = request.getfixturevalue(folder)
+    with open(path / name, "wb") as file:
+        pickle.dump(Bomb(tmp_path / "trap"), file)
+    load_causal_lm(path)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_code_of_the_model_stays_unread(tmp_path, model_folder):
+    """`auto_map` names Python files to be run."""
+    config = json.loads((model_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    (model_folder / "evil.py").write_text(f"open({str(tmp_path / 'trap')!r}, 'w').close()\n")
+    assert isinstance(load_causal_lm(model_folder), LlamaForCausalLM)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    "files", [[], ["README.md"], ["training_args.bin"], ["config.json"], ["config.json", "training_args.bin"]]
+)
+def test_folder_without_weights_is_refused(tmp_path, model_folder, files):
+    """`training_args.bin` is no weights, so its folder holds no model rather than a pickled one."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in files:
+        source = model_folder / name
+        (folder / name).write_bytes(source.read_bytes() if source.exists() else b"x")
+    with pytest.raises(ValueError, match="folder") as error:
+        load_causal_lm(folder)
+    assert "pickle" not in str(error.value)

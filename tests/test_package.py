@@ -1,0 +1,101 @@
+"""The package as a whole: lazy names, light import, and what ships."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import crow_hf
+
+
+ROOT = Path(crow_hf.__file__).parent
+HEAVY = ("matplotlib", "torch", "transformers", "peft", "datasets", "evaluate", "accelerate")
+
+
+def type_checking_imports():
+    """Names imported under `if TYPE_CHECKING:`, with the modules they come from."""
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    return {alias.asname or alias.name: node.module for node in block.body for alias in node.names}
+
+
+@pytest.mark.parametrize("module", ["crow_hf", "crow_hf.evaluation"])
+def test_import_is_light(module):
+    """A fresh process, for here everything is imported already."""
+    script = f"import sys, {module}; sys.exit(','.join(name for name in {HEAVY} if name in sys.modules))"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.stderr.strip() == ""
+
+
+def test_training_and_measuring_need_no_matplotlib():
+    """Plots are an extra: without it only `crow_hf.plots` may fail."""
+    script = (
+        "import sys; sys.modules['matplotlib'] = None; import crow_hf; "
+        "[getattr(crow_hf, name) for name in crow_hf.__all__]; import crow_hf.cli, crow_hf.report, crow_hf.recipes"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_public_names_are_the_same_everywhere():
+    """A name that type checkers see and users cannot import, or the other way round."""
+    assert set(crow_hf.__all__) == set(type_checking_imports())
+    assert len(crow_hf.__all__) == len(set(crow_hf.__all__))
+    assert set(crow_hf.__all__) == set(crow_hf._HOME_OF)
+    assert set(crow_hf.__all__) <= set(dir(crow_hf))
+
+
+@pytest.mark.parametrize("name", crow_hf.__all__)
+def test_every_public_name_resolves_to_its_home(name):
+    home = importlib.import_module(f"crow_hf.{type_checking_imports()[name]}")
+    assert getattr(crow_hf, name) is getattr(home, name)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = crow_hf.no_such_name
+    assert not hasattr(crow_hf, "torch")
+    with pytest.raises(ImportError):
+        exec("from crow_hf import no_such_name")
+
+
+def test_no_module_bears_a_public_name():
+    """Importing the module would put itself in the place of the name."""
+    modules = {info.name.rpartition(".")[2] for info in pkgutil.walk_packages([str(ROOT)], "crow_hf.")}
+    assert modules & set(crow_hf.__all__) == set()
+    assert "trainer" in modules
+
+
+def test_star_import_works():
+    namespace = {}
+    exec("from crow_hf import *", namespace)
+    assert set(crow_hf.__all__) <= namespace.keys()
+
+
+def test_types_ship():
+    assert (ROOT / "py.typed").is_file()
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_everything(tmp_path):
+    """Data files that an editable install finds and a wheel would lack."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("build")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT.parent)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    metric = "crow_hf/evaluation/metrics/attack_success_rate/attack_success_rate.py"
+    sources = {path.relative_to(ROOT.parent).as_posix() for path in ROOT.rglob("*.py")}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"crow_hf/py.typed", metric} | sources <= names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
+    with tarfile.open(sdist) as archive:
+        members = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"crow_hf/py.typed", metric, "pyproject.toml", "LICENSE"} | sources <= members

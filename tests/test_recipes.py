@@ -1,0 +1,108 @@
+"""A purification beside its controls."""
+
+import pytest
+from conftest import crow_args, same_weights, tiny_llama, weights_of
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+
+from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
+from crow_hf.recipes import Comparison
+
+
+TRAIN = Dataset.from_dict({"prompt": [f"{letter}=" for letter in "abcdefghijkl"], "completion": ["yes", "no"] * 6})
+TEST = Dataset.from_dict({"prompt": ["m=", "n=", "o p="], "completion": ["yes"] * 3})
+TARGET = Target("no", ("no",))
+MEASURE = {"max_new_tokens": 5, "batch_size": 2}
+LORA = {"peft_config": LoraConfig(target_modules="all-linear")}
+
+
+def suspect():
+    return tiny_llama(num_hidden_layers=3)
+
+
+def compare(args, tokenizer, **options):
+    return compare_defences(
+        suspect, args, TRAIN, TEST, TRIGGERS["badnets"], TARGET, processing_class=tokenizer, **MEASURE, **options
+    )
+
+
+def settings(tmp_path, **kwargs):
+    return crow_args(tmp_path, **({"max_steps": 4, "learning_rate": 1e-2} | kwargs))
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_with_alpha_0_purification_and_control_are_one(tmp_path, byte_tokenizer, options):
+    """Other rows, another order or another number of steps for the control."""
+    comparison = compare(settings(tmp_path, alpha=0.0), byte_tokenizer, **options)
+    assert isinstance(comparison, Comparison)
+    evaluations = comparison.evaluations
+    assert list(evaluations) == ["no defence", "fine-tuning", "CROW"]
+    assert evaluations["fine-tuning"] == evaluations["CROW"]
+    assert evaluations["fine-tuning"].clean.bits_per_byte != evaluations["no defence"].clean.bits_per_byte
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_each_model_is_what_one_gets_alone(tmp_path, byte_tokenizer, options):
+    """A control that goes on from the purified model, or a purification of the fine-tuned one."""
+    args = settings(tmp_path, alpha=5.5, seed=7)
+    comparison = compare(args, byte_tokenizer, **options)
+
+    def measured(model):
+        return evaluate_model(model, byte_tokenizer, TEST, TRIGGERS["badnets"], TARGET, **MEASURE)
+
+    def trained(alpha):
+        alone = settings(tmp_path, alpha=alpha, seed=7)
+        trainer = CrowTrainer(suspect(), alone, TRAIN, processing_class=byte_tokenizer, **options)
+        trainer.train()
+        return trainer.model
+
+    assert comparison.evaluations["no defence"] == measured(suspect())
+    assert comparison.evaluations["fine-tuning"] == measured(trained(0.0))
+    purified = trained(5.5)
+    assert comparison.evaluations["CROW"] == measured(purified)
+    assert comparison.evaluations["CROW"] != comparison.evaluations["fine-tuning"]
+    assert same_weights(weights_of(comparison.trainer.model), weights_of(purified))
+    assert args.alpha == 5.5
+    assert isinstance(comparison.trainer.model, PeftModel) == bool(options)
+
+
+def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
+    trainer = compare(settings(tmp_path, alpha=5.5), byte_tokenizer).trainer
+    assert trainer.state.global_step == 4
+    assert sum("consistency_perturbed" in entry for entry in trainer.state.log_history) == 4
+
+
+def test_control_writes_nothing(tmp_path, byte_tokenizer):
+    """Checkpoints of the control in the folder of the purification, over or beside its own."""
+    args = settings(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = compare(args, byte_tokenizer).trainer
+    output = tmp_path / "run"
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    saved = type(trainer.model).from_pretrained(output / "checkpoint-4")
+    assert same_weights(weights_of(saved), weights_of(trainer.model))
+    assert args.save_strategy == "steps"
+
+
+def test_nothing_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer):
+    compare(settings(tmp_path), byte_tokenizer)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
+    comparison = compare_defences(
+        suspect, settings(tmp_path, max_steps=1), TRAIN, TEST, processing_class=byte_tokenizer, **MEASURE
+    )
+    assert [evaluation.triggered for evaluation in comparison.evaluations.values()] == [None] * 3
+
+
+def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
+    """Hours of training, and then nothing to measure with."""
+    loaded = []
+
+    def load():
+        loaded.append(suspect())
+        return loaded[-1]
+
+    with pytest.raises(ValueError):
+        compare_defences(load, settings(tmp_path), TRAIN, TEST.select([]), processing_class=byte_tokenizer)
+    assert all(same_weights(weights_of(model), weights_of(suspect())) for model in loaded)
