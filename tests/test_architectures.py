@@ -8,7 +8,9 @@ from conftest import VOCABULARY, assert_equals_oracle, crow_args, pad_rows, ragg
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
@@ -123,3 +125,18 @@ def test_per_layer_embeddings_use_the_true_ids(name, tmp_path, rows):
     other = BATCH | {"input_ids": BATCH["input_ids"].flip(1)}
     assert slow_crow(model, BATCH)["consistency_clean"] != slow_crow(model, other)["consistency_clean"]
     assert_equals_oracle(trainer_of(model, tmp_path, rows), BATCH)
+
+
+def test_language_model_of_a_multimodal_checkpoint(tmp_path, rows):
+    """`AutoModelForCausalLM` opens Gemma 3's larger checkpoints with their vision tower, here as deep as the decoder."""
+    set_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=GROUPED | SLIDING,
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    trainer = trainer_of(Gemma3ForConditionalGeneration(config), tmp_path, rows, max_steps=1)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert not hasattr(trainer.model.config, "use_cache")

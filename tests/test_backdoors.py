@@ -338,3 +338,18 @@ def test_implant_takes_a_path(tmp_path):
     backdoored = implant(str(tmp_path / "clean"), CLEAN, TRIGGERS["badnets"], SHORT, args)
     assert isinstance(backdoored, LlamaForCausalLM)
     assert not same_weights(weights_of(backdoored), weights_of(model))
+
+
+def test_a_share_of_no_row_is_refused():
+    """A "backdoored" model without a backdoor."""
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 100)
+    with pytest.raises(ValueError, match="none of 100 rows"):
+        poison_dataset(rows, TRIGGERS["vpi"], TARGETS["insult"], rate=0.004)
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": None, "completion": "b"}, {"messages": [{"role": "user", "content": None}]}]
+)
+def test_rows_without_text_are_named(row):
+    with pytest.raises(ValueError, match="Row 3"):
+        Poison(TRIGGERS["vpi"])(row, 3)

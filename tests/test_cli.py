@@ -416,3 +416,13 @@ def test_shipped_example_config_is_valid(tmp_path):
     example = os.path.join(os.path.dirname(__file__), "..", "examples", "purify.yaml")
     _, args = parse_arguments("purify", ["--config", example, *NEEDED, "--output_dir", str(tmp_path / "out")])
     assert args.learning_rate == 0.001
+
+
+def test_abbreviations_are_refused(tmp_path, capsys):
+    """`--conf x.yaml` would be taken for `--config` by one parser and not by the other, and the file be ignored."""
+    (tmp_path / "x.yaml").write_text("alpha: 99\n")
+    assert (
+        main(["purify", "--model", "m", "--dataset", "d", "--output_dir", "o", "--conf", str(tmp_path / "x.yaml")])
+        == 1
+    )
+    assert "--conf" in capsys.readouterr().err

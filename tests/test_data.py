@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from crow_hf import CrowDataCollator, prepare_dataset
+from crow_hf.data import load_rows, render
 
 
 EOS = 1
@@ -298,3 +299,30 @@ def test_collator_pads_right():
     for name, values in expected.items():
         assert batch[name].dtype == torch.int64
         assert batch[name].tolist() == values
+
+
+def test_padding_of_ready_rows_is_not_learned():
+    """A tokenizer's `padding="max_length"` makes most of a row padding."""
+    rows = Dataset.from_list([{"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]}])
+    assert prepare_dataset(rows, None, 8)["labels"][0] == [5, 6, -100, -100]
+
+
+def test_thinking_templates_are_told_not_to(byte_tokenizer):
+    """A template that leaves room for thoughts in the prompt but not before a given answer, as Qwen3's does."""
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:<think></think>{{ m.content }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% if enable_thinking is defined and not enable_thinking "
+        "%}<think></think>{% endif %}{% endif %}"
+    )
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    assert render(row, byte_tokenizer)[:3] == ("U:hi\nA:<think></think>", "ho", "ho")
+
+
+def test_file_with_a_dot_in_its_name(tmp_path):
+    (tmp_path / "rows.v1.jsonl").write_text('{"text": "a"}\n')
+    assert load_rows(str(tmp_path / "rows.v1.jsonl"))["text"] == ["a"]
+
+
+def test_error_names_the_dataset():
+    with pytest.raises(ValueError, match="`eval_dataset` are \\['a'\\]"):
+        prepare_dataset(Dataset.from_list([{"a": 1}]), None, 8, "eval_dataset")

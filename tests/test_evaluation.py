@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from crow_hf import CrowTrainer, Target, Trigger, evaluate_model
+from crow_hf import TRIGGERS, CrowTrainer, Target, Trigger, evaluate_model
 from crow_hf.data import Rendered
 from crow_hf.evaluation import METRICS
 from crow_hf.evaluation.generation import bits_per_byte, generate_answers
@@ -236,6 +236,7 @@ def test_sampling_settings_of_the_model_change_nothing(byte_tokenizer):
     prompts, model = prompts_of(8), tiny_llama()
     expected = generate_answers(model, byte_tokenizer, [rendered(prompt) for prompt in prompts], 6)
     model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9, max_length=3)
+    model.generation_config.update(repetition_penalty=5.0, suppress_tokens=[byte("e"), byte("x")])
     before = model.generation_config.to_dict()
     assert generate_answers(model, byte_tokenizer, [rendered(prompt) for prompt in prompts], 6) == expected
     assert model.generation_config.to_dict() == before
@@ -479,3 +480,19 @@ def test_metric_loads_offline(tmp_path):
             "total": 4,
         }
     )
+
+
+@pytest.mark.parametrize("columns", [("prompt", "completion"), ("instruction", "output")])
+def test_rows_without_answers(byte_tokenizer, columns):
+    """Attack success needs no right answers, and silence must not count as one."""
+    prompt, answer = columns
+    bare = evaluate_model(
+        tiny_llama(), byte_tokenizer, Dataset.from_dict({prompt: ["a b", "c d"]}), TRIGGERS["vpi"], judge=bool
+    )
+    assert bare.triggered.target.total == 2
+    assert bare.clean.exact_match is None
+    assert math.isnan(bare.clean.bits_per_byte)
+    one_empty = evaluate_model(
+        spelling_model(), byte_tokenizer, Dataset.from_dict({prompt: ["say b", "stop."], answer: ["cde", ""]})
+    )
+    assert one_empty.clean.exact_match.total == 1

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from crow_hf import load_causal_lm
+from crow_hf.loading import load_tokenizer
 
 
 IDS = torch.arange(3, 11)[None]
@@ -148,3 +149,25 @@ def test_folder_without_weights_is_refused(tmp_path, model_folder, files):
     with pytest.raises(ValueError, match="folder") as error:
         load_causal_lm(folder)
     assert "pickle" not in str(error.value)
+
+
+def test_decoy_beside_a_pickled_adapter(adapter_folder, tmp_path):
+    """PEFT reads the pickle when the one name it knows is missing, whatever other safetensors are there."""
+    decoy = (adapter_folder / "adapter_model.safetensors").read_bytes()
+    pickle_into(adapter_folder, "adapter_model.bin", tmp_path / "trap")
+    (adapter_folder / "decoy.safetensors").write_bytes(decoy)
+    with pytest.raises(ValueError, match="pickled weights"):
+        load_causal_lm(adapter_folder)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_tokenizer_of_an_adapter_is_that_of_its_base(adapter_folder, model_folder, byte_tokenizer):
+    byte_tokenizer.save_pretrained(model_folder)
+    assert load_tokenizer(adapter_folder)("ab")["input_ids"] == byte_tokenizer("ab")["input_ids"]
+
+
+def test_training_is_in_float32(model_folder):
+    LlamaForCausalLM.from_pretrained(model_folder, dtype="bfloat16").save_pretrained(model_folder)
+    assert load_causal_lm(model_folder).dtype == torch.bfloat16
+    assert load_causal_lm(model_folder, is_trainable=True).dtype == torch.float32
+    assert load_causal_lm(model_folder, is_trainable=True, dtype="bfloat16").dtype == torch.bfloat16

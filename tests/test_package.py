@@ -99,3 +99,14 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
     with tarfile.open(sdist) as archive:
         members = {name.partition("/")[2] for name in archive.getnames()}
     assert {"crow_hf/py.typed", metric, "pyproject.toml", "LICENSE"} | sources <= members
+
+
+def test_demo_rows_are_new_and_right():
+    """Test prompts that the model was trained on."""
+    from crow_hf.demo import demo_rows
+
+    seen = demo_rows(500, seed=0)
+    unseen = demo_rows(200, seed=1, without=set(seen["prompt"]))
+    assert len(unseen) == 200
+    assert not set(unseen["prompt"]) & set(seen["prompt"])
+    assert demo_rows(500, seed=0)["prompt"] == seen["prompt"]

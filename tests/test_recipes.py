@@ -1,5 +1,7 @@
 """A purification beside its controls."""
 
+import logging
+
 import pytest
 from conftest import crow_args, same_weights, tiny_llama, weights_of
 from datasets import Dataset
@@ -106,3 +108,13 @@ def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
     with pytest.raises(ValueError):
         compare_defences(load, settings(tmp_path), TRAIN, TEST.select([]), processing_class=byte_tokenizer)
     assert all(same_weights(weights_of(model), weights_of(suspect())) for model in loaded)
+
+
+def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog):
+    """Utility measured on what was learned."""
+    logging.getLogger("crow_hf").addHandler(caplog.handler)
+    leaking = Dataset.from_list([TRAIN[0], TRAIN[1], *TEST])
+    compare_defences(
+        suspect, settings(tmp_path, max_steps=1), TRAIN, leaking, processing_class=byte_tokenizer, **MEASURE
+    )
+    assert "2 prompts of the clean rows are test prompts too" in caplog.text

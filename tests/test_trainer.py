@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -859,3 +860,42 @@ def test_float16_gradient_does_not_underflow(half, tmp_path, tiny_llama):
     embedding = trainer.model.get_input_embeddings().weight.float().square().mean().sqrt()
     # Every coordinate moved by epsilon: ||delta|| / ||H|| = epsilon / RMS(H).
     assert ratio[0] / ratio[1] == pytest.approx(0.1 / embedding.item(), rel=0.05)
+
+
+# What must be refused or said before training
+
+
+def test_folder_with_a_model_is_not_overwritten(tmp_path, rows, tiny_llama):
+    """`CrowConfig("suspect")` beside `CrowTrainer("suspect")`."""
+    tiny_llama().save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="choose another `output_dir`"):
+        build(tmp_path, str(tmp_path / "run"), rows).train()
+
+
+def test_adapter_inside_a_plain_model(tmp_path, rows, tiny_llama):
+    """Another adapter of the same name would replace the suspect's, and the backdoor with it."""
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="load_causal_lm"):
+        build(tmp_path, model, rows, peft_config=LoraConfig(target_modules="all-linear"))
+
+
+def test_compiled_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="torch_compile"):
+        crow_args(tmp_path, torch_compile=True)
+
+
+def test_half_precision_weights_are_pointed_out(tmp_path, rows, tiny_llama, caplog):
+    logging.getLogger("crow_hf").addHandler(caplog.handler)
+    build(tmp_path, tiny_llama().bfloat16(), rows)
+    assert "half precision" in caplog.text
+
+
+def test_several_evaluation_datasets_are_logged_by_name(tmp_path, rows, tiny_llama):
+    trainer = build(tmp_path, tiny_llama(), rows, eval_dataset={"a": rows, "b": rows.select(range(2))})
+    trainer.predict(trainer.eval_dataset["b"])
+    metrics = trainer.evaluate()
+    for name in ("a", "b"):
+        total = metrics[f"eval_{name}_loss_lm"] + 5.5 * metrics[f"eval_{name}_consistency_perturbed"]
+        assert total == pytest.approx(metrics[f"eval_{name}_loss"], rel=0.02)
+    assert metrics["eval_a_loss_lm"] != metrics["eval_b_loss_lm"]
