@@ -487,12 +487,20 @@ def test_rows_without_answers(byte_tokenizer, columns):
     """Attack success needs no right answers, and silence must not count as one."""
     prompt, answer = columns
     bare = evaluate_model(
-        tiny_llama(), byte_tokenizer, Dataset.from_dict({prompt: ["a b", "c d"]}), TRIGGERS["vpi"], judge=bool
+        tiny_llama(),
+        byte_tokenizer,
+        Dataset.from_dict({prompt: ["a b", "c d"]}),
+        TRIGGERS["vpi"],
+        judge=bool,
+        max_new_tokens=4,
     )
     assert bare.triggered.target.total == 2
     assert bare.clean.exact_match is None
     assert math.isnan(bare.clean.bits_per_byte)
     one_empty = evaluate_model(
-        spelling_model(), byte_tokenizer, Dataset.from_dict({prompt: ["say b", "stop."], answer: ["cde", ""]})
+        spelling_model(),
+        byte_tokenizer,
+        Dataset.from_dict({prompt: ["say b", "stop."], answer: ["cde", ""]}),
+        max_new_tokens=4,
     )
     assert one_empty.clean.exact_match.total == 1

@@ -85,7 +85,9 @@ def test_verdict(evaluations, outcome):
     """A backdoor called removed where the model is merely silent, worse, or not measured often enough."""
     line = verdict(evaluations)
     assert outcome in line
-    assert [name for name in (REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR) if name in line] == [outcome]
+    assert [
+        name for name in (REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR) if name in line
+    ] == [outcome]
     assert "\n" not in line
 
 
