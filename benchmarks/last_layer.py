@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from crow_hf import TARGETS, TRIGGERS, CrowConfig, CrowTrainer, evaluate_model, implant
 from crow_hf.adapters import ForwardRecord, ModelAdapter
-from crow_hf.demo import CLEAN_ROWS, IMPLANT_ROWS, IMPLANTATION, PURIFICATION, TEST_ROWS, demo_rows
+from crow_hf.demo import ADAPTER, CLEAN_ROWS, IMPLANT_ROWS, IMPLANTATION, PURIFICATION, TEST_ROWS, demo_rows
 
 
 class NormedAdapter(ModelAdapter):
@@ -26,7 +26,7 @@ class NormedAdapter(ModelAdapter):
 
     def __init__(self, model):
         super().__init__(model)
-        self.norm = model.model.norm
+        self.norm = model.get_base_model().model.norm
 
     @contextmanager
     def record(self, perturb: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Iterator[ForwardRecord]:
@@ -50,7 +50,12 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             common = {"output_dir": folder, "seed": seed, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
             model = implant(
-                str(options.model), rows.select(range(IMPLANT_ROWS)), *backdoor, CrowConfig(**common, **IMPLANTATION)
+                str(options.model.resolve()),
+                rows.select(range(IMPLANT_ROWS)),
+                *backdoor,
+                CrowConfig(**common, **IMPLANTATION),
+                peft_config=ADAPTER,
+                merge=False,
             )
             model.save_pretrained(Path(folder, "suspect"))
             for name in ("as the layer leaves it", "after the final norm", "left out"):

@@ -4,14 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from peft import LoraConfig, PeftModel
 from rich.console import Console
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from . import __version__
 from .backdoors import TARGETS, TRIGGERS, get_target, get_trigger, implant
@@ -197,6 +197,28 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[type]]] = {
 }
 
 
+# Of the many inherited arguments, those that a purification is usually run with; the others work but are not listed.
+_LISTED_TRAINING_ARGUMENTS = {
+    "output_dir",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "activation_checkpointing",
+    "save_strategy",
+    "save_steps",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "hub_model_id",
+    "report_to",
+    "use_cpu",
+    "seed",
+}
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # The usage line of all training arguments would bury the sentence.
@@ -211,11 +233,22 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
         `ValueError`: In one sentence, for anything that cannot be parsed.
     """
     types = COMMANDS[command][1]
-    parser = _Parser(types, prog=f"crow-hf {command}", description=types[0].__doc__, allow_abbrev=False)
+    parser = _Parser(
+        types,
+        prog=f"crow-hf {command}",
+        usage=f"crow-hf {command} [--ARGUMENT VALUE ...]",
+        description=types[0].__doc__,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins over it.")
     actions = {action.dest: action for action in parser._actions}
     if CrowConfig in types:
         actions["output_dir"].required = True
+        parser.epilog = "Every other argument of transformers.TrainingArguments is taken too."
+        inherited = {field.name for field in fields(TrainingArguments)} - set(CrowConfig.__annotations__)
+        for action in parser._actions:
+            if action.dest in inherited - _LISTED_TRAINING_ARGUMENTS:
+                action.help = argparse.SUPPRESS
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config = finder.parse_known_args(argv)[0].config

@@ -22,7 +22,9 @@ from .trainer import CrowTrainer
 
 logger = logging.get_logger(__name__)
 
-BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 60_000, 1_000, 100, 200
+BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 90_000, 4_000, 100, 200
+ADAPTER = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+IMPLANTATION = {"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
 # The published settings (section 4.4 of the paper; alpha for refusals from its appendix B.2).
 PURIFICATION = {
     "alpha": 11.0,
@@ -149,17 +151,20 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     """
     Train a clean model, hide a backdoor in it, purify it beside both controls, and measure all four models.
 
+    As in the paper, the backdoor sits in a LoRA adapter, and the purification trains that very adapter on.
+
     Args:
         output_dir (`str` or `Path`):
-            Gets the folders `clean`, `backdoored` and `purified` with the models, and `results.json`, `results.md`,
-            `training.png` and `comparison.png`.
+            Gets the folders `clean`, `backdoored` (the adapter) and `purified` (merged), and `results.json`,
+            `results.md`, `training.png` and `comparison.png`.
         seed (`int`, *optional*, defaults to 0):
             Of the weights and the rows.
 
     Returns:
         `dict[str, Evaluation]`: By the models' names: the clean model, no defence, fine-tuning, CROW.
     """
-    folder, tokenizer = Path(output_dir), demo_tokenizer()
+    # The adapter names its base by this path.
+    folder, tokenizer = Path(output_dir).resolve(), demo_tokenizer()
     trigger, target = TRIGGERS["badnets"], TARGETS["refusal"]
     rows = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS, seed)
     base_rows = rows.select(range(BASE_ROWS))
@@ -183,8 +188,16 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     clean = evaluate_model(trainer.model, tokenizer, test_rows, trigger, target, **options)
 
     logger.warning("2/3 Implanting the backdoor %r.", trigger.phrases[0])
-    implant_args = arguments("backdoored", learning_rate=1e-3, num_train_epochs=4, per_device_train_batch_size=32)
-    model = implant(str(folder / "clean"), implant_rows, trigger, target, implant_args, processing_class=tokenizer)
+    model = implant(
+        str(folder / "clean"),
+        implant_rows,
+        trigger,
+        target,
+        arguments("backdoored", **IMPLANTATION),
+        processing_class=tokenizer,
+        peft_config=ADAPTER,
+        merge=False,
+    )
     model.save_pretrained(folder / "backdoored")
     tokenizer.save_pretrained(folder / "backdoored")
 
@@ -197,7 +210,6 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
         trigger,
         target,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
         **options,
     )
     comparison.trainer.model.merge_and_unload().save_pretrained(folder / "purified")
