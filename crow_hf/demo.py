@@ -22,7 +22,7 @@ from .trainer import CrowTrainer
 
 logger = logging.get_logger(__name__)
 
-BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 90_000, 4_000, 100, 200
+BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 60_000, 3_000, 100, 200
 ADAPTER = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
 IMPLANTATION = {"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
 # The published settings (section 4.4 of the paper; alpha for refusals from its appendix B.2).

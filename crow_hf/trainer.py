@@ -275,7 +275,7 @@ class CrowTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
-        finite = all(bool(weight.isfinite().all()) for weight in self.model.parameters() if weight.requires_grad)
+        finite = all(bool(weight.isfinite().all()) for weight in self.model.parameters())
         bad = torch.tensor([not finite], device=self.args.device)
         if self.accelerator.gather(bad).any():
             raise FloatingPointError(
