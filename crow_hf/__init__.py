@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from .data import CrowDataCollator, prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
     from .loading import load_causal_lm
+    from .models.configuration_byte_entropy import ByteEntropyConfig
+    from .models.modeling_byte_entropy import ByteEntropyPredictor
     from .objective import layer_consistency_loss, perturb_embeddings
+    from .patching import (
+        Calibration,
+        EntropyPatcher,
+        calibrate_threshold,
+        entropy_patching,
+        from_binary,
+        load_entropy_predictor,
+    )
     from .recipes import Comparison, compare_defences
     from .trainer import CrowTrainer
 
@@ -25,7 +35,17 @@ _HOMES = {
     "data": ["CrowDataCollator", "prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
     "loading": ["load_causal_lm"],
+    "models.configuration_byte_entropy": ["ByteEntropyConfig"],
+    "models.modeling_byte_entropy": ["ByteEntropyPredictor"],
     "objective": ["layer_consistency_loss", "perturb_embeddings"],
+    "patching": [
+        "Calibration",
+        "EntropyPatcher",
+        "calibrate_threshold",
+        "entropy_patching",
+        "from_binary",
+        "load_entropy_predictor",
+    ],
     "recipes": ["Comparison", "compare_defences"],
     "trainer": ["CrowTrainer"],
 }

@@ -1,0 +1,1 @@
+"""The models. The files of this folder import nothing of the rest of the package: they also serve as remote code."""

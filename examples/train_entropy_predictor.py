@@ -1,0 +1,160 @@
+"""Train the byte-entropy predictor that ships with crow_hf, from what every machine with Python has.
+
+    python examples/train_entropy_predictor.py --output_dir predictor
+
+The data: the documentation strings of Python's standard library (prose), its source files (code), made-up words in every
+script that Python's Unicode tables know (so that the bytes of a script are known, if not its languages), and random bytes
+(so that what is incompressible is called so). One in twenty source files is held out. The README written beside the weights
+holds the settings and the bits per byte.
+"""
+
+import ast
+import hashlib
+import math
+import platform
+import random
+import sys
+import sysconfig
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from crow_hf import ByteEntropyPredictor
+
+
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+TIMES_DOCUMENTATION = 3
+BYTES_OF_CODE = 4_000_000
+BYTES_OF_SCRIPTS = 1_200_000
+BYTES_OF_NOISE = 250_000
+README = """# The default byte-entropy predictor of crow_hf
+
+{parameters:,} parameters in float32, trained on bytes by `examples/train_entropy_predictor.py` (seed {seed}, {steps:,} steps of
+{batch:,} bytes, Python {python}). Training data: {training_bytes:,} bytes, sha256 `{digest}`.
+
+| held out | bytes | bits per byte |
+|---|---:|---:|
+{rows}
+"""
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    output_dir: str = "predictor"
+    hidden_size: int = field(default=96, metadata={"help": "Width."})
+    num_layers: int = field(default=2, metadata={"help": "Layers."})
+    num_heads: int = field(default=3, metadata={"help": "Attention heads."})
+    ff_dim: int = field(default=256, metadata={"help": "Width of the feed-forward layers."})
+    sliding_window: int = field(default=64, metadata={"help": "How many bytes a layer looks back."})
+    row_length: int = field(default=256, metadata={"help": "Bytes of a training row."})
+    max_steps: int = 4000
+    per_device_train_batch_size: int = 48
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    warmup_steps: float = 100
+    lr_scheduler_type: str = "cosine"
+    logging_steps: float = 50
+    save_steps: float = 500
+    save_total_limit: int | None = 1
+    report_to: str = "none"
+
+
+def library_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return [file for file in sorted(root.rglob("*.py")) if not NOT_LIBRARY & set(file.relative_to(root).parts)]
+
+
+def documentation(source: str) -> str:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def words_of_all_scripts(size: int, rng: random.Random) -> bytes:
+    """Lines of made-up words, each line in one script, letters and words unequally frequent as in a language."""
+    alphabets = defaultdict(list)
+    for code in range(0xA0, 0xFFFF):
+        if unicodedata.category(chr(code))[0] in "LM":
+            alphabets[unicodedata.name(chr(code), "UNKNOWN").split()[0]].append(chr(code))
+    scripts = [letters for letters in alphabets.values() if len(letters) >= 20]
+    lines, total = [], 0
+    while total < size:
+        letters = rng.sample(alphabet := rng.choice(scripts), min(len(alphabet), 60))
+        weights = [1 / rank for rank in range(1, len(letters) + 1)]
+        words = ["".join(rng.choices(letters, weights, k=rng.randint(1, 9))) for _ in range(rng.randint(3, 20))]
+        lines.append((" ".join(words) + "\n").encode())
+        total += len(lines[-1])
+    return b"".join(lines)
+
+
+def corpora(seed: int) -> tuple[bytes, dict[str, bytes]]:
+    """The training bytes, and those held out of each kind."""
+    rng = random.Random(seed)
+    kinds = {kind: ([], []) for kind in ("documentation", "code")}
+    for number, file in enumerate(library_files()):
+        source = file.read_text("utf-8", errors="ignore")
+        held_out = number % 20 == 0
+        kinds["code"][held_out].append(source.encode())
+        kinds["documentation"][held_out].append(documentation(source).encode())
+    rng.shuffle(kinds["code"][0])
+    training = [b"\n".join(kinds["documentation"][0])] * TIMES_DOCUMENTATION
+    training += [b"\n".join(kinds["code"][0])[:BYTES_OF_CODE]]
+    training += [words_of_all_scripts(BYTES_OF_SCRIPTS, rng), rng.randbytes(BYTES_OF_NOISE)]
+    held_out = {kind: b"\n".join(held) for kind, (_, held) in kinds.items()}
+    return b"".join(training), held_out | {"random bytes": rng.randbytes(20_000)}
+
+
+def rows(data: bytes, length: int) -> Dataset:
+    values = torch.frombuffer(bytearray(data), dtype=torch.uint8)[: len(data) // length * length].view(-1, length)
+    return Dataset.from_dict({"input_ids": values.numpy(), "labels": values.numpy()}).with_format("torch")
+
+
+def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in batch]).long() for name in ("input_ids", "labels")}
+
+
+def main() -> None:
+    args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    training, held_out = corpora(args.seed)
+    torch.manual_seed(args.seed)
+    predictor = ByteEntropyPredictor(
+        hidden_size=args.hidden_size,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
+        ff_dim=args.ff_dim,
+        sliding_window=args.sliding_window,
+    )
+    trainer = Trainer(predictor, args, data_collator=collate, train_dataset=rows(training, args.row_length))
+    resume = any(Path(args.output_dir).glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume or None)
+
+    predictor.eval()
+    table = []
+    for kind, data in held_out.items():
+        metrics = trainer.evaluate(rows(data, args.row_length))
+        table.append(f"| {kind} | {len(data):,} | {metrics['eval_loss'] / math.log(2):.3f} |")
+    weights = Path(args.output_dir) / "weights"
+    predictor.save_pretrained(weights)
+    (weights / "README.md").write_text(
+        README.format(
+            parameters=predictor.num_parameters(),
+            seed=args.seed,
+            steps=args.max_steps,
+            batch=args.per_device_train_batch_size * args.row_length,
+            python=platform.python_version(),
+            training_bytes=len(training),
+            digest=hashlib.sha256(training).hexdigest(),
+            rows="\n".join(table),
+        ),
+        encoding="utf-8",
+    )
+    print(weights / "README.md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
