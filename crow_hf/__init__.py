@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .backdoors import TARGETS, TRIGGERS, Poison, Target, Trigger, implant, poison_dataset
     from .config import CrowConfig
-    from .data import CrowDataCollator, prepare_dataset
+    from .data import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator, prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
     from .loading import load_causal_lm
     from .models.configuration_byte_entropy import ByteEntropyConfig
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
         load_entropy_predictor,
     )
     from .recipes import Comparison, compare_defences
+    from .redpajama import get_redpajama_binary_dataset
     from .trainer import CrowTrainer
 
 _HOMES = {
     "backdoors": ["TARGETS", "TRIGGERS", "Poison", "Target", "Trigger", "implant", "poison_dataset"],
     "config": ["CrowConfig"],
-    "data": ["CrowDataCollator", "prepare_dataset"],
+    "data": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator", "prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
     "loading": ["load_causal_lm"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],
@@ -47,6 +48,7 @@ _HOMES = {
         "load_entropy_predictor",
     ],
     "recipes": ["Comparison", "compare_defences"],
+    "redpajama": ["get_redpajama_binary_dataset"],
     "trainer": ["CrowTrainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
