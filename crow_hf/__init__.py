@@ -1,10 +1,12 @@
 """Remove backdoors from Hugging Face language models, and measure whether it worked.
 
-Every public name is imported on first use, so `import crow_hf` itself imports nothing heavy.
+Importing the package registers its models with the Auto classes; every other public name is imported on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from . import models
 
 
 __version__ = "0.1.0"

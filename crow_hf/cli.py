@@ -1,4 +1,4 @@
-"""The command line: `crow-hf demo | purify | evaluate | implant`."""
+"""The command line: `crow-hf demo | purify | evaluate | implant | patch`."""
 
 import argparse
 import json
@@ -19,6 +19,9 @@ from .config import CrowConfig
 from .data import load_rows
 from .evaluation.harness import evaluate_model
 from .loading import load_causal_lm, load_tokenizer
+from .models.boundaries import RULES
+from .patch_view import render_terminal, summarize, write_html
+from .patching import EntropyPatcher, calibrate_threshold, load_entropy_predictor
 from .recipes import compare_defences
 from .report import comparison_table, verdict, write_comparison
 from .trainer import CrowTrainer
@@ -90,6 +93,38 @@ class ImplantArguments:
     lora: bool = field(default=False, metadata={"help": "Hide the backdoor in a LoRA instead of in all weights."})
     lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
     merge: bool = field(default=True, metadata={"help": "Merge that LoRA into the weights."})
+
+
+@dataclass
+class PatchArguments:
+    """Cut text or bytes into patches: show one text and its entropies, or write a patched dataset."""
+
+    text: str | None = field(default=None, metadata={"help": "The text to show."})
+    file: str | None = field(default=None, metadata={"help": "The file to show; any bytes will do."})
+    dataset: str | None = field(default=None, metadata={"help": f"The dataset to patch. {_DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    column: str | None = field(default=None, metadata={"help": "The dataset's column with the text or the bytes."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the patched dataset; must be new or empty."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that patch the dataset."})
+    html: str | None = field(default=None, metadata={"help": "Also write the view of a text or file as a web page."})
+    max_bytes: int = field(default=10_000, metadata={"help": "Of a file, show no more than so many bytes."})
+    predictor: str | None = field(
+        default=None,
+        metadata={"help": "A ByteEntropyPredictor: a folder or a name on the Hub. Default: the one shipped."},
+    )
+    rule: str = field(default="either", metadata={"help": f"One of {', '.join(RULES)}."})
+    threshold: float = field(default=0.8, metadata={"help": "Highest entropy inside a patch, in bits."})
+    relative_threshold: float = field(
+        default=0.1, metadata={"help": "Highest rise of the entropy inside a patch, in bits."}
+    )
+    max_patch_length: int | None = field(
+        default=None, metadata={"help": "Cut longer patches; the stride of that rule."}
+    )
+    target_patch_size: float | None = field(
+        default=None, metadata={"help": "Scale both thresholds so that the mean patch has so many bytes."}
+    )
 
 
 def demo(arguments: DemoArguments) -> None:
@@ -189,11 +224,61 @@ def implant_command(arguments: ImplantArguments, args: CrowConfig) -> None:
     print(f"The backdoored model is in {args.output_dir}.")
 
 
+def patch(arguments: PatchArguments) -> None:
+    given = [name for name in ("text", "file", "dataset") if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        raise ValueError("Pass one of --text, --file and --dataset.")
+    if (arguments.dataset is None) != (arguments.output_dir is None):
+        raise ValueError(
+            "--dataset and --output_dir belong together: a text or a file is shown, a dataset is written."
+        )
+    if arguments.dataset is not None and arguments.html is not None:
+        raise ValueError("--html shows one text: pass --text or --file instead of --dataset.")
+    if arguments.html is not None and Path(arguments.html).exists():
+        raise ValueError(f"{arguments.html} is there already: choose another --html.")
+    settings = {"rule": arguments.rule, "max_patch_length": arguments.max_patch_length, "column": arguments.column}
+    settings |= {"threshold": arguments.threshold, "relative_threshold": arguments.relative_threshold}
+    predictor = load_entropy_predictor(arguments.predictor)
+    if arguments.dataset is not None:
+        _check_output(arguments.output_dir)
+        source = load_rows(arguments.dataset, arguments.split)
+    elif arguments.file is not None:
+        with open(arguments.file, "rb") as file:
+            source = [file.read(arguments.max_bytes)]
+    else:
+        source = [arguments.text.encode("utf-8")]
+    if arguments.target_patch_size is not None:
+        found = calibrate_threshold(source, predictor, arguments.target_patch_size, **settings)
+        settings |= {"threshold": found.threshold, "relative_threshold": found.relative_threshold}
+        print(
+            f"threshold {found.threshold:.4g}, relative threshold {found.relative_threshold:.4g} bits: {found.patch_size:.2f} "
+            f"bytes per patch on {found.num_bytes} bytes"
+        )
+    if arguments.dataset is not None:
+        patched = source.map(
+            EntropyPatcher(predictor, **settings),
+            batched=True,
+            remove_columns=source.column_names,
+            num_proc=arguments.num_proc,
+            desc="Patching",
+        )
+        patched.save_to_disk(arguments.output_dir)
+        print(f"The patched dataset is in {arguments.output_dir}.")
+        return
+    document = EntropyPatcher(predictor, **settings).patch(source)[0]
+    Console().print(render_terminal(document))
+    print(summarize(document))
+    if arguments.html is not None:
+        write_html(document, arguments.html, title=arguments.file or "Entropy patches")
+        print(f"The page is {arguments.html}.")
+
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[type]]] = {
     "demo": (demo, [DemoArguments]),
     "purify": (purify, [PurifyArguments, CrowConfig]),
     "evaluate": (evaluate, [EvaluateArguments]),
     "implant": (implant_command, [ImplantArguments, CrowConfig]),
+    "patch": (patch, [PatchArguments]),
 }
 
 
