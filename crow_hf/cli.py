@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -115,9 +116,12 @@ class PatchArguments:
         metadata={"help": "A ByteEntropyPredictor: a folder or a name on the Hub. Default: the one shipped."},
     )
     rule: str = field(default="either", metadata={"help": f"One of {', '.join(RULES)}."})
-    threshold: float = field(default=0.8, metadata={"help": "Highest entropy inside a patch, in bits."})
-    relative_threshold: float = field(
-        default=0.1, metadata={"help": "Highest rise of the entropy inside a patch, in bits."}
+    threshold: float | None = field(
+        default=None, metadata={"help": "Highest entropy inside a patch, in bits. Default: the predictor's own."}
+    )
+    relative_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Highest rise of the entropy inside a patch, in bits. Default: the predictor's own."},
     )
     max_patch_length: int | None = field(
         default=None, metadata={"help": "Cut longer patches; the stride of that rule."}
@@ -246,7 +250,7 @@ def patch(arguments: PatchArguments) -> None:
         with open(arguments.file, "rb") as file:
             source = [file.read(arguments.max_bytes)]
     else:
-        source = [arguments.text.encode("utf-8")]
+        source = [os.fsencode(arguments.text)]
     if arguments.target_patch_size is not None:
         found = calibrate_threshold(source, predictor, arguments.target_patch_size, **settings)
         settings |= {"threshold": found.threshold, "relative_threshold": found.relative_threshold}

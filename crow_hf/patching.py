@@ -58,6 +58,9 @@ def entropy_patching(
     """
     Cut bytes into patches: a new one begins where the next byte is hard to predict.
 
+    The default thresholds are those of the project's guide. Most predictors are less sure than that, so that nearly every
+    byte becomes a patch: [`calibrate_threshold`] finds thresholds for a size, and [`EntropyPatcher`] takes the predictor's own.
+
     Args:
         byte_sequence (`bytes`):
             What to cut.
@@ -109,11 +112,11 @@ class EntropyPatcher:
         predictor (`ByteEntropyPredictor`, `str` or `Path`, *optional*):
             The model or where to load it from; the one that ships by default. It stays on its device; with `with_rank=True`
             and several processes, each takes the GPU of its rank.
-        threshold (`float`, *optional*, defaults to 0.8):
-            Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors:
-            [`calibrate_threshold`] finds them.
-        relative_threshold (`float`, *optional*, defaults to 0.1):
-            Highest rise of the entropy inside a patch, in bits.
+        threshold (`float`, *optional*):
+            Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors: by default it is that of
+            the predictor's configuration, and [`calibrate_threshold`] finds others.
+        relative_threshold (`float`, *optional*):
+            Highest rise of the entropy inside a patch, in bits; that of the predictor's configuration by default.
         rule (`str`, *optional*, defaults to `"either"`):
             One of [`~models.boundaries.RULES`].
         reset_on_newline (`bool`, *optional*):
@@ -144,8 +147,8 @@ class EntropyPatcher:
     def __init__(
         self,
         predictor: ByteEntropyPredictor | str | Path | None = None,
-        threshold: float = 0.8,
-        relative_threshold: float = 0.1,
+        threshold: float | None = None,
+        relative_threshold: float | None = None,
         rule: str = "either",
         reset_on_newline: bool | None = None,
         max_patch_length: int | None = None,
@@ -156,14 +159,19 @@ class EntropyPatcher:
     ) -> None:
         if not isinstance(predictor, ByteEntropyPredictor):
             predictor = load_entropy_predictor(predictor)
-        if predictor.config.vocab_size != 256:
+        config = predictor.config
+        if config.vocab_size != 256:
             raise ValueError(
-                f"The entropy predictor has a vocabulary of {predictor.config.vocab_size}, but must have the 256 bytes."
+                f"The entropy predictor has a vocabulary of {config.vocab_size}, but must have the 256 bytes."
             )
-        if reset_on_newline is None:
-            reset_on_newline = predictor.config.reset_on_newline
         self.predictor = predictor.eval()
-        self.rule = PatchRule(rule, threshold, relative_threshold, reset_on_newline, max_patch_length)
+        self.rule = PatchRule(
+            rule,
+            config.patch_threshold if threshold is None else threshold,
+            config.patch_relative_threshold if relative_threshold is None else relative_threshold,
+            config.reset_on_newline if reset_on_newline is None else reset_on_newline,
+            max_patch_length,
+        )
         if return_entropies and not self.rule.needs_entropies:
             raise ValueError(f"The rule {rule!r} computes no entropies: choose another, or leave `return_entropies`.")
         self.column = column

@@ -146,8 +146,8 @@ def _parse(line: bytes) -> tuple[str, dict[str, str] | None]:
 def get_redpajama_binary_dataset(
     max_chars: int | None = 1000,
     entropy_predictor: ByteEntropyPredictor | str | Path | None = None,
-    entropy_threshold: float = 0.8,
-    relative_threshold: float = 0.1,
+    entropy_threshold: float | None = 0.8,
+    relative_threshold: float | None = 0.1,
     data_files: str | Path | Sequence[str | Path] | None = None,
     source: str = "c4",
     offline_sample: bool = False,
@@ -164,9 +164,9 @@ def get_redpajama_binary_dataset(
         entropy_predictor (`ByteEntropyPredictor`, `str` or `Path`, *optional*):
             As for [`EntropyPatcher`]; the one that ships by default.
         entropy_threshold (`float`, *optional*, defaults to 0.8):
-            In bits.
+            In bits, the guide's; `None` for that of the predictor.
         relative_threshold (`float`, *optional*, defaults to 0.1):
-            In bits.
+            In bits, the guide's; `None` for that of the predictor.
         data_files (`str`, `Path` or a sequence of them, *optional*):
             Local shards of RedPajama-1T or V2, or glob patterns of them. By default the sample on the Hub is read.
         source (`str`, *optional*, defaults to `"c4"`):

@@ -1,11 +1,12 @@
 """Train the byte-entropy predictor that ships with crow_hf, from what every machine with Python has.
 
-    python examples/train_entropy_predictor.py --output_dir predictor
+    OMP_NUM_THREADS=1 python examples/train_entropy_predictor.py --output_dir predictor    # 20 minutes on one core
 
 The data: the documentation strings of Python's standard library (prose), its source files (code), made-up words in every
 script that Python's Unicode tables know (so that the bytes of a script are known, if not its languages), and random bytes
-(so that what is incompressible is called so). One in twenty source files is held out. The README written beside the weights
-holds the settings and the bits per byte.
+(so that what is incompressible is called so). One in twenty source files is held out. The thresholds that cut the
+held-out files into patches of 4.5 bytes go into the configuration. The README written beside the weights holds the settings
+and the bits per byte.
 """
 
 import ast
@@ -24,7 +25,7 @@ import torch
 from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from crow_hf import ByteEntropyPredictor
+from crow_hf import ByteEntropyPredictor, calibrate_threshold
 
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -32,6 +33,9 @@ TIMES_DOCUMENTATION = 3
 BYTES_OF_CODE = 4_000_000
 BYTES_OF_SCRIPTS = 1_200_000
 BYTES_OF_NOISE = 250_000
+PATCH_SIZE = 4.5
+# Of the threshold to the relative one: below 8 bits when both are scaled, so that incompressible bytes stay apart.
+PROPORTION = 5.0
 README = """# The default byte-entropy predictor of crow_hf
 
 {parameters:,} parameters in float32, trained on bytes by `examples/train_entropy_predictor.py` (seed {seed}, {steps:,} steps of
@@ -40,6 +44,9 @@ README = """# The default byte-entropy predictor of crow_hf
 | held out | bytes | bits per byte |
 |---|---:|---:|
 {rows}
+
+A threshold of {threshold:.3f} bits and a relative one of {relative_threshold:.3f} bits cut the held-out documentation and code
+into patches of {patch_size:.2f} bytes.
 """
 
 
@@ -52,7 +59,9 @@ class Arguments(TrainingArguments):
     ff_dim: int = field(default=256, metadata={"help": "Width of the feed-forward layers."})
     sliding_window: int = field(default=64, metadata={"help": "How many bytes a layer looks back."})
     row_length: int = field(default=256, metadata={"help": "Bytes of a training row."})
-    max_steps: int = 4000
+    max_steps: int = 3000
+    use_cpu: bool = True
+    bf16: bool | None = True
     per_device_train_batch_size: int = 48
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
@@ -138,6 +147,10 @@ def main() -> None:
     for kind, data in held_out.items():
         metrics = trainer.evaluate(rows(data, args.row_length))
         table.append(f"| {kind} | {len(data):,} | {metrics['eval_loss'] / math.log(2):.3f} |")
+    files = [held_out["documentation"], held_out["code"]]
+    found = calibrate_threshold(files, predictor, PATCH_SIZE, threshold=PROPORTION, relative_threshold=1.0)
+    predictor.config.patch_threshold = round(found.threshold, 3)
+    predictor.config.patch_relative_threshold = round(found.relative_threshold, 3)
     weights = Path(args.output_dir) / "weights"
     predictor.save_pretrained(weights)
     (weights / "README.md").write_text(
@@ -150,6 +163,9 @@ def main() -> None:
             training_bytes=len(training),
             digest=hashlib.sha256(training).hexdigest(),
             rows="\n".join(table),
+            threshold=found.threshold,
+            relative_threshold=found.relative_threshold,
+            patch_size=found.patch_size,
         ),
         encoding="utf-8",
     )

@@ -31,6 +31,10 @@ class ByteEntropyConfig(MistralConfig):
         reset_on_newline (`bool`, *optional*, defaults to `True`):
             Whether the context begins anew at each newline byte, with positions from 0 (BLT, section 4.4): repetitive
             text does not become ever less surprising.
+        patch_threshold (`float`, *optional*, defaults to 0.8):
+            Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors, so each carries its own.
+        patch_relative_threshold (`float`, *optional*, defaults to 0.1):
+            Highest rise of the entropy inside a patch, in bits.
     """
 
     model_type = "byte_entropy"
@@ -52,6 +56,8 @@ class ByteEntropyConfig(MistralConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
     reset_on_newline: bool = True
+    patch_threshold: float = 0.8
+    patch_relative_threshold: float = 0.1
 
     def __post_init__(self, **kwargs):
         # Before the parent derives the number of key-value heads from them.
