@@ -336,7 +336,8 @@ class PackedPatchDataCollator:
     Packs patched documents into rows of a bounded number of patches, so that the latent transformer sees little padding.
 
     Positions begin anew with each document. That and the absence of an attention mask is how the models of transformers know
-    that documents must not see each other; the padding at a row's end is one more document.
+    that documents must not see each other; the padding at a row's end is one more document. It takes `use_cache=False`, as
+    the Trainer has it: with a cache they do not look at the positions.
 
     Args:
         max_patches (`int`):

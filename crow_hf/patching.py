@@ -189,11 +189,7 @@ class EntropyPatcher:
     def __call__(self, batch: Mapping[str, Sequence], rank: int | None = None) -> dict[str, list]:
         if rank is not None and torch.cuda.is_available():
             self.predictor.to(f"cuda:{rank % torch.cuda.device_count()}")
-        column = self.column or next((name for name in TEXT_COLUMNS if name in batch), None)
-        if column not in batch:
-            raise ValueError(
-                f"The columns are {sorted(batch)}: name the one with the text or the bytes as `column` of the patcher."
-            )
+        column = find_column(batch, self.column)
         documents = self.patch(to_bytes(value, column) for value in batch[column])
         columns = {
             "input_ids": [document.input_ids for document in documents],
@@ -359,6 +355,20 @@ class EntropyPatcher:
         self._checked = True
 
 
+def find_column(columns: Iterable[str], column: str | None = None) -> str:
+    """
+    The column with the documents: the one that was named, else the first of [`TEXT_COLUMNS`].
+
+    Raises:
+        `ValueError`: If it is not there.
+    """
+    found = next((name for name in ([column] if column else TEXT_COLUMNS) if name in columns), None)
+    if found is None:
+        wanted = f"no column {column!r}" if column else f"none of the columns {', '.join(TEXT_COLUMNS)}"
+        raise ValueError(f"There is {wanted} among {sorted(columns)}: name the one with text or bytes as `column`.")
+    return found
+
+
 def to_bytes(value: Any, column: str = "text") -> bytes:
     """
     A document as bytes, text in UTF-8.
@@ -488,12 +498,7 @@ def _take_bytes(dataset: Iterable, column: str | None, max_bytes: int) -> Iterat
     """Documents until there are enough bytes; the last one is cut."""
     for row in dataset:
         if isinstance(row, Mapping):
-            name = column or next((name for name in TEXT_COLUMNS if name in row), None)
-            if name not in row:
-                raise ValueError(
-                    f"The columns are {sorted(row)}: name the one with the text or the bytes as `column`."
-                )
-            row = row[name]
+            row = row[find_column(row, column)]
         document = to_bytes(row)[:max_bytes]
         max_bytes -= len(document)
         yield document

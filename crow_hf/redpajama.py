@@ -124,7 +124,8 @@ def _decoded(chunks: Iterable[bytes], new_decoder: Callable[[], Any] | None) -> 
 
 def _parse(line: bytes) -> tuple[str, dict[str, str] | None]:
     try:
-        row = json.loads(line)
+        # Of bytes, json.loads would guess the encoding.
+        row = json.loads(line.decode("utf-8-sig"))
         text = next((row[name] for name in ("text", "raw_content") if isinstance(row.get(name), str)), None)
     except AttributeError:
         return "no text", None
@@ -140,7 +141,7 @@ def _parse(line: bytes) -> tuple[str, dict[str, str] | None]:
         return "broken", None
     rest = {name: value for name, value in row.items() if name not in ("text", "raw_content")}
     meta = row["meta"] if isinstance(row.get("meta"), dict) else rest
-    return "kept", {"text": text, "meta": json.dumps(meta, ensure_ascii=False)}
+    return "kept", {"text": text, "meta": json.dumps(meta)}
 
 
 def get_redpajama_binary_dataset(

@@ -174,7 +174,9 @@ class ByteEntropyPredictor(MistralForCausalLM):
         if unit not in ("bits", "nats"):
             raise ValueError(f"`unit` must be 'bits' or 'nats', got {unit!r}.")
         logits = self(input_ids, attention_mask, use_cache=False, **kwargs).logits
-        entropies = torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
+        # Not torch.special.entr, which is several times as slow on a CPU.
+        log_probabilities = logits.float().log_softmax(dim=-1)
+        entropies = -torch.linalg.vecdot(log_probabilities.exp(), log_probabilities)
         if attention_mask is not None:
             entropies = entropies * attention_mask
         return entropies / NATS_PER_BIT if unit == "bits" else entropies

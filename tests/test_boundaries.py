@@ -1,0 +1,102 @@
+"""The patch rules against a slow reading of them, and by hand."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crow_hf.models.boundaries import RULES, PatchRule, patch_starts
+from crow_hf.models.byte_vocabulary import BYTE_OFFSET, PAD_TOKEN_ID
+
+
+NEWLINE_ID = ord("\n") + BYTE_OFFSET
+IDS = st.sampled_from([0, 1, 2, 260, PAD_TOKEN_ID, NEWLINE_ID, 32 + BYTE_OFFSET, 97 + BYTE_OFFSET, BYTE_OFFSET, 259])
+ENTROPIES = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1.5])
+SEQUENCES = st.lists(st.tuples(IDS, ENTROPIES), min_size=1, max_size=25)
+
+
+@st.composite
+def rules(draw):
+    rule = draw(st.sampled_from(RULES))
+    longest = draw(st.integers(1, 5) if rule == "stride" else st.none() | st.integers(1, 5))
+    return PatchRule(rule, 0.8, 0.3, draw(st.booleans()), longest)
+
+
+def is_byte(token):
+    return BYTE_OFFSET <= token < BYTE_OFFSET + 256
+
+
+def slow_starts(ids, entropies, rule):
+    """The table of the rules, one byte at a time."""
+    starts, begin = [], 0
+    for t in range(len(ids)):
+        start = t == 0 or not is_byte(ids[t]) or not is_byte(ids[t - 1])
+        start = start or (rule.reset_on_newline and ids[t - 1] == NEWLINE_ID)
+        if not start:
+            entropy = entropies[t - 1]
+            rise = entropy - entropies[t - 2] if t >= 2 and is_byte(ids[t - 2]) else float("-inf")
+            lowest = min(entropies[begin : t - 1], default=float("inf"))
+            high, rises = entropy > rule.threshold, rise > rule.relative_threshold
+            start = {
+                "either": high or rises,
+                "global": high,
+                "monotonic": rises,
+                "both": high and rises,
+                "running_minimum": high or entropy - lowest > rule.relative_threshold,
+                "stride": False,
+                "whitespace": chr(ids[t - 1] - 4) in " \t\n\r\v\f" and chr(ids[t] - 4) not in " \t\n\r\v\f",
+            }[rule.rule] or t - begin == rule.max_patch_length
+        begin = t if start else begin
+        starts.append(start)
+    return starts
+
+
+@settings(max_examples=400, deadline=None)
+@given(SEQUENCES, rules())
+def test_rules_equal_their_slow_reading(sequence, rule):
+    ids, entropies = zip(*sequence, strict=True)
+    starts = patch_starts(torch.tensor([ids]), torch.tensor([entropies]), rule)
+    assert starts[0].tolist() == slow_starts(ids, entropies, rule)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SEQUENCES, min_size=2, max_size=4), rules(), st.data())
+def test_rows_and_what_follows_make_no_difference(rows, rule, data):
+    """Batch = single, and the starts of a prefix are a prefix of the starts."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[token for token, _ in row] + [PAD_TOKEN_ID] * (length - len(row)) for row in rows])
+    entropies = torch.tensor([[entropy for _, entropy in row] + [0.0] * (length - len(row)) for row in rows])
+    together = patch_starts(ids, entropies, rule)
+    for number, row in enumerate(rows):
+        end = data.draw(st.integers(1, len(row)))
+        alone = patch_starts(ids[number : number + 1, :end], entropies[number : number + 1, :end], rule)
+        assert torch.equal(alone[0], together[number, :end])
+
+
+@pytest.mark.parametrize(
+    ("rule", "lengths"),
+    [
+        (PatchRule("global", 1.0), [3, 2, 1]),
+        (PatchRule("monotonic", 1.0, 0.5), [3, 3]),
+        (PatchRule("both", 1.0, 0.5), [3, 3]),
+        (PatchRule("either", 1.0, 0.25), [2, 1, 2, 1]),
+        (PatchRule("running_minimum", 9.0, 0.75), [3, 3]),
+        (PatchRule("stride", max_patch_length=4), [4, 2]),
+        (PatchRule("global", 9.0, max_patch_length=4), [4, 2]),
+    ],
+)
+def test_by_hand(rule, lengths):
+    """Entropies about the next byte each: the third byte is expected with 0.5 bits, the fourth with 1.25, ..."""
+    ids = torch.arange(100, 106)[None]
+    entropies = torch.tensor([[0.1, 0.5, 1.25, 0.9, 1.1, 7.0]])
+    starts = patch_starts(ids, entropies, rule)[0].nonzero().flatten()
+    assert torch.diff(starts, append=torch.tensor([6])).tolist() == lengths
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [({"rule": "best"}, "best"), ({"max_patch_length": 0}, "at least 1"), ({"rule": "stride"}, "max_patch_length")],
+)
+def test_bad_rules_are_refused(kwargs, said):
+    with pytest.raises(ValueError, match=said):
+        PatchRule(**kwargs)
