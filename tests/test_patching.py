@@ -197,6 +197,8 @@ def test_second_map_hits_the_cache_and_another_setting_does_not(tmp_path):
     used.patch([b"some text"])
     used.predictor(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
     assert fingerprint(used) == first
+    WINDOWED.save_pretrained(tmp_path / "predictor")
+    assert fingerprint(EntropyPatcher(tmp_path / "predictor", **THRESHOLDS)) == first
     others = [
         EntropyPatcher(WINDOWED, threshold=5.3, relative_threshold=0.6),
         EntropyPatcher(WINDOWED, threshold=5.2, relative_threshold=0.7),
