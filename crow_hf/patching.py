@@ -29,7 +29,8 @@ USUAL_PATCH_SIZES = (1.5, 16.0)
 _PROBE = b"The quick brown fox jumps over the lazy dog, and then it rests for a while in the shade of the old tree."
 # Goes into the fingerprint: to be raised whenever the same predictor and settings give other patches.
 _VERSION = 1
-_CPU_BATCH, _GPU_BATCH = 2**14, 2**18
+# Bytes at a time: what fits into the caches of a processor, and what keeps a GPU busy.
+_CPU_BATCH, _GPU_BATCH = 2**12, 2**18
 
 
 def load_entropy_predictor(path: str | Path | None = None) -> ByteEntropyPredictor:
