@@ -227,16 +227,16 @@ def _collections(data: Path) -> Iterator[tuple[str, str, list[bytes]]]:
     for row in json_lines(data / "text_multiscript/tatoeba_v1_112.jsonl.zst"):
         languages[row["lang"]].append(row["text"].encode())
     for language, sentences in sorted(languages.items()):
-        yield "Tatoeba", language, sentences[:1000]
+        yield "Tatoeba", language, sentences[:300]
     encodings = defaultdict(list)
     for row in json_lines(data / "text_multiscript/udhr_legacy_encodings.jsonl.zst"):
         if not row["utf8_valid"]:
             encodings[row["file"].rsplit("-", 1)[-1]].append(base64.b64decode(row["bytes_b64"]))
     for encoding, documents in sorted(encodings.items()):
-        yield "UDHR, legacy code page", encoding, [document[:10_000] for document in documents[:15]]
+        yield "UDHR, legacy code page", encoding, [document[:10_000] for document in documents[:5]]
     for file in sorted((data / "binary").iterdir()):
         if file.suffix != ".md":
-            yield "binary", file.name, [read(file)[:200_000]]
+            yield "binary", file.name, [read(file)[:60_000]]
 
 
 def _measure(predictor: ByteEntropyPredictor, documents: list[bytes]) -> dict[str, float]:
@@ -244,7 +244,6 @@ def _measure(predictor: ByteEntropyPredictor, documents: list[bytes]) -> dict[st
     num_bytes = sum(map(len, documents))
     num_patches = sum(len(document.patch_lengths) - 2 for document in patched)
     found = calibrate_threshold(documents, predictor, TARGET, max_bytes=num_bytes)
-    only_global = calibrate_threshold(documents, predictor, TARGET, max_bytes=num_bytes, rule="global")
     return {
         "bytes": num_bytes,
         "bits_per_byte": bits_per_byte(predictor, documents),
@@ -252,8 +251,6 @@ def _measure(predictor: ByteEntropyPredictor, documents: list[bytes]) -> dict[st
         "patch_size": num_bytes / num_patches,
         "calibrated_threshold": found.threshold,
         "calibrated_patch_size": found.patch_size,
-        "global_threshold": only_global.threshold,
-        "global_patch_size": only_global.patch_size,
     }
 
 

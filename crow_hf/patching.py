@@ -43,10 +43,18 @@ def load_entropy_predictor(path: str | Path | None = None) -> ByteEntropyPredict
 
     Returns:
         `ByteEntropyPredictor`
+
+    Raises:
+        `ValueError`: If there is none.
     """
     if path is None:
         path = str(files("crow_hf") / "models" / "default_entropy_predictor")
-    return ByteEntropyPredictor.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+    try:
+        return ByteEntropyPredictor.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval()
+    except OSError as error:
+        raise ValueError(
+            f"There is no byte-entropy predictor in {path}, here or on the Hub: pass a folder that `save_pretrained` wrote."
+        ) from error
 
 
 def entropy_patching(
