@@ -264,6 +264,8 @@ def bits_per_byte(predictor: ByteEntropyPredictor, documents: list[bytes]) -> fl
                 ids = torch.from_numpy(np.frombuffer(document[begin : begin + 8193], np.uint8).copy()).long()
                 count += min(8192, len(ids))
                 total += 8 if begin == 0 else 0
+                if len(ids) < 2:
+                    continue
                 rows = [ids[start : start + 513] for start in range(0, len(ids) - 1, 512)]
                 batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
                 labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)

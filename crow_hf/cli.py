@@ -98,7 +98,7 @@ class ImplantArguments:
 
 @dataclass
 class PatchArguments:
-    """Cut text or bytes into patches: show one text and its entropies, or write a patched dataset."""
+    """Cut text or bytes into patches: show one text and its entropies, or write a dataset of patches (and nothing else)."""
 
     text: str | None = field(default=None, metadata={"help": "The text to show."})
     file: str | None = field(default=None, metadata={"help": "The file to show; any bytes will do."})
@@ -245,7 +245,9 @@ def patch(arguments: PatchArguments) -> None:
     predictor = load_entropy_predictor(arguments.predictor)
     if arguments.dataset is not None:
         _check_output(arguments.output_dir)
-        source = load_rows(arguments.dataset, arguments.split)
+        source = load_rows(arguments.dataset, arguments.split).with_format(None)
+        if not len(source):
+            raise ValueError(f"{arguments.dataset} is empty: pass at least one row.")
     elif arguments.file is not None:
         with open(arguments.file, "rb") as file:
             source = [file.read(arguments.max_bytes)]

@@ -399,7 +399,8 @@ class _PatchedRow(NamedTuple):
     def of(cls, row: Mapping[str, Any], index: int) -> "_PatchedRow":
         if "patch_lengths" not in row:
             raise ValueError(
-                f"Row {index} of the batch has no `patch_lengths`: map the dataset with `EntropyPatcher` first."
+                f"Row {index} of the batch has no `patch_lengths`: map the dataset with `EntropyPatcher`, and set the "
+                "Trainer's `remove_unused_columns=False`."
             )
         labels = row.get("labels")
         columns = (row["input_ids"], row["input_ids"] if labels is None else labels, row["patch_lengths"])

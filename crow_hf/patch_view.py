@@ -133,7 +133,8 @@ def write_html(document: PatchedDocument, path: str | Path, title: str = "Entrop
         `FileExistsError`: If the file is there already.
     """
     page = _PAGE.render(title=title, summary=summarize(document), runs=_runs(_characters(document)))
-    with open(path, "x", encoding="utf-8") as file:
+    # A file's name may hold bytes that are no UTF-8.
+    with open(path, "x", encoding="utf-8", errors="replace") as file:
         file.write(page)
 
 

@@ -1,6 +1,7 @@
 """Entropy patching: from text or bytes to patched byte sequences, as a transform for `datasets.map`."""
 
 import math
+import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -9,6 +10,7 @@ from typing import Any
 
 import multiprocess
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load as load_safetensors
@@ -26,6 +28,9 @@ logger = logging.get_logger(__name__)
 TEXT_COLUMNS = ("text", "raw_content", "content", "bytes")
 UNTRAINED_BITS = 7.0
 USUAL_PATCH_SIZES = (1.5, 16.0)
+CALIBRATION_TOLERANCE = 0.02
+# To judge a patch size by.
+ENOUGH_BYTES = 200
 _PROBE = b"The quick brown fox jumps over the lazy dog, and then it rests for a while in the shade of the old tree."
 # Goes into the fingerprint: to be raised whenever the same predictor and settings give other patches.
 _VERSION = 1
@@ -117,10 +122,14 @@ class EntropyPatcher:
     Entropies of the same byte may differ by about 1e-6 bits from run to run of another shape, as float32 does: only a byte
     that close to a threshold can fall on the other side.
 
+    A column of bytes must be read without a format: NumPy's strings, which the formats `"numpy"` (refused) and `"torch"`
+    (which cannot be told from none) are made of, end before their last zeros. `dataset.with_format(None)` is the remedy.
+
     Args:
         predictor (`ByteEntropyPredictor`, `str` or `Path`, *optional*):
-            The model or where to load it from; the one that ships by default. It stays on its device; with `with_rank=True`
-            and several processes, each takes the GPU of its rank.
+            The model or where to load it from; the one that ships by default. It is put into evaluation mode and stays on
+            its device. Worker processes of `map` compute on the CPU, or with `with_rank=True` on the GPU of their rank: then
+            start them by `multiprocess.set_start_method("spawn")`.
         threshold (`float`, *optional*):
             Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors: by default it is that of
             the predictor's configuration, and [`calibrate_threshold`] finds others.
@@ -198,8 +207,7 @@ class EntropyPatcher:
     def __call__(self, batch: Mapping[str, Sequence], rank: int | None = None) -> dict[str, list]:
         if rank is not None and torch.cuda.is_available():
             self.predictor.to(f"cuda:{rank % torch.cuda.device_count()}")
-        column = find_column(batch, self.column)
-        documents = self.patch(to_bytes(value, column) for value in batch[column])
+        documents = self.patch(_documents_of(batch, self.column))
         columns = {
             "input_ids": [document.input_ids for document in documents],
             "patch_lengths": [document.patch_lengths for document in documents],
@@ -322,7 +330,7 @@ class EntropyPatcher:
                 f"The entropy predictor looks untrained: it finds {self._bits_of_a_sentence():.1f} of 8 bits in every byte of "
                 "an English sentence. Take `load_entropy_predictor()`, or train it with the Trainer first."
             )
-        elif not USUAL_PATCH_SIZES[0] <= size <= USUAL_PATCH_SIZES[1]:
+        elif num_bytes >= ENOUGH_BYTES and not USUAL_PATCH_SIZES[0] <= size <= USUAL_PATCH_SIZES[1]:
             logger.warning(
                 f"The mean patch is {size:.1f} bytes long: `calibrate_threshold` finds thresholds for the size you want."
             )
@@ -341,6 +349,7 @@ class EntropyPatcher:
         return {
             "version": _VERSION,
             "config": {name: config[name] for name in sorted(config) if name not in ignored},
+            "dtype": str(self.predictor.dtype).removeprefix("torch."),
             "weights": save_safetensors(weights),
             "rule": asdict(self.rule),
             "column": self.column,
@@ -351,9 +360,11 @@ class EntropyPatcher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A forked worker hangs if it uses the thread pool that its parent has used.
-        if multiprocess.parent_process() is not None:
+        if multiprocess.parent_process() is not None or multiprocessing.parent_process() is not None:
             torch.set_num_threads(1)
-        self.predictor = ByteEntropyPredictor(ByteEntropyConfig(**state["config"])).eval()
+        with torch.random.fork_rng(devices=[]):
+            predictor = ByteEntropyPredictor(ByteEntropyConfig(**state["config"]))
+        self.predictor = predictor.to(getattr(torch, state["dtype"])).eval()
         # Not strict: a head tied to the embeddings is not among the weights.
         self.predictor.load_state_dict(load_safetensors(state["weights"]), strict=False)
         self.rule = PatchRule(**state["rule"])
@@ -361,7 +372,16 @@ class EntropyPatcher:
         self.add_special_tokens = state["add_special_tokens"]
         self.return_entropies = state["return_entropies"]
         self.return_binary_patches = state["return_binary_patches"]
-        self._checked = True
+        self._checked = False
+
+
+def _documents_of(batch: Mapping[str, Sequence] | pa.Table, column: str | None) -> list[bytes]:
+    is_table = isinstance(batch, pa.Table)
+    name = find_column(batch.column_names if is_table else batch, column)
+    values = batch[name].to_pylist() if is_table else batch[name]
+    if isinstance(values, (str, bytes)):
+        raise ValueError("The patcher takes batches: pass `batched=True` to `map`.")
+    return [to_bytes(value, name) for value in values]
 
 
 def find_column(columns: Iterable[str], column: str | None = None) -> str:
@@ -387,6 +407,8 @@ def to_bytes(value: Any, column: str = "text") -> bytes:
     """
     if isinstance(value, str):
         return value.encode("utf-8")
+    if isinstance(value, np.bytes_):
+        raise ValueError(f"Column {column!r} has lost bytes to its NumPy format: pass `dataset.with_format(None)`.")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     raise ValueError(f"Column {column!r} holds {type(value).__name__}, not text or bytes: fill or drop those rows.")
@@ -469,13 +491,16 @@ def calibrate_threshold(
         zeros, say) cannot be cut into patches of any size.
 
     Raises:
-        `ValueError`: If there are no bytes, the target is below 1, or the rule looks at no entropy.
+        `ValueError`: If there are no bytes, the target is below 1, the rule looks at no entropy, or `dataset` is a single
+        text or a `DatasetDict`.
     """
     patcher = EntropyPatcher(predictor, add_special_tokens=False, **kwargs)
     if not patcher.rule.needs_entropies:
         raise ValueError(f"The rule {patcher.rule.rule!r} has no threshold to calibrate.")
     if target_patch_size < 1:
         raise ValueError(f"`target_patch_size` is in bytes and must be at least 1, got {target_patch_size}.")
+    if isinstance(dataset, (str, bytes, Mapping)):
+        raise ValueError("`dataset` must be rows or documents: pass one split of a DatasetDict, or a list of texts.")
     patcher._checked = True
     documents = patcher.patch(_take_bytes(dataset, patcher.column, max_bytes))
     num_bytes = sum(len(document.input_ids) for document in documents)
@@ -500,11 +525,19 @@ def calibrate_threshold(
         middle = (low + high) / 2
         tried.append(measure(math.exp(middle)))
         low, high = (middle, high) if tried[-1].patch_size < target_patch_size else (low, middle)
-    return min(tried, key=lambda found: abs(found.patch_size - target_patch_size))
+    found = min(tried, key=lambda found: abs(found.patch_size - target_patch_size))
+    if abs(found.patch_size / target_patch_size - 1) > CALIBRATION_TOLERANCE:
+        logger.warning(
+            f"No thresholds give patches of {target_patch_size} bytes on these {num_bytes} bytes: the nearest are of "
+            f"{found.patch_size:.2f}."
+        )
+    return found
 
 
 def _take_bytes(dataset: Iterable, column: str | None, max_bytes: int) -> Iterator[bytes]:
     """Documents until there are enough bytes; the last one is cut."""
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        dataset = dataset.with_format(None)
     for row in dataset:
         if isinstance(row, Mapping):
             row = row[find_column(row, column)]

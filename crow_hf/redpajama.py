@@ -43,7 +43,7 @@ class RedPajamaReader:
             files were `"truncated"`: end too early or are corrupt. What came before that is read.
 
     Raises:
-        `ValueError`: If a `.zst` file is to be read and `zstandard` is not installed.
+        `ValueError`: If a file is compressed by something else, or a `.zst` file is to be read without `zstandard`.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -72,16 +72,21 @@ class RedPajamaReader:
         return f"RedPajama: {', '.join(counted) or 'nothing found'}."
 
     def _lines(self, file: str) -> Iterator[bytes]:
-        rest = b""
-        with fsspec.open(file, "rb") as stream:
+        open_line: list[bytes] = []
+        # A local name may hold characters that mean something in a URL.
+        with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as stream:
             chunks = iter(lambda: stream.read(_CHUNK), b"")
             try:
                 for chunk in _decoded(chunks, self._decoders[file]):
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    yield from filter(bytes.strip, lines)
+                    first, *others = chunk.split(b"\n")
+                    open_line.append(first)
+                    if others:
+                        lines = [b"".join(open_line), *others[:-1]]
+                        open_line = [others[-1]]
+                        yield from filter(bytes.strip, lines)
             except _DecodingError:
                 self.counts["truncated"] += 1
-        if rest.strip():
+        if (rest := b"".join(open_line)).strip():
             yield rest
 
 
@@ -91,15 +96,18 @@ class _DecodingError(Exception):
 
 def _decoder_of(file: str) -> Callable[[], Any] | None:
     """What makes an object that decompresses one stream of the file; `None` if it is not compressed."""
-    if file.endswith(".gz"):
+    suffix = Path(file).suffix.lower()
+    if suffix == ".gz":
         return lambda: zlib.decompressobj(zlib.MAX_WBITS | 16)
-    if not file.endswith(".zst"):
+    if suffix in (".xz", ".bz2", ".zip", ".7z", ".parquet"):
+        raise ValueError(f"{file} is no JSON-lines shard: pass .jsonl or .json files, plain or as .gz or .zst.")
+    if suffix != ".zst":
         return None
     try:
         import zstandard
     except ImportError:
         raise ValueError(f"{file} is compressed with zstd: `pip install zstandard`.") from None
-    return lambda: zstandard.ZstdDecompressor().decompressobj()
+    return lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
 def _decoded(chunks: Iterable[bytes], new_decoder: Callable[[], Any] | None) -> Iterator[bytes]:
@@ -117,7 +125,8 @@ def _decoded(chunks: Iterable[bytes], new_decoder: Callable[[], Any] | None) -> 
             # zlib.error, ZstdError: their only common ancestor.
             except Exception as error:
                 raise _DecodingError from error
-            chunk = decoder.unused_data if decoder.eof else b""
+            # Some archivers fill up the last block with zeros.
+            chunk = decoder.unused_data.lstrip(b"\0") if decoder.eof else b""
     if not decoder.eof:
         raise _DecodingError
 
@@ -210,6 +219,8 @@ def _local_files(data_files: str | Path | Sequence[str | Path]) -> list[str]:
         if not matches:
             raise ValueError(f"There is no file {pattern}: `data_files` are paths of shards or glob patterns.")
         found += matches
+    if not found:
+        raise ValueError("`data_files` is empty: pass at least one shard.")
     return found
 
 

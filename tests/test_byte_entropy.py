@@ -110,6 +110,15 @@ def test_filled_cache_needs_positions():
         predictor(ids_of(b"c"), past_key_values=cache)
 
 
+def test_what_would_lose_the_segments_is_refused():
+    predictor = tiny_predictor()
+    with pytest.raises(ValueError, match="input_ids"):
+        predictor(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ValueError, match="(?i)flash"):
+        predictor.set_attn_implementation("flash_attention_2")
+        ByteEntropyPredictor._from_config(predictor.config, attn_implementation="flash_attention_2")
+
+
 @pytest.mark.parametrize("kwargs", KINDS)
 def test_generate_is_the_same_with_cache_and_padding(kwargs):
     predictor = tiny_predictor(**kwargs)

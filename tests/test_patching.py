@@ -185,6 +185,37 @@ def test_bytes_columns_are_taken_as_they_are():
     assert [bytes(byte - 4 for byte in row["input_ids"][1:-1]) for row in mapped] == documents
 
 
+@pytest.mark.parametrize("style", [None, "numpy", "torch", "arrow", "pandas"])
+def test_no_format_of_the_dataset_loses_a_byte(style):
+    """NumPy's strings end before their last zeros."""
+    documents = [b"ab\0\0", b"\0", b"xyz", b""]
+    dataset = Dataset.from_dict({"bytes": documents}, features=Features({"bytes": Value("binary")})).with_format(style)
+    assert calibrate_threshold(dataset, WINDOWED, 2.0).num_bytes == sum(map(len, documents))
+    if style == "numpy":
+        with pytest.raises(ValueError, match="with_format"):
+            dataset.map(EntropyPatcher(WINDOWED), batched=True)
+    dataset = dataset.with_format(None) if style in ("numpy", "torch") else dataset
+    mapped = dataset.map(EntropyPatcher(WINDOWED), batched=True, remove_columns="bytes").with_format(None)
+    assert [bytes(byte - 4 for byte in row["input_ids"][1:-1]) for row in mapped] == documents
+
+
+def test_forgotten_batched_is_said():
+    with pytest.raises(ValueError, match="batched=True"):
+        Dataset.from_dict({"text": ["hello"]}).map(EntropyPatcher(WINDOWED))
+
+
+def test_copy_keeps_the_precision_and_draws_no_random_number():
+    patcher = EntropyPatcher(tiny_predictor().to(torch.bfloat16))
+    torch.manual_seed(0)
+    copied = pickle.loads(pickle.dumps(patcher))
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert drawn == torch.rand(1) and copied.predictor.dtype == torch.bfloat16
+    (one,), (other,) = patcher.patch([b"hello there"]), copied.patch([b"hello there"])
+    assert (one.entropies == other.entropies).all()
+    assert Hasher.hash(patcher) != Hasher.hash(EntropyPatcher(tiny_predictor()))
+
+
 def test_second_map_hits_the_cache_and_another_setting_does_not(tmp_path):
     Dataset.from_dict(rows()).to_json(tmp_path / "rows.jsonl")
     dataset = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
@@ -258,6 +289,8 @@ def test_calibration_reads_no_more_than_it_needs():
         ([{"words": "a"}], {}, "column"),
         ([{"text": "a"}], {"column": "other"}, "other"),
         ([None], {}, "NoneType"),
+        ("one text", {}, "list of texts"),
+        (datasets.DatasetDict(train=Dataset.from_dict({"text": ["a"]})), {}, "one split"),
     ],
 )
 def test_calibration_refuses(documents, kwargs, said):
@@ -302,6 +335,16 @@ def test_untrained_predictor_is_noticed_once(warnings_said):
     assert "untrained" in warning and "load_entropy_predictor" in warning
 
 
+def test_copies_in_workers_notice_it_too(warnings_said):
+    pickle.loads(pickle.dumps(EntropyPatcher(tiny_predictor(initializer_range=1e-4)))).patch([b"hello there"])
+    assert "untrained" in warnings_said()[0]
+
+
+def test_unreachable_size_is_said(warnings_said):
+    calibrate_threshold([b"\0" * 50], WINDOWED, 4.5)
+    assert "No thresholds" in warnings_said()[0]
+
+
 def test_noise_is_not_blamed_on_a_trained_predictor(warnings_said):
     EntropyPatcher(load_entropy_predictor()).patch([np.random.default_rng(0).bytes(2000)])
     assert not any("untrained" in warning for warning in warnings_said())
@@ -309,7 +352,7 @@ def test_noise_is_not_blamed_on_a_trained_predictor(warnings_said):
 
 @pytest.mark.parametrize(("thresholds", "size"), [((0.0, 0.0), "1.0"), ((9.0, 9.0), "24.0")])
 def test_unusual_sizes_are_noticed(warnings_said, thresholds, size):
-    EntropyPatcher(WINDOWED, *thresholds).patch([b"hello there, how are you"])
+    EntropyPatcher(WINDOWED, *thresholds).patch([b"hello there, how are you"] * 9)
     (warning,) = warnings_said()
     assert size in warning and "calibrate_threshold" in warning
 

@@ -711,3 +711,25 @@ def test_files_and_the_sample_need_no_network(monkeypatch, tmp_path, patched):
     monkeypatch.setattr(huggingface_hub.HfFileSystem, "__init__", refuse)
     assert decoded(patched(data_files=write(tmp_path / "a.jsonl", rows_of(TEXTS)))) == TEXTS
     assert len(patched(100, offline_sample=True))
+
+
+def test_archives_that_others_read_are_read(tmp_path):
+    """Zeros that fill the last block, a suffix in capitals, a window above the library's default, a name with colons."""
+    zstandard = pytest.importorskip("zstandard")
+    line = json.dumps({"text": "words"}).encode() + b"\n"
+    wide = zstandard.ZstdCompressionParameters(window_log=28)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line) + b"\0" * 512)
+    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(line))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor(compression_params=wide).compress(line))
+    (tmp_path / "d::e.jsonl").write_bytes(line)
+    reader = RedPajamaReader(sorted(tmp_path.iterdir()))
+    assert [document["text"] for document in reader] == ["words"] * 4
+    assert reader.counts == {"kept": 4}
+
+
+@pytest.mark.parametrize("files", [[], ["shard.jsonl.xz"]])
+def test_no_shards_and_other_archives_are_refused(tmp_path, monkeypatch, files):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shard.jsonl.xz").write_bytes(b"\xfd7zXZ")
+    with pytest.raises(ValueError, match="data_files|shard.jsonl.xz"):
+        get_redpajama_binary_dataset(data_files=files)

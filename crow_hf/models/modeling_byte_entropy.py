@@ -65,6 +65,8 @@ class ByteEntropyPredictor(MistralForCausalLM):
     """
 
     config_class = ByteEntropyConfig
+    # It knows no mask that keeps segments apart.
+    _supports_flash_attn = False
 
     def __init__(self, config: ByteEntropyConfig | None = None, **kwargs: Any) -> None:
         if config is not None and kwargs:
@@ -108,8 +110,10 @@ class ByteEntropyPredictor(MistralForCausalLM):
             `(batch_size, sequence_length, vocab_size)`.
 
         Raises:
-            `ValueError`: If the cache is filled and `position_ids` are missing.
+            `ValueError`: If the cache is filled and `position_ids` are missing, or there are no `input_ids`.
         """
+        if input_ids is None:
+            raise ValueError("Pass `input_ids`: the context is cut at newlines, which embeddings do not show.")
         reset_on_newline = self.config.reset_on_newline if reset_on_newline is None else reset_on_newline
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
