@@ -10,7 +10,7 @@ import numpy as np
 from rich.text import Text
 
 from .models.byte_vocabulary import BYTE_OFFSET
-from .patching import PatchedDocument
+from .patching import PatchedDocument, split_patches
 
 
 MOST_BITS = 8
@@ -99,7 +99,7 @@ def summarize(document: PatchedDocument) -> str:
     num_bytes = int(ordinary.sum())
     if not num_bytes:
         return "No bytes."
-    num_patches = len(document.patch_lengths) - int((~ordinary).sum())
+    num_patches = len(split_patches(document))
     sentence = f"{num_bytes} bytes in {num_patches} patches of {num_bytes / num_patches:.2f} bytes on average"
     if document.entropies is None:
         return f"{sentence}."

@@ -33,7 +33,7 @@ CALIBRATION_TOLERANCE = 0.02
 ENOUGH_BYTES = 200
 _PROBE = b"The quick brown fox jumps over the lazy dog, and then it rests for a while in the shade of the old tree."
 # Goes into the fingerprint: to be raised whenever the same predictor and settings give other patches.
-_VERSION = 1
+_VERSION = 2
 # Bytes at a time: what fits into the caches of a processor, and what keeps a GPU busy.
 _CPU_BATCH, _GPU_BATCH = 2**12, 2**18
 
@@ -259,12 +259,13 @@ class EntropyPatcher:
         patched = [
             PatchedDocument(
                 ids[begin + trim : end - trim],
-                lengths[first + trim : after - trim],
+                _without_end(lengths[first + trim : after], trim),
                 None if entropies is None else entropies[begin + trim : end - trim],
             )
             for begin, end, first, after in zip(begins, ends, first_patches, after_patches, strict=True)
         ]
-        self._check(sum(map(len, documents)), len(lengths) - 2 * len(documents), entropies)
+        num_patches = np.count_nonzero(ids[borders[:-1]] >= BYTE_OFFSET)
+        self._check(sum(map(len, documents)), num_patches, entropies)
         return patched
 
     def _score(self, ids: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -375,6 +376,13 @@ class EntropyPatcher:
         self._checked = False
 
 
+def _without_end(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Patch lengths without the last `count` positions: the end of a text is part of the last patch or one of its own."""
+    lengths = lengths.copy()
+    lengths[-1] -= count
+    return lengths[lengths > 0]
+
+
 def _documents_of(batch: Mapping[str, Sequence] | pa.Table, column: str | None) -> list[bytes]:
     is_table = isinstance(batch, pa.Table)
     name = find_column(batch.column_names if is_table else batch, column)
@@ -418,7 +426,8 @@ def split_patches(document: PatchedDocument) -> list[bytes]:
     """The bytes of each patch, without those of special tokens."""
     borders = np.cumsum(document.patch_lengths)
     pieces = np.split(document.input_ids, borders[:-1]) if len(borders) else []
-    return [(piece - BYTE_OFFSET).astype(np.uint8).tobytes() for piece in pieces if piece[0] >= BYTE_OFFSET]
+    pieces = [piece[piece >= BYTE_OFFSET] for piece in pieces]
+    return [(piece - BYTE_OFFSET).astype(np.uint8).tobytes() for piece in pieces if len(piece)]
 
 
 def to_binary(input_ids: np.ndarray, patch_lengths: np.ndarray) -> list[np.ndarray]:
@@ -428,10 +437,8 @@ def to_binary(input_ids: np.ndarray, patch_lengths: np.ndarray) -> list[np.ndarr
     Returns:
         `list` of `np.ndarray` of shape `(8 * num_bytes,)`: Zeros and ones; empty for a special token.
     """
-    bits = np.unpackbits((input_ids - BYTE_OFFSET).astype(np.uint8))
-    pieces = np.split(bits, 8 * np.cumsum(patch_lengths)[:-1]) if len(patch_lengths) else []
-    first_ids = input_ids[np.cumsum(patch_lengths) - patch_lengths]
-    return [piece if first >= BYTE_OFFSET else piece[:0] for piece, first in zip(pieces, first_ids, strict=True)]
+    pieces = np.split(input_ids, np.cumsum(patch_lengths)[:-1]) if len(patch_lengths) else []
+    return [np.unpackbits((piece[piece >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8)) for piece in pieces]
 
 
 def from_binary(binary_patches: Iterable[Sequence[int]]) -> list[bytes]:

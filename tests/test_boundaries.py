@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow_hf.models.boundaries import RULES, PatchRule, patch_starts
-from crow_hf.models.byte_vocabulary import BYTE_OFFSET, PAD_TOKEN_ID
+from crow_hf.models.boundaries import RULES, PatchRule, PatchState, continue_patches, patch_starts
+from crow_hf.models.byte_vocabulary import BYTE_OFFSET, EOS_TOKEN_ID, PAD_TOKEN_ID
 
 
 NEWLINE_ID = ord("\n") + BYTE_OFFSET
@@ -30,7 +30,7 @@ def slow_starts(ids, entropies, rule):
     """The table of the rules, one byte at a time."""
     starts, begin = [], 0
     for t in range(len(ids)):
-        start = t == 0 or not is_byte(ids[t]) or not is_byte(ids[t - 1])
+        start = t == 0 or not (is_byte(ids[t]) or ids[t] == EOS_TOKEN_ID) or not is_byte(ids[t - 1])
         start = start or (rule.reset_on_newline and ids[t - 1] == NEWLINE_ID)
         if not start:
             entropy = entropies[t - 1]
@@ -44,7 +44,7 @@ def slow_starts(ids, entropies, rule):
                 "both": high and rises,
                 "running_minimum": high or entropy - lowest > rule.relative_threshold,
                 "stride": False,
-                "whitespace": chr(ids[t - 1] - 4) in " \t\n\r\v\f" and chr(ids[t] - 4) not in " \t\n\r\v\f",
+                "whitespace": chr(ids[t - 1] - 4) in " \t\n\r\v\f" and ids[t] - 4 not in list(b" \t\n\r\v\f"),
             }[rule.rule] or t - begin == rule.max_patch_length
         begin = t if start else begin
         starts.append(start)
@@ -100,3 +100,26 @@ def test_by_hand(rule, lengths):
 def test_bad_rules_are_refused(kwargs, said):
     with pytest.raises(ValueError, match=said):
         PatchRule(**kwargs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEQUENCES, rules(), st.data())
+def test_pieces_of_a_row_continue_each_other(sequence, rule, data):
+    """The state is all that the boundaries ahead depend on, wherever the row is cut."""
+    ids, entropies = (torch.tensor([column]) for column in zip(*sequence, strict=True))
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, len(sequence))))), len(sequence)]
+    state, pieces = PatchState.initial(1), []
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        if begin < end:
+            starts, state = continue_patches(ids[:, begin:end], entropies[:, begin:end], rule, state)
+            pieces.append(starts)
+    assert torch.equal(torch.cat(pieces, dim=1), patch_starts(ids, entropies, rule))
+
+
+def test_the_end_of_a_text_is_no_surprise_of_its_own():
+    """Whether a patch has ended is known before the next token is: else the model would be told where texts end."""
+    ids = torch.tensor([[1, 101, 102, EOS_TOKEN_ID, 103]])
+    calm, surprised = torch.zeros(1, 5), torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]])
+    rule = PatchRule("global", 0.8)
+    assert patch_starts(ids, calm, rule)[0].tolist() == [True, True, False, False, True]
+    assert patch_starts(ids, surprised, rule)[0].tolist() == [True, True, False, True, True]

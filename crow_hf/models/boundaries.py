@@ -16,14 +16,17 @@ and `rise` is `entropies[t - 1] - entropies[t - 2]`.
 
 Whatever the rule, special tokens are patches of their own, the first byte of a text starts a patch, so does the byte after a
 newline if `reset_on_newline`, and no patch is longer than `max_patch_length`.
+
+The end of a text is the exception: its token starts a patch only where a byte would have. Whether a patch has ended is what a
+model knows when it predicts the next byte, and a text's end is one of the things it has to predict.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from .byte_vocabulary import BYTE_OFFSET, NEWLINE, is_byte
+from .byte_vocabulary import BYTE_OFFSET, EOS_TOKEN_ID, NEWLINE, PAD_TOKEN_ID, is_byte
 
 
 RULES = ("either", "global", "monotonic", "both", "running_minimum", "stride", "whitespace")
@@ -72,6 +75,37 @@ class PatchRule:
         return self.rule not in RULES_WITHOUT_ENTROPY
 
 
+class PatchState(NamedTuple):
+    """
+    What the boundaries ahead of a row depend on.
+
+    Attributes:
+        previous_ids (`torch.LongTensor` of shape `(batch_size, 2)`):
+            The last two ids.
+        entropies (`torch.FloatTensor` of shape `(batch_size, 2)`):
+            Theirs.
+        length (`torch.LongTensor` of shape `(batch_size,)`):
+            How long the patch at the end is so far.
+        lowest (`torch.FloatTensor` of shape `(batch_size,)`):
+            The lowest entropy that a byte of it, but the first, was predicted with; for the rule `"running_minimum"`.
+    """
+
+    previous_ids: torch.LongTensor
+    entropies: torch.FloatTensor
+    length: torch.LongTensor
+    lowest: torch.FloatTensor
+
+    @classmethod
+    def initial(cls, batch_size: int, device: torch.device | str | None = None) -> "PatchState":
+        """Before the first byte."""
+        return cls(
+            torch.full((batch_size, 2), PAD_TOKEN_ID, device=device),
+            torch.zeros(batch_size, 2, device=device),
+            torch.zeros(batch_size, dtype=torch.long, device=device),
+            torch.full((batch_size,), torch.inf, device=device),
+        )
+
+
 def patch_starts(
     input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule
 ) -> torch.BoolTensor:
@@ -91,60 +125,80 @@ def patch_starts(
     Returns:
         `torch.BoolTensor` of shape `(batch_size, sequence_length)`: True where a patch starts.
     """
-    ordinary = is_byte(input_ids)
-    after_ordinary = _shifted(ordinary, False)
-    forced = ~(ordinary & after_ordinary)
+    return continue_patches(
+        input_ids, entropies, rule, PatchState.initial(input_ids.shape[0], device=input_ids.device)
+    )[0]
+
+
+def continue_patches(
+    input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule, state: PatchState
+) -> tuple[torch.BoolTensor, PatchState]:
+    """
+    [`patch_starts`] for the next bytes of rows whose beginning is known by its state only.
+
+    Returns:
+        `tuple`: Where patches start, `(batch_size, sequence_length)`, and the state after these bytes.
+    """
+    length = input_ids.shape[1]
+    ids = torch.cat([state.previous_ids, input_ids], dim=1)
+    if entropies is None:
+        entropies = torch.zeros_like(input_ids, dtype=torch.float)
+    scores = torch.cat([state.entropies, entropies.float()], dim=1)
+    ordinary = is_byte(ids)
+    forced = ~(ordinary | (ids == EOS_TOKEN_ID))[:, 2:] | ~ordinary[:, 1:-1]
     if rule.reset_on_newline:
-        forced |= _shifted(input_ids == NEWLINE + BYTE_OFFSET, False)
+        forced = forced | (ids[:, 1:-1] == NEWLINE + BYTE_OFFSET)
     if rule.rule == "running_minimum":
-        return _running_minimum_starts(forced, entropies, rule)
-    starts = forced | _rule_starts(input_ids, entropies, after_ordinary, rule)
-    if rule.max_patch_length is not None:
-        starts |= _offset_in_patch(starts) % rule.max_patch_length == 0
-    return starts
+        starts, open_length, lowest = _scan_running_minimum(forced, scores[:, 1:-1], rule, state)
+    else:
+        starts = forced | _rule_starts(ids, scores, ordinary, rule)
+        index = torch.arange(length, device=ids.device)
+        if rule.max_patch_length is not None:
+            starts = starts | ((index - _last_start(starts, index, state)) % rule.max_patch_length == 0)
+        open_length, lowest = length - _last_start(starts, index, state)[:, -1], state.lowest
+    return starts, PatchState(ids[:, -2:], scores[:, -2:], open_length, lowest)
 
 
 def _rule_starts(
-    input_ids: torch.LongTensor,
-    entropies: torch.FloatTensor | None,
-    after_ordinary: torch.BoolTensor,
-    rule: PatchRule,
+    ids: torch.LongTensor, scores: torch.FloatTensor, ordinary: torch.BoolTensor, rule: PatchRule
 ) -> torch.BoolTensor:
+    """Without what is forced. The arguments begin two bytes earlier than the answer."""
     if rule.rule == "stride":
-        return torch.zeros_like(after_ordinary)
+        return torch.zeros_like(ordinary[:, 2:])
     if rule.rule == "whitespace":
-        space = torch.isin(input_ids, torch.tensor(WHITESPACE, device=input_ids.device) + BYTE_OFFSET)
-        return _shifted(space, False) & ~space
-    before = _shifted(entropies, 0.0)
+        space = torch.isin(ids, torch.tensor(WHITESPACE, device=ids.device) + BYTE_OFFSET)
+        return space[:, 1:-1] & ~space[:, 2:]
+    before = scores[:, 1:-1]
     # No rise from one text into the next.
-    rises = (before - _shifted(before, 0.0) > rule.relative_threshold) & _shifted(after_ordinary, False)
+    rises = (before - scores[:, :-2] > rule.relative_threshold) & ordinary[:, :-2]
     high = before > rule.threshold
     return {"either": high | rises, "global": high, "monotonic": rises, "both": high & rises}[rule.rule]
 
 
-def _running_minimum_starts(
-    forced: torch.BoolTensor, entropies: torch.FloatTensor, rule: PatchRule
-) -> torch.BoolTensor:
+def _last_start(starts: torch.BoolTensor, index: torch.LongTensor, state: PatchState) -> torch.LongTensor:
+    """Where the patch of each byte began; below 0 if before the first of them."""
+    return torch.where(starts, index, -state.length[:, None]).cummax(dim=1).values
+
+
+def _scan_running_minimum(
+    forced: torch.BoolTensor, before: torch.FloatTensor, rule: PatchRule, state: PatchState
+) -> tuple[torch.BoolTensor, torch.LongTensor, torch.FloatTensor]:
     """A patch's bounds depend on where it began, so this rule is a scan; on plain floats, which Python is quickest with."""
-    rows = []
-    longest = rule.max_patch_length or forced.shape[1]
-    for row_forced, row_entropies in zip(forced.tolist(), entropies.tolist(), strict=True):
-        starts, length, lowest, before = [], 0, float("inf"), 0.0
-        for is_forced, entropy in zip(row_forced, row_entropies, strict=True):
-            surprising = before > rule.threshold or before - lowest > rule.relative_threshold
+    rows, lengths, minima = [], [], []
+    longest = rule.max_patch_length or float("inf")
+    columns = (forced.tolist(), before.tolist(), state.length.tolist(), state.lowest.tolist())
+    for row_forced, row_before, length, lowest in zip(*columns, strict=True):
+        starts = []
+        for is_forced, entropy in zip(row_forced, row_before, strict=True):
+            surprising = entropy > rule.threshold or entropy - lowest > rule.relative_threshold
             start = is_forced or surprising or length == longest
-            length, lowest = (1, float("inf")) if start else (length + 1, min(lowest, before))
-            before = entropy
+            length, lowest = (1, float("inf")) if start else (length + 1, min(lowest, entropy))
             starts.append(start)
         rows.append(starts)
-    return torch.tensor(rows, dtype=torch.bool, device=forced.device).view(forced.shape)
-
-
-def _shifted(values: torch.Tensor, first: float | bool) -> torch.Tensor:
-    """What stood at the position before."""
-    return nn.functional.pad(values[:, :-1], (1, 0), value=first)
-
-
-def _offset_in_patch(starts: torch.BoolTensor) -> torch.LongTensor:
-    index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+        lengths.append(length)
+        minima.append(lowest)
+    return (
+        torch.tensor(rows, dtype=torch.bool, device=forced.device).view(forced.shape),
+        torch.tensor(lengths, device=forced.device),
+        torch.tensor(minima, device=forced.device),
+    )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import Cache, MistralForCausalLM
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .byte_vocabulary import NEWLINE
@@ -17,7 +17,10 @@ NATS_PER_BIT = math.log(2)
 
 
 def segment_positions(
-    input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, reset_on_newline: bool = True
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    reset_on_newline: bool = True,
+    seen: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
     Positions that begin at 0 with the first real byte and, if wanted, again with each newline.
@@ -29,18 +32,21 @@ def segment_positions(
             0 for padding, on either side. Padding has position 0 too: it is cut off from everything else.
         reset_on_newline (`bool`, *optional*, defaults to `True`):
             Whether a newline begins a segment, of which it is the first byte.
+        seen (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            How many bytes of the first segment came before; none by default.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, sequence_length)`: The distance to the beginning of the segment.
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    begins = index == 0
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
     if reset_on_newline:
-        begins = begins | (input_ids == NEWLINE)
+        begins = input_ids == NEWLINE
     if attention_mask is not None:
         real = attention_mask.bool()
         begins = begins | ~real | nn.functional.pad(~real[:, :-1], (1, 0))
-    return index - torch.where(begins, index, 0).cummax(dim=1).values
+    first = 0 if seen is None else -seen[:, None]
+    return index - torch.where(begins, index, first).cummax(dim=1).values
 
 
 class ByteEntropyPredictor(MistralForCausalLM):
@@ -124,17 +130,23 @@ class ByteEntropyPredictor(MistralForCausalLM):
             position_ids = segment_positions(input_ids, attention_mask, reset_on_newline)
 
         begin = seen + torch.arange(input_ids.shape[1], device=input_ids.device) - position_ids
+        window = self.config.sliding_window or math.inf
 
-        def same_segment(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
-            return key >= begin[batch, query - seen]
+        def in_segment_and_window(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+            return (key <= query) & (key > query - window) & (key >= begin[batch, query - seen])
 
-        create_mask = create_sliding_window_causal_mask if self.config.sliding_window else create_causal_mask
-        mask = create_mask(
-            config=self.config,
-            inputs_embeds=torch.empty((*input_ids.shape, 0), dtype=self.dtype, device=input_ids.device),
-            attention_mask=None,
-            past_key_values=past_key_values,
-            and_mask_function=same_segment,
+        length = input_ids.shape[1]
+        keys, first_key = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            batch_size=len(input_ids),
+            q_length=length,
+            kv_length=keys,
+            q_offset=seen,
+            kv_offset=first_key,
+            mask_function=in_segment_and_window,
+            allow_is_causal_skip=False,
+            device=input_ids.device,
+            dtype=self.dtype,
         )
         return super().forward(
             input_ids,
