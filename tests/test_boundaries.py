@@ -30,7 +30,7 @@ def slow_starts(ids, entropies, rule):
     """The table of the rules, one byte at a time."""
     starts, begin = [], 0
     for t in range(len(ids)):
-        start = t == 0 or not (is_byte(ids[t]) or ids[t] == EOS_TOKEN_ID) or not is_byte(ids[t - 1])
+        start = t == 0 or not (is_byte(ids[t]) or ids[t] in (EOS_TOKEN_ID, PAD_TOKEN_ID)) or not is_byte(ids[t - 1])
         start = start or (rule.reset_on_newline and ids[t - 1] == NEWLINE_ID)
         if not start:
             entropy = entropies[t - 1]

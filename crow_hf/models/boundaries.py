@@ -17,7 +17,7 @@ and `rise` is `entropies[t - 1] - entropies[t - 2]`.
 Whatever the rule, special tokens are patches of their own, the first byte of a text starts a patch, so does the byte after a
 newline if `reset_on_newline`, and no patch is longer than `max_patch_length`.
 
-The end of a text is the exception: its token starts a patch only where a byte would have. Whether a patch has ended is what a
+The end of a text is the exception: its token, or padding, starts a patch only where a byte would have. Whether a patch has ended is what a
 model knows when it predicts the next byte, and a text's end is one of the things it has to predict.
 """
 
@@ -145,7 +145,8 @@ def continue_patches(
         entropies = torch.zeros_like(input_ids, dtype=torch.float)
     scores = torch.cat([state.entropies, entropies.float()], dim=1)
     ordinary = is_byte(ids)
-    forced = ~(ordinary | (ids == EOS_TOKEN_ID))[:, 2:] | ~ordinary[:, 1:-1]
+    ends_text = (ids == EOS_TOKEN_ID) | (ids == PAD_TOKEN_ID)
+    forced = ~(ordinary | ends_text)[:, 2:] | ~ordinary[:, 1:-1]
     if rule.reset_on_newline:
         forced = forced | (ids[:, 1:-1] == NEWLINE + BYTE_OFFSET)
     if rule.rule == "running_minimum":

@@ -1,0 +1,128 @@
+"""What a byte-latent model keeps between the bytes it generates."""
+
+import torch
+from transformers import Cache, DynamicCache
+
+from .boundaries import PatchState
+from .byte_vocabulary import PAD_TOKEN_ID
+from .configuration_coconut import CoconutConfig
+
+
+class LatentCache:
+    """
+    Keys and values of the latent transformer, for rows that have different numbers of patches.
+
+    A column is a patch of some rows and a hole in the others. `positions` tells each row's patches apart from its holes.
+
+    Attributes:
+        keys_and_values (`DynamicCache`):
+            Of all layers; `(batch_size, num_heads, num_columns, head_dim)`. Layers with a sliding window keep all columns too:
+            how many of them the window spans differs from row to row.
+        positions (`torch.LongTensor` of shape `(batch_size, num_columns)`):
+            The patch's position in its row, -1 for a hole.
+        num_patches (`torch.LongTensor` of shape `(batch_size,)`):
+            Patches of each row so far.
+        last_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
+            The latent output of each row's last patch; zeros if there is none yet.
+    """
+
+    def __init__(self, config: CoconutConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.keys_and_values = DynamicCache()
+        self.positions = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        self.num_patches = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.last_output = torch.zeros(batch_size, config.hidden_size, device=device, dtype=dtype)
+
+
+class CoconutCache(Cache):
+    """
+    The state of a [`CoconutModel`] after some bytes: of constant size but for keys and values.
+
+    The patch at the end stays open until a byte comes that begins another: its bytes' states wait in `open_states`, and only
+    whole patches go through the latent transformer.
+
+    Args:
+        config (`CoconutConfig`):
+            Of the model.
+
+    Attributes:
+        entropy, encoder, decoder (`DynamicCache`):
+            Keys and values of the entropy predictor and of the layers over bytes.
+        latent (`LatentCache`):
+            Of the latent transformer.
+        patches (`PatchState`):
+            What the next boundaries depend on.
+        open_states (`torch.FloatTensor` of shape `(batch_size, longest, encoder_width)`):
+            Encoder states of the bytes of the open patch.
+        open_mask (`torch.BoolTensor` of shape `(batch_size, longest)`):
+            Which of them there are.
+        history (`torch.LongTensor` of shape `(batch_size, num_bytes)`):
+            The ids before, as many as the longest hashed n-gram looks back on.
+        real (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+            All positions so far: False for padding.
+        num_bytes (`torch.LongTensor` of shape `(batch_size,)`):
+            Positions of each row that are not padding.
+        segment_length (`torch.LongTensor` of shape `(batch_size,)`):
+            Bytes since the entropy predictor's context began.
+    """
+
+    is_compileable = False
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__(layers=[])
+        self.config = config
+        self.entropy = DynamicCache(config=config.entropy_config)
+        self.encoder = DynamicCache(config=config.encoder_config)
+        self.decoder = DynamicCache(config=config.decoder_config)
+        self.latent = None
+
+    def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Set up the state before the first byte."""
+        self.latent = LatentCache(self.config, batch_size, device, dtype)
+        self.patches = PatchState.initial(batch_size, device)
+        self.open_states = torch.empty(
+            batch_size, 0, self.config.encoder_config.hidden_size, device=device, dtype=dtype
+        )
+        self.open_mask = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+        longest = max(self.config.hash_ngram_sizes or [1])
+        self.history = torch.full((batch_size, longest - 1), PAD_TOKEN_ID, device=device)
+        self.real = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+        self.num_bytes = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.segment_length = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions so far, padding included."""
+        return 0 if self.latent is None else self.real.shape[1]
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep these rows, in this order, as often as they are named."""
+        if self.latent is None:
+            return
+        for cache in (self.entropy, self.encoder, self.decoder, self.latent.keys_and_values):
+            if cache.get_seq_length():
+                cache.batch_select_indices(indices)
+        self.patches = PatchState(*(part[indices] for part in self.patches))
+        for name in ("open_states", "open_mask", "history", "real", "num_bytes", "segment_length"):
+            setattr(self, name, getattr(self, name)[indices])
+        for name in ("positions", "num_patches", "last_output"):
+            setattr(self.latent, name, getattr(self.latent, name)[indices])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """For beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.latent is not None:
+            rows = torch.arange(len(self.num_bytes), device=self.num_bytes.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self.config)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: patches that were closed cannot be opened again."""
+        raise NotImplementedError("A CoconutCache cannot be shortened: start from a new one.")
+
+
+__all__ = ["CoconutCache"]

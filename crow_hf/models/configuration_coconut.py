@@ -1,0 +1,182 @@
+"""Configuration of the byte-latent model."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+
+from .boundaries import PatchRule
+from .byte_vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE
+from .configuration_byte_entropy import ByteEntropyConfig
+
+
+ThoughtMode = Literal["sequential", "recompute", "jacobi"]
+
+
+@strict
+class CoconutConfig(PreTrainedConfig):
+    """
+    Configuration of a [`CoconutForCausalLM`].
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a [`~transformers.LlamaConfig`]):
+            The latent transformer over patches: any decoder-only model of transformers that takes `inputs_embeds` and
+            `position_ids`. It needs no vocabulary: its `vocab_size` is 1.
+        encoder_config (`MistralConfig` or `dict`, *optional*):
+            Layers over bytes below the latent transformer. By default one layer of half the backbone's width, which looks
+            512 bytes back.
+        decoder_config (`MistralConfig` or `dict`, *optional*):
+            Layers over bytes above it, of the same width; three by default.
+        entropy_config (`ByteEntropyConfig` or `dict`, *optional*):
+            The frozen model whose uncertainty tells where patches begin. It carries the thresholds, in bits.
+        vocab_size (`int`, *optional*, defaults to 264):
+            BLT's 260 ids, the three tokens of continuous thoughts, and padding.
+        patch_rule (`str`, *optional*, defaults to `"either"`):
+            One of [`~models.boundaries.RULES`], except `"whitespace"`, which asks the byte that is to be predicted.
+        max_patch_length (`int`, *optional*):
+            Longer patches are cut.
+        cross_attention_heads (`int`, *optional*):
+            Heads of the attention between bytes and patches; those of the encoder by default.
+        cross_attention_k (`int`, *optional*, defaults to 2):
+            How many vectors of the encoder's width a patch has on the way to the latent transformer and back (BLT,
+            section 3.2.2).
+        binary_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the eight bits of a byte, through a learned projection, are added to its embedding.
+        hash_ngram_sizes (`list[int]`, *optional*):
+            Lengths of the byte n-grams that are hashed and embedded beside each byte (BLT, section 3.2.1); none by default.
+        hash_vocab_size (`int`, *optional*, defaults to 30000):
+            Rows of the table for each of these lengths.
+        max_thoughts (`int`, *optional*, defaults to 8):
+            Most continuous thoughts in a row.
+        thought_mode (`str`, *optional*, defaults to `"sequential"`):
+            How thoughts are computed in a pass without a cache. `"sequential"`: one after the other, on the keys and values
+            of what comes before. `"recompute"`: as many passes over all patches as there are thoughts, and one more; the
+            same result, and the mode that `"sequential"` falls back on where it cannot be had: under gradient
+            checkpointing, which drops keys and values, and in packed rows. `"jacobi"`: `thought_iterations` such passes,
+            each over all thoughts at once; an approximation, and exact from as many on as there are thoughts.
+        thought_iterations (`int`, *optional*, defaults to 3):
+            Of `"jacobi"`.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of random weights.
+
+    Raises:
+        `ValueError`: If the parts do not fit together.
+    """
+
+    model_type = "coconut"
+    sub_configs = {
+        "backbone_config": AutoConfig,
+        "encoder_config": MistralConfig,
+        "decoder_config": MistralConfig,
+        "entropy_config": ByteEntropyConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    encoder_config: dict | PreTrainedConfig | None = None
+    decoder_config: dict | PreTrainedConfig | None = None
+    entropy_config: dict | PreTrainedConfig | None = None
+    vocab_size: int = VOCAB_SIZE
+    patch_rule: str = "either"
+    max_patch_length: int | None = None
+    cross_attention_heads: int | None = None
+    cross_attention_k: int = 2
+    binary_embeddings: bool = True
+    hash_ngram_sizes: list[int] | None = None
+    hash_vocab_size: int = 30_000
+    max_thoughts: int = 8
+    thought_mode: str = "sequential"
+    thought_iterations: int = 3
+    initializer_range: float = 0.02
+    bos_token_id: int | None = BOS_TOKEN_ID
+    eos_token_id: int | list[int] | None = EOS_TOKEN_ID
+    pad_token_id: int | None = PAD_TOKEN_ID
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        backbone = self.backbone_config or LlamaConfig()
+        backbone = dict(backbone) if isinstance(backbone, dict) else backbone.to_dict()
+        # Patches are no tokens.
+        backbone |= {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        self.backbone_config = AutoConfig.for_model(**backbone)
+        if self.backbone_config.is_encoder_decoder:
+            raise ValueError(
+                f"The latent transformer must be a decoder, and {self.backbone_config.model_type} is none."
+            )
+        self.encoder_config = self._local_config(self.encoder_config, 1)
+        self.decoder_config = self._local_config(self.decoder_config, 3)
+        if isinstance(self.entropy_config, dict):
+            self.entropy_config = ByteEntropyConfig(**self.entropy_config)
+        self.entropy_config = self.entropy_config or ByteEntropyConfig()
+        if self.cross_attention_heads is None:
+            self.cross_attention_heads = self.encoder_config.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def _local_config(self, config: dict | PreTrainedConfig | None, num_hidden_layers: int) -> MistralConfig:
+        if isinstance(config, MistralConfig):
+            return config
+        width = -(-self.backbone_config.hidden_size // 64) * 32
+        defaults = {
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": width // 32,
+            "max_position_embeddings": 2**20,
+            "sliding_window": 512,
+        }
+        config = {**defaults, **(config or {}), "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
+        config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        return MistralConfig(**config)
+
+    def validate_architecture(self):
+        """Whether the parts fit together."""
+        if self.entropy_config.vocab_size != 256:
+            raise ValueError(
+                f"The entropy predictor has a vocabulary of {self.entropy_config.vocab_size}, but must have the 256 bytes."
+            )
+        if self.encoder_config.hidden_size != self.decoder_config.hidden_size:
+            raise ValueError(
+                f"The byte encoder is {self.encoder_config.hidden_size} wide and the byte decoder "
+                f"{self.decoder_config.hidden_size}: make them equally wide."
+            )
+        if self.encoder_config.hidden_size % self.cross_attention_heads:
+            raise ValueError(
+                f"`cross_attention_heads` is {self.cross_attention_heads}, which does not divide the width of the byte "
+                f"encoder, {self.encoder_config.hidden_size}."
+            )
+        if self.patch_rule == "whitespace":
+            raise ValueError("The patch rule 'whitespace' asks the byte that is to be predicted: choose another.")
+        PatchRule(self.patch_rule, max_patch_length=self.max_patch_length)
+        if self.thought_mode not in ThoughtMode.__args__:
+            raise ValueError(
+                f"`thought_mode` must be one of {', '.join(ThoughtMode.__args__)}, got {self.thought_mode!r}."
+            )
+        for name, least in {"cross_attention_k": 1, "max_thoughts": 0, "thought_iterations": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if any(size < 2 for size in self.hash_ngram_sizes or ()):
+            raise ValueError(f"`hash_ngram_sizes` are lengths of 2 bytes or more, got {self.hash_ngram_sizes}.")
+
+    # What users of transformers ask every decoder: the answers are the latent transformer's.
+    @property
+    def hidden_size(self) -> int:
+        """Width of the latent transformer."""
+        return self.backbone_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the latent transformer."""
+        return self.backbone_config.num_hidden_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of the latent transformer."""
+        return self.backbone_config.num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """Most patches of a row; so many bytes always fit."""
+        return getattr(self.backbone_config, "max_position_embeddings", None)
+
+
+__all__ = ["CoconutConfig"]

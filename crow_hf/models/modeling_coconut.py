@@ -1,0 +1,1142 @@
+"""COCONUT: a causal LM over bytes that thinks in patches.
+
+Bytes are grouped into patches where the next byte is hard to predict (BLT, arXiv 2412.09871); a latent transformer runs over
+the patches, one step for each; continuous thoughts are patches whose embedding is the latent output before them (COCONUT,
+arXiv 2412.06769).
+
+    bytes -> byte encoder -> patches -> latent transformer (thoughts) -> byte decoder -> next byte
+
+Shapes in names: B rows, S bytes, P patches, K vectors of a patch, H heads, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralPreTrainedModel,
+    MistralRMSNorm,
+    MistralRotaryEmbedding,
+)
+from transformers.utils import ModelOutput, logging
+
+from .boundaries import PatchRule, PatchState, continue_patches
+from .byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, PAD_TOKEN_ID, THOUGHT_TOKEN_ID, is_byte
+from .cache_coconut import CoconutCache, LatentCache
+from .configuration_coconut import CoconutConfig
+from .modeling_byte_entropy import ByteEntropyPredictor, segment_positions
+
+
+logger = logging.get_logger(__name__)
+
+_HASH_PRIME = 1_000_003
+_HASH_MODULUS = 2**31 - 1
+_USUAL_PATCH_SIZES = (1.5, 16.0)
+_ENOUGH_BYTES = 200
+
+
+@dataclass
+class CoconutOutput(ModelOutput):
+    """
+    What [`CoconutModel`] and [`CoconutForCausalLM`] tell about their insides.
+
+    In a pass with a cache, patches are those that ended in it; the patch at the end is still open.
+
+    Args:
+        past_key_values (`CoconutCache`, *optional*):
+            The cache that was passed.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
+            The latent chain, and nothing else: patch embeddings with thoughts filled in, then the outputs of the layers as
+            the latent transformer reports them; each `(batch_size, num_patches, hidden_size)`.
+        encoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
+            Byte embeddings, then the outputs of the byte encoder's layers; `(batch_size, sequence_length, encoder_width)`.
+        decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
+            The byte decoder's input, then the outputs of its layers; `(batch_size, sequence_length, decoder_width)`.
+        patch_lengths (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
+            In bytes, 0 where a row has fewer patches.
+        patch_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
+            Which patches there are.
+        thought_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
+            Which of them are continuous thoughts.
+        entropies (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            In bits, each about the next byte; `None` where the patches were given.
+    """
+
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    patch_lengths: torch.LongTensor | None = None
+    patch_mask: torch.BoolTensor | None = None
+    thought_mask: torch.BoolTensor | None = None
+    entropies: torch.FloatTensor | None = None
+
+
+@dataclass
+class CoconutModelOutput(CoconutOutput):
+    """
+    Outputs of a [`CoconutModel`]: those of [`CoconutOutput`] and
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, decoder_width)`):
+            Of the byte decoder.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+
+
+@dataclass
+class CoconutCausalLMOutput(CoconutOutput):
+    """
+    Outputs of a [`CoconutForCausalLM`]: those of [`CoconutOutput`] and
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*, with `labels`):
+            Mean negative log-likelihood of the labels, in nats.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Of the next byte.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+class LatentOutput(NamedTuple):
+    """
+    Outputs of a [`CoconutLatentTransformer`].
+
+    Attributes:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
+            After the final norm.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*):
+            The chain.
+        order (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
+            If the backbone was called several times for the parts of a row: where each patch stands in its outputs, put one
+            after the other. If it is `None`, the last call saw all patches.
+    """
+
+    last_hidden_state: torch.FloatTensor
+    hidden_states: tuple[torch.FloatTensor, ...] | None
+    order: torch.LongTensor | None
+
+
+class CoconutByteEmbedding(nn.Module):
+    """
+    Everything that is known of a byte before attention: its row in a table, its bits, and hashed n-grams that end with it.
+
+    Args:
+        config (`CoconutConfig`):
+            Of the model.
+    """
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__()
+        width = config.encoder_config.hidden_size
+        self.table = nn.Embedding(config.vocab_size, width)
+        self.bit_projection = nn.Linear(8, width, bias=False) if config.binary_embeddings else None
+        self.ngram_sizes = config.hash_ngram_sizes or []
+        self.hash_vocab_size = config.hash_vocab_size
+        if self.ngram_sizes:
+            self.ngram_table = nn.Embedding(len(self.ngram_sizes) * config.hash_vocab_size, width)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The table."""
+        return self.table.weight
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
+        """Embeddings `(batch_size, sequence_length, encoder_width)` of ids `(batch_size, sequence_length)`."""
+        embeddings = self.table(input_ids)
+        if self.bit_projection is not None:
+            embeddings = embeddings + self.bit_projection(self._bits(input_ids).to(embeddings.dtype))
+        if self.ngram_sizes:
+            embeddings = embeddings + self.ngram_table(self._hashes(input_ids)).sum(dim=-2)
+        return embeddings
+
+    @staticmethod
+    def _bits(input_ids: torch.LongTensor) -> torch.LongTensor:
+        """-1 and 1, the highest bit first; zeros for special tokens."""
+        shifts = torch.arange(7, -1, -1, device=input_ids.device)
+        bits = ((input_ids - BYTE_OFFSET)[..., None] >> shifts) & 1
+        return (2 * bits - 1) * is_byte(input_ids)[..., None]
+
+    def _hashes(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Rows of the n-gram table, `(batch_size, sequence_length, num_sizes)`. No n-gram reaches beyond its text's begin."""
+        hashed, power = torch.zeros_like(input_ids), 1
+        reaches = torch.ones_like(input_ids, dtype=torch.bool)
+        rows, shifted = {}, input_ids
+        for size in range(1, max(self.ngram_sizes) + 1):
+            hashed = (hashed + torch.where(reaches, shifted, PAD_TOKEN_ID) * power) % _HASH_MODULUS
+            power = power * _HASH_PRIME % _HASH_MODULUS
+            reaches = reaches & (shifted != BOS_TOKEN_ID)
+            shifted = nn.functional.pad(shifted[:, :-1], (1, 0), value=PAD_TOKEN_ID)
+            rows[size] = hashed % self.hash_vocab_size
+        return torch.stack(
+            [rows[size] + number * self.hash_vocab_size for number, size in enumerate(self.ngram_sizes)], dim=-1
+        )
+
+
+class CoconutByteLayers(MistralPreTrainedModel):
+    """Causal layers over bytes with rotary positions and a sliding window: what encoder and decoder share."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(MistralDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.rotary_emb = MistralRotaryEmbedding(config)
+
+    def prepare(
+        self,
+        hidden_states: torch.FloatTensor,
+        real: torch.BoolTensor | None,
+        position_ids: torch.LongTensor,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        """What every layer is given besides its input."""
+        create_mask = create_sliding_window_causal_mask if self.config.sliding_window else create_causal_mask
+        return {
+            "attention_mask": create_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=real,
+                past_key_values=cache,
+                position_ids=position_ids,
+            ),
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
+            "past_key_values": cache,
+        }
+
+
+class CoconutLocalEncoder(CoconutByteLayers):
+    """
+    From byte embeddings to byte states, and from the states of a patch's bytes to its embedding.
+
+    A patch is the maximum over its bytes' states, split into K vectors, each of which then attends to those bytes (BLT,
+    section 3.2.2).
+    """
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__(config.encoder_config)
+        width = config.encoder_config.hidden_size
+        self.num_vectors, self.num_heads = config.cross_attention_k, config.cross_attention_heads
+        self.split_projection = nn.Linear(width, self.num_vectors * width, bias=False)
+        self.q_norm = MistralRMSNorm(width)
+        self.k_norm = MistralRMSNorm(width)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.patch_projection = nn.Linear(self.num_vectors * width, config.hidden_size, bias=False)
+        self.post_init()
+
+    def forward(self, hidden_states: torch.FloatTensor, **inputs: Any) -> tuple[torch.FloatTensor, ...]:
+        """Embeddings and the outputs of all layers, each `(batch_size, sequence_length, encoder_width)`."""
+        chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
+        for layer in self.layers:
+            chain.append(layer(chain[-1], **shared))
+        return tuple(chain)
+
+    def pool(
+        self, states: torch.FloatTensor, patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: int
+    ) -> torch.FloatTensor:
+        """
+        Embed patches.
+
+        Linear in the number of bytes: each byte has one patch, so a softmax over a patch's bytes needs no table of all pairs.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(batch_size, sequence_length, encoder_width)`):
+                Of the bytes.
+            patch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Which patch of its row a byte belongs to.
+            mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+                Which bytes count.
+            num_patches (`int`):
+                Most patches of a row.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`
+        """
+        rows, _, width = states.shape
+        states_ND = states.flatten(0, 1)
+        # The bytes that do not count go to a patch beyond the last, which is dropped.
+        first_patches = num_patches * torch.arange(rows, device=states.device)[:, None]
+        total = rows * num_patches
+        target_N = torch.where(mask, first_patches + patch_ids, total).flatten()
+        lowest = torch.finfo(states.dtype).min
+        pooled_PD = states_ND.new_full((total + 1, width), lowest).scatter_reduce(
+            0, target_N[:, None].expand(-1, width), states_ND, "amax"
+        )
+        pooled_PD = torch.where(pooled_PD == lowest, 0.0, pooled_PD)
+        vectors_PKD = self.split_projection(pooled_PD).view(total + 1, self.num_vectors, width)
+
+        heads = (self.num_heads, width // self.num_heads)
+        query_PKHd = self.q_proj(self.q_norm(vectors_PKD)).unflatten(-1, heads)
+        normed_ND = self.k_norm(states_ND)
+        key_NHd = self.k_proj(normed_ND).unflatten(-1, heads)
+        value_NHd = self.v_proj(normed_ND).unflatten(-1, heads)
+        scores_NKH = (query_PKHd.index_select(0, target_N) * key_NHd[:, None]).sum(dim=-1).float() * heads[1] ** -0.5
+        weights_NKH = _softmax_within(scores_NKH, target_N, total + 1).to(states.dtype)
+        mixed_PKHd = torch.zeros_like(query_PKHd).index_add(0, target_N, weights_NKH[..., None] * value_NHd[:, None])
+        vectors_PKD = vectors_PKD + self.o_proj(mixed_PKHd.flatten(-2))
+        return self.patch_projection(vectors_PKD[:total].flatten(1)).view(rows, num_patches, -1)
+
+
+class CoconutPatchAttention(nn.Module):
+    """Cross-attention of a byte to the K vectors of one patch, the last one that ended before the byte to be predicted."""
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__()
+        width = config.decoder_config.hidden_size
+        self.num_heads = config.cross_attention_heads
+        self.q_norm = MistralRMSNorm(width)
+        self.k_norm = MistralRMSNorm(width)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.FloatTensor,
+        patches: torch.FloatTensor,
+        index: torch.LongTensor,
+        has_patch: torch.BoolTensor,
+    ) -> torch.FloatTensor:
+        """
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, decoder_width)`):
+                Of the bytes.
+            patches (`torch.FloatTensor` of shape `(batch_size, num_patches, K, decoder_width)`):
+                The latent outputs.
+            index (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Which of them each byte attends to.
+            has_patch (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+                Whether there is one yet.
+        """
+        heads = (self.num_heads, hidden_states.shape[-1] // self.num_heads)
+        normed_BPKD = self.k_norm(patches)
+        key_BSKHd = _take(self.k_proj(normed_BPKD), index).unflatten(-1, heads)
+        value_BSKHd = _take(self.v_proj(normed_BPKD), index).unflatten(-1, heads)
+        query_BSHd = self.q_proj(self.q_norm(hidden_states)).unflatten(-1, heads)
+        scores_BSKH = (query_BSHd[:, :, None] * key_BSKHd).sum(dim=-1).float() * heads[1] ** -0.5
+        weights_BSKH = scores_BSKH.softmax(dim=2).to(hidden_states.dtype)
+        mixed_BSD = (weights_BSKH[..., None] * value_BSKHd).sum(dim=2).flatten(-2)
+        return hidden_states + self.o_proj(mixed_BSD) * has_patch[..., None]
+
+
+class CoconutLocalDecoder(CoconutByteLayers):
+    """From byte states and latent outputs to the states that predict the next byte (BLT, section 3.3)."""
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__(config.decoder_config)
+        width = config.decoder_config.hidden_size
+        self.num_vectors = config.cross_attention_k
+        self.latent_projection = nn.Linear(config.hidden_size, self.num_vectors * width, bias=False)
+        self.patch_attentions = nn.ModuleList(CoconutPatchAttention(config) for _ in self.layers)
+        self.norm = MistralRMSNorm(width)
+        self.post_init()
+
+    def forward(
+        self,
+        hidden_states: torch.FloatTensor,
+        latent_outputs: torch.FloatTensor,
+        index: torch.LongTensor,
+        has_patch: torch.BoolTensor,
+        **inputs: Any,
+    ) -> tuple[torch.FloatTensor, ...]:
+        """The input, the outputs of all layers but the last, and that of the last after the final norm."""
+        chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
+        patches_BPKD = self.latent_projection(latent_outputs).unflatten(-1, (self.num_vectors, -1))
+        for attention, layer in zip(self.patch_attentions, self.layers, strict=True):
+            chain.append(layer(attention(chain[-1], patches_BPKD, index, has_patch), **shared))
+        return (*chain[:-1], self.norm(chain[-1]))
+
+
+class BinaryPatchModule(nn.Module):
+    """
+    Decides where patches begin. The thresholds are those of the entropy predictor's configuration, and are saved with it.
+
+    Args:
+        config (`CoconutConfig`):
+            Of the model.
+    """
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def threshold(self) -> float:
+        """Highest entropy inside a patch, in bits."""
+        return self.config.entropy_config.patch_threshold
+
+    @threshold.setter
+    def threshold(self, bits: float) -> None:
+        self.config.entropy_config.patch_threshold = bits
+
+    @property
+    def relative_threshold(self) -> float:
+        """Highest rise of the entropy inside a patch, in bits."""
+        return self.config.entropy_config.patch_relative_threshold
+
+    @relative_threshold.setter
+    def relative_threshold(self, bits: float) -> None:
+        self.config.entropy_config.patch_relative_threshold = bits
+
+    @property
+    def rule(self) -> PatchRule:
+        """The rule with its parameters."""
+        return PatchRule(
+            self.config.patch_rule,
+            self.threshold,
+            self.relative_threshold,
+            self.config.entropy_config.reset_on_newline,
+            self.config.max_patch_length,
+        )
+
+    def forward(
+        self, input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, state: PatchState
+    ) -> tuple[torch.BoolTensor, PatchState]:
+        """
+        Tell after which bytes the patch ends: whether the next position begins another, as far as can be told before it is
+        known.
+
+        Returns:
+            `tuple`: Where patches start, for the positions and the one after them, `(batch_size, sequence_length + 1)`; and
+            the state.
+        """
+        starts, state = continue_patches(input_ids, entropies, self.rule, state)
+        # Any byte will do: whether one starts a patch does not depend on which it is.
+        anything = torch.full_like(input_ids[:, :1], BYTE_OFFSET)
+        following, _ = continue_patches(anything, None, self.rule, state)
+        return torch.cat([starts, following], dim=1), state
+
+
+class CoconutLatentTransformer(nn.Module):
+    """
+    The decoder over patches, its continuous thoughts, and the model that says where patches begin.
+
+    Args:
+        config (`CoconutConfig`):
+            Of the model.
+    """
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        # It is never looked at, and must not be missed in a backward pass.
+        self.backbone.get_input_embeddings().requires_grad_(False)
+        # It knows no flash attention, and is small.
+        self.entropy_predictor = ByteEntropyPredictor._from_config(config.entropy_config, attn_implementation="sdpa")
+        self.entropy_predictor.requires_grad_(False).eval()
+        # A place where what thoughts are made of can be watched and changed.
+        self.thoughts = nn.Identity()
+
+    def train(self, mode: bool = True) -> "CoconutLatentTransformer":
+        """As for any module, but the entropy predictor stays in evaluation mode."""
+        super().train(mode)
+        self.entropy_predictor.eval()
+        return self
+
+    @property
+    def _drops_caches(self) -> bool:
+        return self.training and self.backbone.is_activation_checkpointing
+
+    def forward(
+        self,
+        patch_embeds: torch.FloatTensor,
+        patch_mask: torch.BoolTensor,
+        thought_mask: torch.BoolTensor,
+        num_thoughts: int,
+        cache: LatentCache | None = None,
+        position_ids: torch.LongTensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> LatentOutput:
+        """
+        Args:
+            patch_embeds (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
+                Patches, each row's from the left.
+            patch_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
+                Which there are.
+            thought_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
+                Which are thoughts: the latent output before them takes the place of their embedding.
+            num_thoughts (`int`):
+                Most thoughts of a row.
+            cache (`LatentCache`, *optional*):
+                Of the patches before; it is updated.
+            position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
+                For packed rows, which have no padding between patches: positions that begin anew with each document.
+            output_hidden_states (`bool`, *optional*, defaults to `False`):
+                Whether to return the chain.
+        """
+        sequential = self.config.thought_mode == "sequential" and position_ids is None and not self._drops_caches
+        if cache is not None or (num_thoughts and sequential):
+            if cache is None:
+                rows = len(patch_embeds)
+                cache = LatentCache(self.config, rows, patch_embeds.device, patch_embeds.dtype)
+            return self._in_rounds(patch_embeds, patch_mask, thought_mask, num_thoughts, cache, output_hidden_states)
+        return self._in_passes(
+            patch_embeds, patch_mask, thought_mask, num_thoughts, position_ids, output_hidden_states
+        )
+
+    def _in_passes(
+        self,
+        patch_embeds: torch.FloatTensor,
+        patch_mask: torch.BoolTensor,
+        thought_mask: torch.BoolTensor,
+        num_thoughts: int,
+        position_ids: torch.LongTensor | None,
+        output_hidden_states: bool,
+    ) -> LatentOutput:
+        """All patches at once; with thoughts several times, each pass on the thoughts of the one before (Jacobi)."""
+        if self.config.thought_mode == "jacobi":
+            num_thoughts = min(num_thoughts, self.config.thought_iterations)
+        if position_ids is not None:
+            inputs = {"position_ids": position_ids}
+        else:
+            # A row of padding alone still sees something: softmax over nothing is NaN on some devices.
+            inputs = {"attention_mask": nn.functional.pad(patch_mask[:, 1:], (1, 0), value=True).long()}
+        # The first patch of a row follows none: it stays what it is.
+        filled_in = thought_mask & (torch.arange(thought_mask.shape[1], device=thought_mask.device) > 0)
+        embeds = patch_embeds
+        for _ in range(num_thoughts):
+            outputs = self.backbone(inputs_embeds=embeds, use_cache=False, **inputs).last_hidden_state
+            before = nn.functional.pad(outputs[:, :-1], (0, 0, 1, 0))
+            embeds = torch.where(filled_in[..., None], self.thoughts(before), patch_embeds)
+        outputs = self.backbone(
+            inputs_embeds=embeds, use_cache=False, output_hidden_states=output_hidden_states, **inputs
+        )
+        return LatentOutput(outputs.last_hidden_state, outputs.hidden_states, None)
+
+    def _in_rounds(
+        self,
+        patch_embeds: torch.FloatTensor,
+        patch_mask: torch.BoolTensor,
+        thought_mask: torch.BoolTensor,
+        num_thoughts: int,
+        cache: LatentCache,
+        output_hidden_states: bool,
+    ) -> LatentOutput:
+        """
+        What comes before each row's first thought in one call, then each thought and what follows it up to the next in one
+        call: rows may have different numbers of thoughts at different places.
+        """
+        rounds = thought_mask.cumsum(dim=1)
+        counts = torch.stack([(patch_mask & (rounds == number)).sum(dim=1) for number in range(num_thoughts + 1)])
+        begins = counts.cumsum(dim=0) - counts
+        widths = counts.amax(dim=1).tolist()
+        chains = []
+        for count, begin, width in zip(counts, begins, widths, strict=True):
+            if not width:
+                continue
+            columns = torch.arange(width, device=count.device)
+            active = columns < count[:, None]
+            index = (begin[:, None] + columns).clamp(max=patch_embeds.shape[1] - 1)
+            embeds = _take(patch_embeds, index)
+            # In each round but that of what comes before all thoughts, the first patch is a thought.
+            follows = _take(thought_mask, index)[:, :1] & active[:, :1] & (cache.num_patches > 0)[:, None]
+            first = torch.where(follows, self.thoughts(cache.last_output), embeds[:, 0])
+            embeds = torch.cat([first[:, None], embeds[:, 1:]], dim=1)
+            chains.append(self._step(embeds, active, cache, output_hidden_states))
+        offsets = counts.new_tensor([0, *widths[:-1]]).cumsum(dim=0)
+        patches = torch.arange(patch_embeds.shape[1], device=rounds.device)
+        of_patch = rounds.clamp(max=num_thoughts)
+        order = (offsets[of_patch] + patches - begins.T.gather(1, of_patch)).clamp(0, sum(widths) - 1)
+        chain = tuple(_take(torch.cat(parts, dim=1), order) for parts in zip(*chains, strict=True))
+        return LatentOutput(chain[-1], chain if output_hidden_states else None, order)
+
+    def _step(
+        self, embeds: torch.FloatTensor, active: torch.BoolTensor, cache: LatentCache, output_hidden_states: bool
+    ) -> tuple[torch.FloatTensor, ...]:
+        """Run the backbone on the next patches of the rows that have some. Returns the chain, or its end alone."""
+        positions = cache.num_patches[:, None] + active.cumsum(dim=1) - 1
+        cache.positions = torch.cat([cache.positions, torch.where(active, positions, -1)], dim=1)
+        positions = positions.clamp(min=0)
+        outputs = self.backbone(
+            inputs_embeds=embeds,
+            # A single row has no holes.
+            attention_mask=None if len(embeds) == 1 else self._masks(positions, cache.positions, embeds.dtype),
+            position_ids=positions,
+            past_key_values=cache.keys_and_values,
+            use_cache=True,
+            output_hidden_states=output_hidden_states,
+        )
+        count = active.sum(dim=1)
+        last = _take(outputs.last_hidden_state, (count - 1).clamp(min=0)[:, None])[:, 0]
+        cache.last_output = torch.where(count[:, None] > 0, last, cache.last_output)
+        cache.num_patches = cache.num_patches + count
+        return outputs.hidden_states if output_hidden_states else (outputs.last_hidden_state,)
+
+    def _masks(
+        self, queries: torch.LongTensor, keys: torch.LongTensor, dtype: torch.dtype
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Who sees whom, by positions and not by columns, as prepared masks `(batch_size, 1, num_queries, num_keys)`."""
+        config = self.backbone.config
+        if config._attn_implementation.startswith("flash"):
+            return (keys >= 0).long()
+        distance = queries[:, :, None] - keys[:, None, :]
+        # A hole sees at least itself: nothing must become NaN, for 0 * NaN is NaN.
+        own = torch.eye(queries.shape[1], dtype=torch.bool, device=keys.device)
+        own = nn.functional.pad(own, (keys.shape[1] - queries.shape[1], 0))
+        whole = ((keys >= 0)[:, None, :] & (distance >= 0)) | own
+        window = getattr(config, "sliding_window", None)
+        masks = {"full_attention": whole, "sliding_attention": whole & (distance < window) if window else whole}
+        masks = {name: mask[:, None] for name, mask in masks.items()}
+        if config._attn_implementation == "eager":
+            masks = {
+                name: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+                for name, mask in masks.items()
+            }
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if "sliding_attention" in kinds:
+            return masks
+        return masks["full_attention" if kinds else "sliding_attention"]
+
+
+class CoconutPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the conventions of transformers, for the models of this file."""
+
+    config_class = CoconutConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MistralDecoderLayer", "CoconutPatchAttention", "CoconutByteEmbedding"]
+    _keep_in_fp32_modules_strict = ["entropy_predictor"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # Its cache cannot go back.
+    _is_stateful = True
+
+
+class CoconutModel(CoconutPreTrainedModel):
+    """
+    The byte-latent model without its head.
+
+    Args:
+        config (`CoconutConfig`):
+            The configuration.
+    """
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__(config)
+        self.byte_embedding = CoconutByteEmbedding(config)
+        self.local_encoder = CoconutLocalEncoder(config)
+        self.binary_patch_module = BinaryPatchModule(config)
+        self.latent_transformer = CoconutLatentTransformer(config)
+        self.local_decoder = CoconutLocalDecoder(config)
+        self._checked_patch_size = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> CoconutByteEmbedding:
+        """The module from ids to all that is known of a byte: table, bits and n-grams."""
+        return self.byte_embedding
+
+    def set_input_embeddings(self, value: CoconutByteEmbedding) -> None:
+        self.byte_embedding = value
+
+    def patch(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
+        """
+        Cut rows into patches.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Bytes and special tokens.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for padding.
+
+        Returns:
+            `tuple`: `patch_lengths` of shape `(batch_size, num_patches)`, 0 where a row has fewer; and `entropies` in bits,
+            each about the next byte, of shape `(batch_size, sequence_length)`, or `None` if the rule needs none.
+        """
+        input_ids, real = self._with_padding(input_ids, attention_mask)
+        starts, entropies, _ = self._starts(input_ids, real, None)
+        patch_ids = (starts[:, :-1] & real).cumsum(dim=1) - 1
+        return _lengths(patch_ids, real, int(patch_ids.max().item()) + 1), entropies
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        patch_lengths: torch.LongTensor | None = None,
+        patch_position_ids: torch.LongTensor | None = None,
+        past_key_values: CoconutCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CoconutModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Bytes and special tokens; with a cache, those that are new.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for padding, on either side; with a cache, it may also cover what came before. The pad token is padding with
+                or without it.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                For packed rows, with `patch_position_ids` and without `attention_mask`: positions that begin anew with each
+                document, as [`PackedPatchDataCollator`] makes them.
+            patch_lengths (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
+                Bytes of each patch, 0 where a row has fewer; without them the model patches by itself. They do not say
+                whether the last byte ends a patch: it is taken to be in the middle of one unless it is a special token.
+            patch_position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
+                For packed rows.
+            past_key_values (`CoconutCache`, *optional*):
+                The state after the bytes before; it is updated.
+            use_cache (`bool`, *optional*, defaults to `False`):
+                Whether to begin a cache if none was passed.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the three chains.
+
+        Returns:
+            [`CoconutModelOutput`]
+
+        Raises:
+            `ValueError`: If there are no bytes, patches and bytes do not fit together, or there are more thoughts or patches
+                than the configuration allows.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = CoconutCache(self.config)
+        self._check_arguments(input_ids, patch_lengths, position_ids, patch_position_ids, cache)
+        input_ids, real = self._with_padding(input_ids, attention_mask)
+        rows, length = input_ids.shape
+        if cache is not None and cache.latent is None:
+            cache.begin(rows, input_ids.device, self.dtype)
+
+        # Boundaries: which patch a byte belongs to, counted from the one that the cache left open, and whether it ends there.
+        if patch_lengths is not None:
+            entropies = None
+            patch_ids, ends = _from_lengths(patch_lengths, real, input_ids)
+        else:
+            starts, entropies, state = self._starts(input_ids, real, cache)
+            left_open = 0 if cache is None else cache.open_mask.any(dim=1, keepdim=True)
+            patch_ids = ((starts[:, :-1] & real).cumsum(dim=1) - 1 + left_open).clamp(min=0)
+            ends = starts[:, 1:]
+
+        # Bytes
+        history = None if cache is None else cache.history
+        embeds = self._embed(input_ids, history)
+        inputs = self._byte_inputs(real, position_ids, cache)
+        encoder_chain = self.local_encoder(embeds, cache=getattr(cache, "encoder", None), **inputs)
+        states, of_patch, counts = encoder_chain[-1], patch_ids, real
+        if cache is not None:
+            states = torch.cat([cache.open_states, states], dim=1)
+            of_patch = torch.cat([torch.zeros_like(cache.open_mask, dtype=torch.long), patch_ids], dim=1)
+            counts = torch.cat([cache.open_mask, real], dim=1)
+        num_patches = torch.where(counts, of_patch + 1, 0).amax(dim=1)
+        if cache is not None:
+            # Whether the last patch has ended: the others have, as there is one after them.
+            num_patches = num_patches - (~ends[:, -1] & (num_patches > 0)).long()
+        thoughts = ((input_ids == THOUGHT_TOKEN_ID) & real).sum(dim=1)
+        before = torch.zeros_like(num_patches) if cache is None else cache.latent.num_patches
+        width, num_thoughts, longest = torch.stack([num_patches, thoughts, before + num_patches]).amax(dim=1).tolist()
+        self._check_sizes(num_thoughts, longest)
+        if entropies is not None and not self._checked_patch_size:
+            self._check_patch_size(int(real.sum()), int(num_patches.sum()))
+
+        # Patches
+        if patch_position_ids is not None and patch_lengths is not None:
+            width = patch_lengths.shape[1]
+        whole = counts & (of_patch < num_patches[:, None])
+        lengths = _lengths(of_patch, whole, width)
+        patch_mask = lengths > 0
+        thought_mask = torch.zeros_like(patch_mask)
+        if num_thoughts:
+            is_thought = ((input_ids == THOUGHT_TOKEN_ID) & real).long()
+            thought_mask = torch.zeros_like(lengths).scatter_add(1, patch_ids.clamp(max=width - 1), is_thought) > 0
+        last_output = states.new_zeros(rows, self.config.hidden_size) if cache is None else cache.latent.last_output
+        latent, latent_outputs = None, last_output[:, None]
+        if width:
+            latent = self.latent_transformer(
+                self.local_encoder.pool(states, of_patch, whole, width),
+                patch_mask,
+                thought_mask,
+                num_thoughts,
+                cache=getattr(cache, "latent", None),
+                position_ids=patch_position_ids,
+                output_hidden_states=output_hidden_states,
+            )
+            latent_outputs = torch.cat([latent_outputs, latent.last_hidden_state], dim=1)
+
+        # Bytes again. Column 0 of the latent outputs is what came before the first of these patches.
+        index = patch_ids + ends
+        decoder_chain = self.local_decoder(
+            encoder_chain[-1],
+            latent_outputs,
+            index.clamp(max=width),
+            (index > 0) | (before > 0)[:, None],
+            cache=getattr(cache, "decoder", None),
+            **inputs,
+        )
+        if cache is not None:
+            cache.patches = state
+            self._keep_open(cache, states, counts & ~whole)
+            cache.history = torch.cat([cache.history, input_ids], dim=1)[:, length:]
+            cache.num_bytes = cache.num_bytes + real.sum(dim=1)
+        return CoconutModelOutput(
+            last_hidden_state=decoder_chain[-1],
+            past_key_values=cache,
+            hidden_states=latent.hidden_states if latent is not None else None,
+            encoder_hidden_states=encoder_chain if output_hidden_states else None,
+            decoder_hidden_states=decoder_chain if output_hidden_states else None,
+            patch_lengths=lengths,
+            patch_mask=patch_mask,
+            thought_mask=thought_mask,
+            entropies=entropies,
+        )
+
+    def _with_padding(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """From here on the pad token is the mask."""
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -input_ids.shape[1] :].bool()
+            input_ids = torch.where(attention_mask, input_ids, PAD_TOKEN_ID)
+        return input_ids, input_ids != PAD_TOKEN_ID
+
+    def _starts(
+        self, input_ids: torch.LongTensor, real: torch.BoolTensor, cache: CoconutCache | None
+    ) -> tuple[torch.BoolTensor, torch.FloatTensor | None, PatchState]:
+        """Where patches start, for the positions and the one after them; the entropies; and the state after them."""
+        entropies = None
+        if self.binary_patch_module.rule.needs_entropies:
+            predictor, ordinary = self.latent_transformer.entropy_predictor, is_byte(input_ids)
+            data = (input_ids - BYTE_OFFSET).clamp(0, 255)
+            positions = segment_positions(
+                data, ordinary, self.config.entropy_config.reset_on_newline, getattr(cache, "segment_length", None)
+            )
+            # In float32 whatever the rest is trained in: the boundaries must not depend on it.
+            with torch.autocast(input_ids.device.type, enabled=False):
+                entropies = predictor.entropies(
+                    data, ordinary, position_ids=positions, past_key_values=getattr(cache, "entropy", None)
+                )
+            if cache is not None:
+                cache.segment_length = torch.where(ordinary[:, -1], positions[:, -1] + 1, 0)
+        state = PatchState.initial(len(input_ids), input_ids.device) if cache is None else cache.patches
+        starts, state = self.binary_patch_module(input_ids, entropies, state)
+        return starts, entropies, state
+
+    def _embed(self, input_ids: torch.LongTensor, history: torch.LongTensor | None) -> torch.FloatTensor:
+        if history is None:
+            return self.byte_embedding(input_ids)
+        return self.byte_embedding(torch.cat([history, input_ids], dim=1))[:, history.shape[1] :]
+
+    def _byte_inputs(
+        self, real: torch.BoolTensor, position_ids: torch.LongTensor | None, cache: CoconutCache | None
+    ) -> dict[str, torch.Tensor | None]:
+        """Mask and positions of the bytes: in packed rows, positions alone tell documents apart."""
+        if position_ids is not None:
+            return {"real": None, "position_ids": position_ids}
+        position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)
+        if cache is not None:
+            position_ids = position_ids + cache.num_bytes[:, None]
+            real = cache.real = torch.cat([cache.real, real], dim=1)
+        return {"real": None if real.all() else real, "position_ids": position_ids}
+
+    @staticmethod
+    def _keep_open(cache: CoconutCache, states: torch.FloatTensor, kept: torch.BoolTensor) -> None:
+        """Keep the states of these bytes, each row's from the left."""
+        longest = int(kept.sum(dim=1).max())
+        order = (~kept).int().argsort(dim=1, stable=True)[:, :longest]
+        cache.open_states, cache.open_mask = _take(states, order), _take(kept, order)
+
+    def _check_arguments(
+        self,
+        input_ids: torch.LongTensor,
+        patch_lengths: torch.LongTensor | None,
+        position_ids: torch.LongTensor | None,
+        patch_position_ids: torch.LongTensor | None,
+        cache: CoconutCache | None,
+    ) -> None:
+        if not input_ids.numel():
+            raise ValueError("`input_ids` is empty: pass at least one byte, the beginning-of-sequence token for instance.")
+        packed = position_ids is not None
+        if packed != (patch_position_ids is not None) or (packed and patch_lengths is None):
+            raise ValueError(
+                "Packed rows need `position_ids`, `patch_lengths` and `patch_position_ids` together, as "
+                "`PackedPatchDataCollator` makes them; other rows need none of the positions."
+            )
+        if cache is None:
+            return
+        if patch_lengths is not None:
+            raise ValueError("With a cache the model patches by itself: leave out `patch_lengths`.")
+        if not isinstance(cache, CoconutCache):
+            raise ValueError(f"`past_key_values` must be a CoconutCache, got {type(cache).__name__}.")
+        if self.training and self.is_activation_checkpointing:
+            raise ValueError("Gradient checkpointing drops caches: call `model.eval()`, or pass `use_cache=False`.")
+
+    def _check_sizes(self, num_thoughts: int, num_patches: int) -> None:
+        if num_thoughts > self.config.max_thoughts:
+            raise ValueError(
+                f"A row has {num_thoughts} thoughts, and the model is configured for {self.config.max_thoughts}: use fewer, or "
+                "raise `config.max_thoughts`."
+            )
+        longest = self.config.max_position_embeddings
+        if longest is not None and num_patches > longest:
+            raise ValueError(
+                f"A row has {num_patches} patches, and the latent transformer takes {longest}: cut the text, or raise the "
+                "thresholds for longer patches."
+            )
+
+    def _check_patch_size(self, num_bytes: int, num_patches: int) -> None:
+        """Say once what makes the model slow or blind: thresholds of another predictor, or one that was never trained."""
+        if num_bytes < _ENOUGH_BYTES:
+            return
+        self._checked_patch_size = True
+        size = num_bytes / max(num_patches, 1)
+        if not _USUAL_PATCH_SIZES[0] <= size <= _USUAL_PATCH_SIZES[1]:
+            logger.warning(
+                f"The mean patch is {size:.1f} bytes long: `crow_hf.calibrate_threshold` finds thresholds for the size you want, "
+                "and `model.binary_patch_module` takes them."
+            )
+
+
+class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
+    """
+    The byte-latent model with a head over bytes.
+
+    Args:
+        config (`CoconutConfig`):
+            The configuration. All weights are random, also the entropy predictor's: [`CoconutForCausalLM.from_backbone`]
+            takes trained ones.
+
+    Example:
+
+    ```python
+    >>> model = CoconutForCausalLM.from_backbone(LlamaConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4))
+    >>> tokenizer = CoconutTokenizer()
+    >>> outputs = model(**tokenizer("Bytes in patches.", return_tensors="pt"))
+    >>> outputs.logits.shape
+    torch.Size([1, 18, 264])
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.byte_embedding.table.weight"}
+
+    def __init__(self, config: CoconutConfig) -> None:
+        super().__init__(config)
+        self.model = CoconutModel(config)
+        self.lm_head = nn.Linear(config.decoder_config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel | PreTrainedConfig,
+        entropy_predictor: str | Path | ByteEntropyPredictor | None = None,
+        **kwargs: Any,
+    ) -> "CoconutForCausalLM":
+        """
+        Put a decoder of transformers between byte encoder and byte decoder.
+
+        Its layers keep their weights; its vocabulary is left out. What is new (the layers over bytes) is random and wants
+        training.
+
+        Args:
+            backbone (`str`, `Path`, `PreTrainedModel` or `PreTrainedConfig`):
+                The decoder, with or without a head: a folder or a name on the Hub, a model, which is copied, or a
+                configuration, for random weights.
+            entropy_predictor (`str`, `Path` or `ByteEntropyPredictor`, *optional*):
+                The model that says where patches begin; the small one that ships beside this file by default.
+            **kwargs:
+                Fields of [`CoconutConfig`].
+
+        Returns:
+            `CoconutForCausalLM`: In the backbone's precision; the entropy predictor in float32.
+
+        Raises:
+            `ValueError`: If there is no predictor, or the backbone is no decoder.
+        """
+        if entropy_predictor is None:
+            entropy_predictor = Path(__file__).parent / "default_entropy_predictor"
+            if not entropy_predictor.is_dir():
+                raise ValueError("No entropy predictor is beside this file: pass one as `entropy_predictor`.")
+        if not isinstance(entropy_predictor, ByteEntropyPredictor):
+            entropy_predictor = ByteEntropyPredictor.from_pretrained(
+                entropy_predictor, dtype=torch.float32, use_safetensors=True
+            )
+        source = backbone
+        if isinstance(backbone, (str, Path)):
+            source = AutoModelForCausalLM.from_pretrained(backbone, dtype="auto", use_safetensors=True)
+        is_model = isinstance(source, PreTrainedModel)
+        config = CoconutConfig(
+            backbone_config=(source.config if is_model else source).to_dict(),
+            entropy_config=entropy_predictor.config.to_dict(),
+            **kwargs,
+        )
+        model = cls._from_config(config, **({"dtype": source.dtype} if is_model else {}))
+        latent = model.model.latent_transformer
+        latent.entropy_predictor.float().load_state_dict(entropy_predictor.state_dict())
+        if is_model:
+            vocabulary = {id(parameter) for parameter in source.get_input_embeddings().parameters()}
+            decoder = source.base_model
+            weights = {name: value for name, value in decoder.named_parameters() if id(value) not in vocabulary}
+            weights |= dict(decoder.named_buffers())
+            missing = set(latent.backbone.load_state_dict(weights, strict=False).missing_keys)
+            own = {name for name, _ in latent.backbone.named_parameters()} & missing
+            if len(own) > 1:
+                raise ValueError(f"{type(source).__name__} cannot be a backbone: nothing fills {sorted(own)[:3]}.")
+        return model
+
+    @property
+    def latent_transformer(self) -> CoconutLatentTransformer:
+        """The decoder over patches; holds `entropy_predictor`."""
+        return self.model.latent_transformer
+
+    @property
+    def binary_patch_module(self) -> BinaryPatchModule:
+        """Holds `threshold` and `relative_threshold`, in bits."""
+        return self.model.binary_patch_module
+
+    @property
+    def local_encoder(self) -> CoconutLocalEncoder:
+        """The layers over bytes below the latent transformer."""
+        return self.model.local_encoder
+
+    @property
+    def local_decoder(self) -> CoconutLocalDecoder:
+        """The layers over bytes above it."""
+        return self.model.local_decoder
+
+    def get_input_embeddings(self) -> CoconutByteEmbedding:
+        """The module from ids to all that is known of a byte: table, bits and n-grams."""
+        return self.model.byte_embedding
+
+    def set_input_embeddings(self, value: CoconutByteEmbedding) -> None:
+        self.model.byte_embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        patch_lengths: torch.LongTensor | None = None,
+        patch_position_ids: torch.LongTensor | None = None,
+        past_key_values: CoconutCache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CoconutCausalLMOutput:
+        """
+        Predict the next byte at each position. Arguments as of [`CoconutModel.forward`], and
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The same ids, -100 where there is nothing to learn.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many of the last positions get logits, or which; 0 for all.
+            **kwargs:
+                For the loss: `num_items_in_batch`.
+
+        Returns:
+            [`CoconutCausalLMOutput`]
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            patch_lengths,
+            patch_position_ids,
+            past_key_values,
+            use_cache,
+            output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CoconutCausalLMOutput(loss=loss, logits=logits, **outputs)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        """As for any model, without positions: the model counts its bytes itself."""
+        kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation` is {generation_config.cache_implementation!r}, but the model has a cache of its own: "
+                "leave it out."
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = CoconutCache(self.config)
+
+
+def _take(values: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+    """Positions `(batch_size, n)` of values `(batch_size, length, ...)`, row by row."""
+    rows, length = values.shape[:2]
+    flat = index + length * torch.arange(rows, device=index.device)[:, None]
+    return values.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
+
+
+def _softmax_within(scores: torch.Tensor, group: torch.LongTensor, num_groups: int) -> torch.Tensor:
+    """Softmax of `(n, ...)` over the rows that belong to the same group."""
+    index = group.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+    highest = scores.new_full((num_groups, *scores.shape[1:]), -torch.inf).scatter_reduce(0, index, scores, "amax")
+    # A shift by a constant: it needs no gradient.
+    weights = (scores - highest.detach().index_select(0, group)).exp()
+    totals = scores.new_zeros((num_groups, *scores.shape[1:])).index_add(0, group, weights)
+    return weights / totals.index_select(0, group)
+
+
+def _lengths(patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: int) -> torch.LongTensor:
+    """How many of the positions that count belong to each patch."""
+    lengths = torch.zeros(len(patch_ids), num_patches + 1, dtype=torch.long, device=patch_ids.device)
+    return lengths.scatter_add(1, patch_ids.clamp(0, num_patches), mask.long())[:, :num_patches]
+
+
+def _from_lengths(
+    patch_lengths: torch.LongTensor, real: torch.BoolTensor, input_ids: torch.LongTensor
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """Which patch a byte belongs to, and whether it ends there as far as can be told."""
+    borders = patch_lengths.cumsum(dim=1)
+    after_gap = (patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)
+    wrong = (borders[:, -1] != real.sum(dim=1)).any() | after_gap.any() | (patch_lengths < 0).any()
+    patch_ids = torch.searchsorted(borders, real.cumsum(dim=1) - real.long(), right=True)
+    patch_ids = patch_ids.clamp(max=patch_lengths.shape[1] - 1)
+    shared = ((input_ids == THOUGHT_TOKEN_ID) & (patch_lengths.gather(1, patch_ids) != 1)).any()
+    if wrong | shared:
+        raise ValueError(
+            "`patch_lengths` do not fit the batch: in each row they must sum to the number of positions that are not padding, "
+            "be 0 only at the end, and be 1 for a thought."
+        )
+    following = nn.functional.pad(patch_ids[:, 1:] != patch_ids[:, :-1], (0, 1))
+    last = ~nn.functional.pad(real[:, 1:], (0, 1))
+    return patch_ids, torch.where(last, ~is_byte(input_ids), following)
+
+
+# Saved models carry these files, so that they load where this package is not installed.
+CoconutConfig.register_for_auto_class()
+CoconutForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["CoconutForCausalLM", "CoconutModel", "CoconutPreTrainedModel"]

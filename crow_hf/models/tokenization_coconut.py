@@ -1,0 +1,105 @@
+"""Bytes as tokens, for the byte-latent model."""
+
+from typing import Any
+
+from transformers import AddedToken, PreTrainedTokenizer
+
+from .byte_vocabulary import (
+    BEGIN_THOUGHT_TOKEN_ID,
+    BOS_TOKEN_ID,
+    BYTE_OFFSET,
+    END_THOUGHT_TOKEN_ID,
+    EOS_TOKEN_ID,
+    PAD_TOKEN_ID,
+    THOUGHT_TOKEN_ID,
+)
+
+
+class CoconutTokenizer(PreTrainedTokenizer):
+    """
+    UTF-8 bytes, with BLT's ids: 4 special tokens, the 256 bytes, the tokens of continuous thoughts, and padding.
+
+    It has no files to load. A text is opened by `<bos>` and left open at the end. Bytes that are no UTF-8 are decoded to the
+    replacement character, `\ufffd`.
+
+    Args:
+        add_bos_token (`bool`, *optional*, defaults to `True`):
+            Whether a text is opened by `<bos>`.
+        padding_side (`str`, *optional*, defaults to `"left"`):
+            Generation needs it on the left.
+
+    Example:
+
+    ```python
+    >>> tokenizer = CoconutTokenizer()
+    >>> tokenizer("a<bot><latent><eot>").input_ids
+    [1, 101, 260, 261, 262]
+    ```
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, add_bos_token: bool = True, padding_side: str = "left", **kwargs: Any) -> None:
+        tokens = {
+            0: kwargs.pop("boe_token", "<boe>"),
+            BOS_TOKEN_ID: kwargs.pop("bos_token", "<bos>"),
+            EOS_TOKEN_ID: kwargs.pop("eos_token", "<eos>"),
+            3: kwargs.pop("bpe_token", "<bpe>"),
+            BEGIN_THOUGHT_TOKEN_ID: kwargs.pop("begin_thought_token", "<bot>"),
+            THOUGHT_TOKEN_ID: kwargs.pop("thought_token", "<latent>"),
+            END_THOUGHT_TOKEN_ID: kwargs.pop("end_thought_token", "<eot>"),
+            PAD_TOKEN_ID: kwargs.pop("pad_token", "<pad>"),
+        }
+        self.add_bos_token = add_bos_token
+        self._added_tokens_decoder = {
+            index: token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False)
+            for index, token in tokens.items()
+        }
+        super().__init__(
+            add_bos_token=add_bos_token,
+            padding_side=padding_side,
+            bos_token=self._added_tokens_decoder[BOS_TOKEN_ID],
+            eos_token=self._added_tokens_decoder[EOS_TOKEN_ID],
+            pad_token=self._added_tokens_decoder[PAD_TOKEN_ID],
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The bytes."""
+        return 256
+
+    def get_vocab(self) -> dict[str, int]:
+        """Tokens and their ids; a byte is written as the character of its number."""
+        return {chr(byte): byte + BYTE_OFFSET for byte in range(256)} | self.added_tokens_encoder
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """`<bos>`, the first text, and the second, if there is one."""
+        begin = [BOS_TOKEN_ID] if self.add_bos_token else []
+        return [*begin, *token_ids_0, *(token_ids_1 or [])]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text; what is no UTF-8 becomes the replacement character."""
+        special = self.added_tokens_encoder
+        data = (token.encode() if token in special else bytes([ord(token)]) for token in tokens)
+        return b"".join(data).decode("utf-8", errors="replace")
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """There is nothing to save."""
+        return ()
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return [chr(byte) for byte in text.encode("utf-8")]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token) + BYTE_OFFSET
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index - BYTE_OFFSET)
+
+
+CoconutTokenizer.register_for_auto_class("AutoTokenizer")
+
+__all__ = ["CoconutTokenizer"]
