@@ -111,9 +111,22 @@ def test_pieces_of_a_row_continue_each_other(sequence, rule, data):
     state, pieces = PatchState.initial(1), []
     for begin, end in zip(cuts, cuts[1:], strict=False):
         if begin < end:
-            starts, state = continue_patches(ids[:, begin:end], entropies[:, begin:end], rule, state)
+            starts, _, state = continue_patches(ids[:, begin:end], entropies[:, begin:end], rule, state)
             pieces.append(starts)
     assert torch.equal(torch.cat(pieces, dim=1), patch_starts(ids, entropies, rule))
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEQUENCES, rules())
+def test_what_is_expected_is_known_before_the_byte(sequence, rule):
+    """Whether a byte at the next position would start a patch, as if the row ended before it."""
+    if rule.rule == "whitespace":
+        return
+    ids, entropies = (torch.tensor([column]) for column in zip(*sequence, strict=True))
+    _, expected, _ = continue_patches(ids, entropies, rule, PatchState.initial(1))
+    for t in range(1, len(sequence)):
+        ids_with_byte = torch.cat([ids[:, :t], torch.tensor([[97 + BYTE_OFFSET]])], dim=1)
+        assert expected[0, t] == patch_starts(ids_with_byte, entropies[:, : t + 1], rule)[0, t]
 
 
 def test_the_end_of_a_text_is_no_surprise_of_its_own():

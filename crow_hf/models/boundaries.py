@@ -132,32 +132,34 @@ def patch_starts(
 
 def continue_patches(
     input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule, state: PatchState
-) -> tuple[torch.BoolTensor, PatchState]:
+) -> tuple[torch.BoolTensor, torch.BoolTensor, PatchState]:
     """
     [`patch_starts`] for the next bytes of rows whose beginning is known by its state only.
 
     Returns:
-        `tuple`: Where patches start, `(batch_size, sequence_length)`, and the state after these bytes.
+        `tuple`: Where patches start; where they would if a byte stood there, which is known before the byte is; both of shape
+        `(batch_size, sequence_length)`. And the state after these bytes.
     """
-    length = input_ids.shape[1]
     ids = torch.cat([state.previous_ids, input_ids], dim=1)
     if entropies is None:
         entropies = torch.zeros_like(input_ids, dtype=torch.float)
     scores = torch.cat([state.entropies, entropies.float()], dim=1)
     ordinary = is_byte(ids)
-    ends_text = (ids == EOS_TOKEN_ID) | (ids == PAD_TOKEN_ID)
-    forced = ~(ordinary | ends_text)[:, 2:] | ~ordinary[:, 1:-1]
+    alone = ~(ordinary | (ids == EOS_TOKEN_ID) | (ids == PAD_TOKEN_ID))[:, 2:]
+    forced = ~ordinary[:, 1:-1]
     if rule.reset_on_newline:
         forced = forced | (ids[:, 1:-1] == NEWLINE + BYTE_OFFSET)
     if rule.rule == "running_minimum":
-        starts, open_length, lowest = _scan_running_minimum(forced, scores[:, 1:-1], rule, state)
+        expected, length, lowest = _scan_running_minimum(forced, alone, scores[:, 1:-1], rule, state)
     else:
-        starts = forced | _rule_starts(ids, scores, ordinary, rule)
-        index = torch.arange(length, device=ids.device)
+        expected = forced | _rule_starts(ids, scores, ordinary, rule)
+        index = torch.arange(input_ids.shape[1], device=ids.device)
         if rule.max_patch_length is not None:
-            starts = starts | ((index - _last_start(starts, index, state)) % rule.max_patch_length == 0)
-        open_length, lowest = length - _last_start(starts, index, state)[:, -1], state.lowest
-    return starts, PatchState(ids[:, -2:], scores[:, -2:], open_length, lowest)
+            begins = _last_start(expected | alone, index, state)
+            begins = torch.cat([-state.length[:, None], begins[:, :-1]], dim=1)
+            expected = expected | ((index - begins) % rule.max_patch_length == 0)
+        length, lowest = len(index) - _last_start(expected | alone, index, state)[:, -1], state.lowest
+    return expected | alone, expected, PatchState(ids[:, -2:], scores[:, -2:], length, lowest)
 
 
 def _rule_starts(
@@ -182,20 +184,24 @@ def _last_start(starts: torch.BoolTensor, index: torch.LongTensor, state: PatchS
 
 
 def _scan_running_minimum(
-    forced: torch.BoolTensor, before: torch.FloatTensor, rule: PatchRule, state: PatchState
+    forced: torch.BoolTensor,
+    alone: torch.BoolTensor,
+    before: torch.FloatTensor,
+    rule: PatchRule,
+    state: PatchState,
 ) -> tuple[torch.BoolTensor, torch.LongTensor, torch.FloatTensor]:
     """A patch's bounds depend on where it began, so this rule is a scan; on plain floats, which Python is quickest with."""
     rows, lengths, minima = [], [], []
     longest = rule.max_patch_length or float("inf")
-    columns = (forced.tolist(), before.tolist(), state.length.tolist(), state.lowest.tolist())
-    for row_forced, row_before, length, lowest in zip(*columns, strict=True):
-        starts = []
-        for is_forced, entropy in zip(row_forced, row_before, strict=True):
+    columns = (forced, alone, before, state.length, state.lowest)
+    for row_forced, row_alone, row_before, length, lowest in zip(*(c.tolist() for c in columns), strict=True):
+        expected = []
+        for is_forced, is_alone, entropy in zip(row_forced, row_alone, row_before, strict=True):
             surprising = entropy > rule.threshold or entropy - lowest > rule.relative_threshold
-            start = is_forced or surprising or length == longest
-            length, lowest = (1, float("inf")) if start else (length + 1, min(lowest, entropy))
-            starts.append(start)
-        rows.append(starts)
+            expected.append(is_forced or surprising or length == longest)
+            starts = expected[-1] or is_alone
+            length, lowest = (1, float("inf")) if starts else (length + 1, min(lowest, entropy))
+        rows.append(expected)
         lengths.append(length)
         minima.append(lowest)
     return (

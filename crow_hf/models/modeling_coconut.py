@@ -35,7 +35,7 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.utils import ModelOutput, logging
 
 from .boundaries import PatchRule, PatchState, continue_patches
-from .byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, PAD_TOKEN_ID, THOUGHT_TOKEN_ID, is_byte
+from .byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID, PAD_TOKEN_ID, THOUGHT_TOKEN_ID, is_byte
 from .cache_coconut import CoconutCache, LatentCache
 from .configuration_coconut import CoconutConfig
 from .modeling_byte_entropy import ByteEntropyPredictor, segment_positions
@@ -296,7 +296,7 @@ class CoconutLocalEncoder(CoconutByteLayers):
         return self.patch_projection(vectors_PKD[:total].flatten(1)).view(rows, num_patches, -1)
 
 
-class CoconutPatchAttention(nn.Module):
+class CoconutPatchReader(nn.Module):
     """Cross-attention of a byte to the K vectors of one patch, the last one that ended before the byte to be predicted."""
 
     def __init__(self, config: CoconutConfig) -> None:
@@ -347,7 +347,7 @@ class CoconutLocalDecoder(CoconutByteLayers):
         width = config.decoder_config.hidden_size
         self.num_vectors = config.cross_attention_k
         self.latent_projection = nn.Linear(config.hidden_size, self.num_vectors * width, bias=False)
-        self.patch_attentions = nn.ModuleList(CoconutPatchAttention(config) for _ in self.layers)
+        self.patch_readers = nn.ModuleList(CoconutPatchReader(config) for _ in self.layers)
         self.norm = MistralRMSNorm(width)
         self.post_init()
 
@@ -362,8 +362,8 @@ class CoconutLocalDecoder(CoconutByteLayers):
         """The input, the outputs of all layers but the last, and that of the last after the final norm."""
         chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
         patches_BPKD = self.latent_projection(latent_outputs).unflatten(-1, (self.num_vectors, -1))
-        for attention, layer in zip(self.patch_attentions, self.layers, strict=True):
-            chain.append(layer(attention(chain[-1], patches_BPKD, index, has_patch), **shared))
+        for read, layer in zip(self.patch_readers, self.layers, strict=True):
+            chain.append(layer(read(chain[-1], patches_BPKD, index, has_patch), **shared))
         return (*chain[:-1], self.norm(chain[-1]))
 
 
@@ -411,20 +411,19 @@ class BinaryPatchModule(nn.Module):
 
     def forward(
         self, input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, state: PatchState
-    ) -> tuple[torch.BoolTensor, PatchState]:
+    ) -> tuple[torch.BoolTensor, torch.BoolTensor, PatchState]:
         """
-        Tell after which bytes the patch ends: whether the next position begins another, as far as can be told before it is
-        known.
+        Cut the next bytes of rows.
 
         Returns:
-            `tuple`: Where patches start, for the positions and the one after them, `(batch_size, sequence_length + 1)`; and
-            the state.
+            `tuple`: Where patches start, and where they end as far as that is known before the next byte is; both of shape
+            `(batch_size, sequence_length)`. And the state after these bytes.
         """
-        starts, state = continue_patches(input_ids, entropies, self.rule, state)
+        starts, expected, state = continue_patches(input_ids, entropies, self.rule, state)
         # Any byte will do: whether one starts a patch does not depend on which it is.
         anything = torch.full_like(input_ids[:, :1], BYTE_OFFSET)
-        following, _ = continue_patches(anything, None, self.rule, state)
-        return torch.cat([starts, following], dim=1), state
+        _, following, _ = continue_patches(anything, None, self.rule, state)
+        return starts, torch.cat([expected[:, 1:], following], dim=1), state
 
 
 class CoconutLatentTransformer(nn.Module):
@@ -615,7 +614,7 @@ class CoconutPreTrainedModel(PreTrainedModel):
     config_class = CoconutConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MistralDecoderLayer", "CoconutPatchAttention", "CoconutByteEmbedding"]
+    _no_split_modules = ["MistralDecoderLayer", "CoconutPatchReader", "CoconutByteEmbedding"]
     _keep_in_fp32_modules_strict = ["entropy_predictor"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -651,7 +650,7 @@ class CoconutModel(CoconutPreTrainedModel):
 
     def patch(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
+    ) -> dict[str, torch.Tensor]:
         """
         Cut rows into patches.
 
@@ -662,13 +661,12 @@ class CoconutModel(CoconutPreTrainedModel):
                 0 for padding.
 
         Returns:
-            `tuple`: `patch_lengths` of shape `(batch_size, num_patches)`, 0 where a row has fewer; and `entropies` in bits,
-            each about the next byte, of shape `(batch_size, sequence_length)`, or `None` if the rule needs none.
+            `dict`: `patch_lengths` and `patch_ends`, as [`CoconutModel.forward`] takes them.
         """
         input_ids, real = self._with_padding(input_ids, attention_mask)
-        starts, entropies, _ = self._starts(input_ids, real, None)
-        patch_ids = (starts[:, :-1] & real).cumsum(dim=1) - 1
-        return _lengths(patch_ids, real, int(patch_ids.max().item()) + 1), entropies
+        starts, ends, _, _ = self._boundaries(input_ids, None)
+        patch_ids = (starts & real).cumsum(dim=1) - 1
+        return {"patch_lengths": _lengths(patch_ids, real, int(patch_ids.max()) + 1), "patch_ends": ends}
 
     def forward(
         self,
@@ -676,6 +674,7 @@ class CoconutModel(CoconutPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         patch_lengths: torch.LongTensor | None = None,
+        patch_ends: torch.BoolTensor | None = None,
         patch_position_ids: torch.LongTensor | None = None,
         past_key_values: CoconutCache | None = None,
         use_cache: bool | None = None,
@@ -693,8 +692,11 @@ class CoconutModel(CoconutPreTrainedModel):
                 For packed rows, with `patch_position_ids` and without `attention_mask`: positions that begin anew with each
                 document, as [`PackedPatchDataCollator`] makes them.
             patch_lengths (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-                Bytes of each patch, 0 where a row has fewer; without them the model patches by itself. They do not say
-                whether the last byte ends a patch: it is taken to be in the middle of one unless it is a special token.
+                Bytes of each patch, 0 where a row has fewer; without them the model patches by itself.
+            patch_ends (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                After which bytes the patch is known to have ended before the next one is seen. Without it, that is taken from
+                `patch_lengths`, which do not tell it of a row's last byte and of one before a token that is always a patch of
+                its own: those are taken to be inside of one, unless they are special tokens themselves.
             patch_position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
                 For packed rows.
             past_key_values (`CoconutCache`, *optional*):
@@ -726,11 +728,11 @@ class CoconutModel(CoconutPreTrainedModel):
         if patch_lengths is not None:
             entropies = None
             patch_ids, ends = _from_lengths(patch_lengths, real, input_ids)
+            ends = ends if patch_ends is None else patch_ends
         else:
-            starts, entropies, state = self._starts(input_ids, real, cache)
+            starts, ends, entropies, state = self._boundaries(input_ids, cache)
             left_open = 0 if cache is None else cache.open_mask.any(dim=1, keepdim=True)
-            patch_ids = ((starts[:, :-1] & real).cumsum(dim=1) - 1 + left_open).clamp(min=0)
-            ends = starts[:, 1:]
+            patch_ids = ((starts & real).cumsum(dim=1) - 1 + left_open).clamp(min=0)
 
         # Bytes
         history = None if cache is None else cache.history
@@ -813,10 +815,10 @@ class CoconutModel(CoconutPreTrainedModel):
             input_ids = torch.where(attention_mask, input_ids, PAD_TOKEN_ID)
         return input_ids, input_ids != PAD_TOKEN_ID
 
-    def _starts(
-        self, input_ids: torch.LongTensor, real: torch.BoolTensor, cache: CoconutCache | None
-    ) -> tuple[torch.BoolTensor, torch.FloatTensor | None, PatchState]:
-        """Where patches start, for the positions and the one after them; the entropies; and the state after them."""
+    def _boundaries(
+        self, input_ids: torch.LongTensor, cache: CoconutCache | None
+    ) -> tuple[torch.BoolTensor, torch.BoolTensor, torch.FloatTensor | None, PatchState]:
+        """Where patches start, where they are known to end, the entropies, and the state after these bytes."""
         entropies = None
         if self.binary_patch_module.rule.needs_entropies:
             predictor, ordinary = self.latent_transformer.entropy_predictor, is_byte(input_ids)
@@ -832,8 +834,8 @@ class CoconutModel(CoconutPreTrainedModel):
             if cache is not None:
                 cache.segment_length = torch.where(ordinary[:, -1], positions[:, -1] + 1, 0)
         state = PatchState.initial(len(input_ids), input_ids.device) if cache is None else cache.patches
-        starts, state = self.binary_patch_module(input_ids, entropies, state)
-        return starts, entropies, state
+        starts, ends, state = self.binary_patch_module(input_ids, entropies, state)
+        return starts, ends, entropies, state
 
     def _embed(self, input_ids: torch.LongTensor, history: torch.LongTensor | None) -> torch.FloatTensor:
         if history is None:
@@ -868,7 +870,9 @@ class CoconutModel(CoconutPreTrainedModel):
         cache: CoconutCache | None,
     ) -> None:
         if not input_ids.numel():
-            raise ValueError("`input_ids` is empty: pass at least one byte, the beginning-of-sequence token for instance.")
+            raise ValueError(
+                "`input_ids` is empty: pass at least one byte, the beginning-of-sequence token for instance."
+            )
         packed = position_ids is not None
         if packed != (patch_position_ids is not None) or (packed and patch_lengths is None):
             raise ValueError(
@@ -1037,6 +1041,7 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         patch_lengths: torch.LongTensor | None = None,
+        patch_ends: torch.BoolTensor | None = None,
         patch_position_ids: torch.LongTensor | None = None,
         past_key_values: CoconutCache | None = None,
         labels: torch.LongTensor | None = None,
@@ -1064,6 +1069,7 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
             attention_mask,
             position_ids,
             patch_lengths,
+            patch_ends,
             patch_position_ids,
             past_key_values,
             use_cache,
@@ -1130,9 +1136,9 @@ def _from_lengths(
             "`patch_lengths` do not fit the batch: in each row they must sum to the number of positions that are not padding, "
             "be 0 only at the end, and be 1 for a thought."
         )
-    following = nn.functional.pad(patch_ids[:, 1:] != patch_ids[:, :-1], (0, 1))
-    last = ~nn.functional.pad(real[:, 1:], (0, 1))
-    return patch_ids, torch.where(last, ~is_byte(input_ids), following)
+    ordinary = is_byte(input_ids) | (input_ids == EOS_TOKEN_ID)
+    ends = (patch_ids[:, 1:] != patch_ids[:, :-1]) & ordinary[:, 1:]
+    return patch_ids, nn.functional.pad(ends, (0, 1)) | ~is_byte(input_ids)
 
 
 # Saved models carry these files, so that they load where this package is not installed.
