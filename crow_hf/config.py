@@ -27,6 +27,10 @@ class CrowConfig(TrainingArguments):
             `"paper"` compares the layers (1, 2)..(N-1, N); `"reference"` leaves out the last one as the published code
             does.
 
+        perturb (`str`, *optional*, defaults to `"embeddings"`):
+            What the FGSM step is taken on. `"embeddings"`, as published: of tokens, or of bytes in a [`CoconutForCausalLM`].
+            That model has also `"patches"`, its patch embeddings, and `"thoughts"`, which every row must then have.
+
     > Parameters of the data and the model
 
     Args:
@@ -71,6 +75,13 @@ class CrowConfig(TrainingArguments):
             "choices": ["paper", "reference"],
         },
     )
+    perturb: str = field(
+        default="embeddings",
+        metadata={
+            "help": "What the step is taken on; patches and thoughts only in a Coconut.",
+            "choices": ["embeddings", "patches", "thoughts"],
+        },
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest row in tokens; longer ones are cut at the end."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON, when the model is a path."}
@@ -85,6 +96,8 @@ class CrowConfig(TrainingArguments):
             raise ValueError(f"`epsilon_mode` must be 'absolute' or 'relative', got {self.epsilon_mode!r}.")
         if self.consistency_layers not in ("paper", "reference"):
             raise ValueError(f"`consistency_layers` must be 'paper' or 'reference', got {self.consistency_layers!r}.")
+        if self.perturb not in ("embeddings", "patches", "thoughts"):
+            raise ValueError(f"`perturb` must be 'embeddings', 'patches' or 'thoughts', got {self.perturb!r}.")
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2 tokens, got {self.max_length}.")
         if self.label_smoothing_factor:

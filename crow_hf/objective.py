@@ -125,7 +125,8 @@ def crow_terms(
     The two forward passes of CROW (algorithm 1), without the backward pass.
 
     Both passes get the token ids, and the perturbation is added to what the embedding layer returns: a model that reads
-    the ids for something else (patches, n-gram hashes, per-layer embeddings) sees the true ones.
+    the ids for something else (patches, n-gram hashes, per-layer embeddings) sees the true ones. Where the layers run over
+    patches, positions are patches.
 
     Args:
         adapter (`ModelAdapter`):
@@ -148,7 +149,7 @@ def crow_terms(
         `tuple`: The model's outputs on the clean pass, and scalars: `loss_lm` and `consistency_perturbed`, the terms of
         equation 6; `consistency_clean`; `perturbation_ratio`, ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
     """
-    mask = inputs.get("attention_mask")
+    mask = adapter.chain_mask(inputs)
     keep_graph = torch.is_grad_enabled()
 
     # The attack is a gradient also where the caller wants none, in evaluation. The random state is put back after the
@@ -156,25 +157,24 @@ def crow_terms(
     with torch.enable_grad(), _restored_rng(inputs["input_ids"].device):
         with adapter.record() as clean:
             outputs = clean_forward(**inputs)
-        embeddings_BSD = clean.hidden_states[0]
         consistency_clean = layer_consistency_loss(clean.hidden_states, mask, layers)
         # autograd.grad reaches no parameter: what earlier micro-batches accumulated in .grad stays. The sum over the
         # positions has the same sign as the mean and keeps float16 gradients from underflowing.
-        positions = embeddings_BSD[..., 0].numel() if mask is None else mask.sum()
-        (gradient_BSD,) = torch.autograd.grad(consistency_clean * positions, embeddings_BSD, retain_graph=keep_graph)
+        positions = clean.hidden_states[-1][..., 0].numel() if mask is None else mask.sum()
+        gradients = torch.autograd.grad(consistency_clean * positions, clean.perturbed, retain_graph=keep_graph)
 
-    with adapter.record(lambda hidden: perturb_embeddings(hidden, gradient_BSD, epsilon, epsilon_mode)) as perturbed:
+    # In the order in which the model comes to them: embeddings are one tensor, thoughts are several.
+    remaining = iter(gradients)
+    with adapter.record(lambda H_0: perturb_embeddings(H_0, next(remaining), epsilon, epsilon_mode)) as perturbed:
         perturbed_forward(**adapter.without_head(inputs))
     consistency_perturbed = layer_consistency_loss(perturbed.hidden_states, mask, layers)
 
-    real = slice(None) if mask is None else mask.bool()
-    embeddings = embeddings_BSD.detach()[real].float()
-    perturbation = perturbed.hidden_states[0].detach()[real].float() - embeddings
+    before, after = (_real(record.perturbed, adapter.perturbed_mask(inputs)) for record in (clean, perturbed))
     return outputs, {
         "loss_lm": outputs.loss,
         "consistency_clean": consistency_clean,
         "consistency_perturbed": consistency_perturbed,
-        "perturbation_ratio": perturbation.norm() / embeddings.norm(),
+        "perturbation_ratio": (after - before).norm() / before.norm(),
     }
 
 
@@ -188,8 +188,14 @@ def control_terms(
     with adapter.record() as clean:
         outputs = forward(**inputs)
     with torch.no_grad():
-        consistency = layer_consistency_loss(clean.hidden_states, inputs.get("attention_mask"), layers)
+        consistency = layer_consistency_loss(clean.hidden_states, adapter.chain_mask(inputs), layers)
     return outputs, {"loss_lm": outputs.loss, "consistency_clean": consistency}
+
+
+def _real(embeddings: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    """All coordinates that are not padding, as one vector."""
+    real = slice(None) if mask is None else mask.bool()
+    return torch.cat([tensor.detach()[real].float().flatten() for tensor in embeddings])
 
 
 def _restored_rng(device: torch.device) -> AbstractContextManager:

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .adapters import ModelAdapter, context_length
+from .adapters import adapter_of, context_length, frozen_modules
 from .config import CrowConfig
 from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepare_dataset
 from .loading import load_causal_lm, load_tokenizer
@@ -117,6 +118,9 @@ class CrowTrainer(Trainer):
                     "The model carries an adapter already: leave out `peft_config` to train that one, or call "
                     "`merge_and_unload()` first to train a fresh one on the merged weights."
                 )
+            if getattr(peft_config, "exclude_modules", "") is None:
+                peft_config = copy(peft_config)
+                peft_config.exclude_modules = frozen_modules(model)
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -129,7 +133,7 @@ class CrowTrainer(Trainer):
                 "The weights to be trained are in half precision, which rounds most small updates away: load the model in "
                 "float32 and set `bf16=True` instead."
             )
-        self.adapter = ModelAdapter(model)
+        self.adapter = adapter_of(model, args.perturb)
 
         # Data
         if train_dataset is None:
@@ -197,7 +201,8 @@ class CrowTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = torch.stack([_count(batch) for batch in batches]).sum(dim=0).to(device)
+        batches = [self.adapter.prepare(batch) for batch in batches]
+        counts = torch.stack([self._count(batch).to(device) for batch in batches]).sum(dim=0)
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.gather(counts[None]).sum(dim=0)
         labels_in_step, self._positions_in_step = counts
@@ -217,6 +222,7 @@ class CrowTrainer(Trainer):
         the micro-batches add up to the mean over the step. Otherwise both are means over the batch.
         """
         args = self.args
+        inputs = self.adapter.prepare(inputs)
         if args.alpha == 0:
             outputs, terms = control_terms(self.adapter, model, inputs, args.consistency_layers)
         else:
@@ -229,7 +235,7 @@ class CrowTrainer(Trainer):
                 epsilon_mode=args.epsilon_mode,
                 layers=args.consistency_layers,
             )
-        labels, positions = _count(inputs)
+        labels, positions = self._count(inputs)
         self._log_terms(terms, labels, positions)
 
         loss_lm, consistency = terms["loss_lm"], terms.get("consistency_perturbed", 0)
@@ -240,6 +246,13 @@ class CrowTrainer(Trainer):
             consistency = consistency * (scale * positions / self._positions_in_step)
         loss = loss_lm + args.alpha * consistency
         return (loss, outputs) if return_outputs else loss
+
+    def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The batch's predicted labels (the first of a row never is) and the positions of its chain, as a tensor of two."""
+        labels = batch["labels"][:, 1:].ne(IGNORE_INDEX).sum()
+        mask = self.adapter.chain_mask(batch)
+        positions = batch["input_ids"].numel() if mask is None else mask.sum()
+        return torch.stack([labels, torch.as_tensor(positions, device=labels.device)])
 
     def _log_terms(self, terms: dict[str, torch.Tensor], labels: torch.Tensor, positions: torch.Tensor) -> None:
         """Keep the terms for the log, and stop on all processes if one of them is not finite on any."""
@@ -286,9 +299,3 @@ class CrowTrainer(Trainer):
         if self.args.should_save:
             # A pickle that nothing reads has no place beside a model that people are to trust.
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-
-def _count(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The batch's predicted labels (the first of a row never is) and attended positions, as a tensor of two."""
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    return torch.stack([batch["labels"][:, 1:].ne(IGNORE_INDEX).sum(), mask.sum()])

@@ -9,7 +9,6 @@ arXiv 2412.06769).
 Shapes in names: B rows, S bytes, P patches, K vectors of a patch, H heads, D width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Cache,
@@ -132,6 +130,10 @@ class LatentOutput(NamedTuple):
     last_hidden_state: torch.FloatTensor
     hidden_states: tuple[torch.FloatTensor, ...] | None
     order: torch.LongTensor | None
+
+    def assemble(self, calls: list[torch.Tensor]) -> torch.Tensor:
+        """What a module inside the backbone returned in all of its calls, as `(batch_size, num_patches, ...)`."""
+        return calls[-1] if self.order is None else _take(torch.cat(calls, dim=1), self.order)
 
 
 class CoconutByteEmbedding(nn.Module):
@@ -444,7 +446,7 @@ class CoconutLatentTransformer(nn.Module):
         # It knows no flash attention, and is small.
         self.entropy_predictor = ByteEntropyPredictor._from_config(config.entropy_config, attn_implementation="sdpa")
         self.entropy_predictor.requires_grad_(False).eval()
-        # A place where what thoughts are made of can be watched and changed.
+        # Where what a thought is made of can be watched, and changed.
         self.thoughts = nn.Identity()
 
     def train(self, mode: bool = True) -> "CoconutLatentTransformer":
@@ -541,17 +543,18 @@ class CoconutLatentTransformer(nn.Module):
         begins = counts.cumsum(dim=0) - counts
         widths = counts.amax(dim=1).tolist()
         chains = []
-        for count, begin, width in zip(counts, begins, widths, strict=True):
+        for number, (count, begin, width) in enumerate(zip(counts, begins, widths, strict=True)):
             if not width:
                 continue
             columns = torch.arange(width, device=count.device)
             active = columns < count[:, None]
             index = (begin[:, None] + columns).clamp(max=patch_embeds.shape[1] - 1)
             embeds = _take(patch_embeds, index)
-            # In each round but that of what comes before all thoughts, the first patch is a thought.
-            follows = _take(thought_mask, index)[:, :1] & active[:, :1] & (cache.num_patches > 0)[:, None]
-            first = torch.where(follows, self.thoughts(cache.last_output), embeds[:, 0])
-            embeds = torch.cat([first[:, None], embeds[:, 1:]], dim=1)
+            if number:
+                # It begins with a thought, but in rows that have fewer.
+                follows = active[:, :1] & (cache.num_patches > 0)[:, None]
+                first = torch.where(follows, self.thoughts(cache.last_output), embeds[:, 0])
+                embeds = torch.cat([first[:, None], embeds[:, 1:]], dim=1)
             chains.append(self._step(embeds, active, cache, output_hidden_states))
         offsets = counts.new_tensor([0, *widths[:-1]]).cumsum(dim=0)
         patches = torch.arange(patch_embeds.shape[1], device=rounds.device)
@@ -679,7 +682,6 @@ class CoconutModel(CoconutPreTrainedModel):
         past_key_values: CoconutCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
     ) -> CoconutModelOutput:
         """
         Args:
@@ -1063,7 +1065,7 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
 
         Returns:
             [`CoconutCausalLMOutput`]
-        """
+        """  # noqa: D417
         outputs = self.model(
             input_ids,
             attention_mask,
