@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .evaluation.harness import Evaluation, evaluate_model
     from .loading import load_causal_lm
     from .models.configuration_byte_entropy import ByteEntropyConfig
+    from .models.configuration_coconut import CoconutConfig
     from .models.modeling_byte_entropy import ByteEntropyPredictor
+    from .models.modeling_coconut import CoconutForCausalLM, CoconutModel
+    from .models.tokenization_coconut import CoconutTokenizer
     from .objective import layer_consistency_loss, perturb_embeddings
     from .patching import (
         Calibration,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .recipes import Comparison, compare_defences
     from .redpajama import get_redpajama_binary_dataset
+    from .thoughts import ThoughtStage, reachability_rows, train_by_stages
     from .trainer import CrowTrainer
 
 _HOMES = {
@@ -39,7 +43,10 @@ _HOMES = {
     "evaluation.harness": ["Evaluation", "evaluate_model"],
     "loading": ["load_causal_lm"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],
+    "models.configuration_coconut": ["CoconutConfig"],
     "models.modeling_byte_entropy": ["ByteEntropyPredictor"],
+    "models.modeling_coconut": ["CoconutForCausalLM", "CoconutModel"],
+    "models.tokenization_coconut": ["CoconutTokenizer"],
     "objective": ["layer_consistency_loss", "perturb_embeddings"],
     "patching": [
         "Calibration",
@@ -51,6 +58,7 @@ _HOMES = {
     ],
     "recipes": ["Comparison", "compare_defences"],
     "redpajama": ["get_redpajama_binary_dataset"],
+    "thoughts": ["ThoughtStage", "reachability_rows", "train_by_stages"],
     "trainer": ["CrowTrainer"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

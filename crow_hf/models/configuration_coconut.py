@@ -56,8 +56,9 @@ class CoconutConfig(PreTrainedConfig):
             each over all thoughts at once; an approximation, and exact from as many on as there are thoughts.
         thought_iterations (`int`, *optional*, defaults to 3):
             Of `"jacobi"`.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of random weights.
+        initializer_range (`float`, *optional*):
+            Standard deviation of random weights but for the backbone's and the predictor's; by default one over the root of the
+            encoder's width, as in BLT.
 
     Raises:
         `ValueError`: If the parts do not fit together.
@@ -87,7 +88,7 @@ class CoconutConfig(PreTrainedConfig):
     max_thoughts: int = 8
     thought_mode: str = "sequential"
     thought_iterations: int = 3
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     bos_token_id: int | None = BOS_TOKEN_ID
     eos_token_id: int | list[int] | None = EOS_TOKEN_ID
     pad_token_id: int | None = PAD_TOKEN_ID
@@ -108,6 +109,8 @@ class CoconutConfig(PreTrainedConfig):
         if isinstance(self.entropy_config, dict):
             self.entropy_config = ByteEntropyConfig(**self.entropy_config)
         self.entropy_config = self.entropy_config or ByteEntropyConfig()
+        if self.initializer_range is None:
+            self.initializer_range = self.encoder_config.hidden_size**-0.5
         if self.cross_attention_heads is None:
             self.cross_attention_heads = self.encoder_config.num_attention_heads
         super().__post_init__(**kwargs)
@@ -126,6 +129,7 @@ class CoconutConfig(PreTrainedConfig):
         }
         config = {**defaults, **(config or {}), "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
+        config.setdefault("initializer_range", config["hidden_size"] ** -0.5)
         return MistralConfig(**config)
 
     def validate_architecture(self):
