@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import zstandard
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BltConfig,
@@ -35,11 +35,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from crow_hf import CoconutForCausalLM, CoconutTokenizer, load_entropy_predictor
+from crow_hf import CoconutForCausalLM, CoconutTokenizer, CrowDataCollator
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.thoughts import ThoughtStage, reachability_rows, train_by_stages
 
@@ -207,6 +208,7 @@ def thoughts(options: argparse.Namespace) -> None:
     task = {"num_nodes": options.nodes, "steps": (options.depth,)}
     test = reachability_rows(options.test_rows, seed=10_000, **task)
     asked = set(test["question"])
+    prosqa = Dataset.from_list(json.loads(read(options.data / "eval" / "coconut" / "prosqa_test.json.zst"))[:100])
     rows = {}
     for seed in options.seeds:
         drawn = reachability_rows(options.rows, seed, **task)
@@ -218,13 +220,15 @@ def thoughts(options: argparse.Namespace) -> None:
                 set_seed(seed)
                 model = build("Coconut")
                 stage = teach(model, tokenizer, train, method, seed, options)
-                file.write_text(json.dumps(answers(model, tokenizer, test, stage)))
+                right = {"generated": answers(model, tokenizer, test, stage)}
+                right["ProsQA"] = answers(model, tokenizer, prosqa, stage)
+                file.write_text(json.dumps(right))
             rows.setdefault(method, []).append(json.loads(file.read_text()))
-            print(method, seed, Proportion.of(rows[method][-1]), flush=True)
-    print("| method | right |" + "".join(f" seed {seed} |" for seed in options.seeds))
+            print(method, seed, {name: Proportion.of(flags) for name, flags in rows[method][-1].items()}, flush=True)
+    print("| method | right, generated | right, ProsQA |\n| --- | ---: | ---: |")
     for method, results in rows.items():
-        rates = [100 * mean(result) for result in results]
-        print(f"| {method} | {with_interval(rates)} % |" + "".join(f" {rate:.1f} |" for rate in rates))
+        cells = [with_interval([100 * mean(result[name]) for result in results]) for name in ("generated", "ProsQA")]
+        print(f"| {method} | " + " | ".join(f"{cell} %" for cell in cells) + " |")
 
 
 def teach(
@@ -249,10 +253,6 @@ def teach(
         return ThoughtStage(tokenizer, options.depth, 1, drop_rest=True)
     # Stage 0 alone: with all steps written, or with none.
     stage = ThoughtStage(tokenizer, 0, drop_rest=method == "no reasoning")
-    from transformers import Trainer
-
-    from crow_hf import CrowDataCollator
-
     args.num_train_epochs = options.total_epochs
     dataset = train.map(stage, remove_columns=train.column_names)
     args.save_strategy = "no"
@@ -357,7 +357,6 @@ def one_step(options: argparse.Namespace) -> None:
     set_seed(0)
     model, patcher = build(options.model), build("Coconut")
     rows, _ = corpus(options.data)
-    load_entropy_predictor()
     loss_of(options.model, model, patcher, rows[:1]).backward()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
@@ -391,9 +390,9 @@ def main() -> None:
         command.add_argument("--steps", type=int, nargs=3, default=[400, 700, 500], help=f"of {', '.join(MODELS)}")
         command.add_argument("--new_bytes", type=int, default=128)
         command.add_argument("--blt_bytes", type=int, default=8)
-        command.add_argument("--nodes", type=int, default=8)
-        command.add_argument("--depth", type=int, default=3, help="steps of each chain")
-        command.add_argument("--rows", type=int, default=20_000)
+        command.add_argument("--nodes", type=int, default=6)
+        command.add_argument("--depth", type=int, default=2, help="steps of each chain")
+        command.add_argument("--rows", type=int, default=10_000)
         command.add_argument("--test_rows", type=int, default=500)
         command.add_argument("--epochs", type=float, default=1, help="of each stage with thoughts")
         command.add_argument("--total_epochs", type=float, default=8)

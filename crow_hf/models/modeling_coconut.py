@@ -1053,19 +1053,15 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CoconutCausalLMOutput:
         """
-        Predict the next byte at each position. Arguments as of [`CoconutModel.forward`], and
+        Predict the next byte at each position.
 
-        Args:
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The same ids, -100 where there is nothing to learn.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                How many of the last positions get logits, or which; 0 for all.
-            **kwargs:
-                For the loss: `num_items_in_batch`.
+        Besides the arguments of [`CoconutModel.forward`]: `labels`, the same ids, -100 where there is nothing to learn;
+        `logits_to_keep`, how many of the last positions get logits, or which, 0 for all; and for the loss,
+        `num_items_in_batch`.
 
         Returns:
             [`CoconutCausalLMOutput`]
-        """  # noqa: D417
+        """
         outputs = self.model(
             input_ids,
             attention_mask,
