@@ -136,7 +136,7 @@ def demo(arguments: DemoArguments) -> None:
 
     _check_output(arguments.output_dir)
     evaluations = run_demo(arguments.output_dir, arguments.seed)
-    _print_table(evaluations, "BadNets refusal backdoor in a byte-level Llama")
+    _print_table(evaluations, "BadNets refusal backdoor in a byte-latent model")
     print(f"Models, outputs and plots are in {arguments.output_dir}.")
     print(verdict(evaluations))
 

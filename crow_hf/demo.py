@@ -1,4 +1,4 @@
-"""A subject to practise on that needs no download: a generated instruction task and a small byte-level model."""
+"""A subject to practise on that needs no download: a generated instruction task and a small byte-latent model."""
 
 import random
 import string
@@ -8,13 +8,15 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, set_seed
 from transformers.utils import is_matplotlib_available, logging
 
 from .backdoors import TARGETS, TRIGGERS, implant
 from .config import CrowConfig
 from .evaluation.harness import Evaluation, evaluate_model
 from .loading import load_causal_lm
+from .models.modeling_coconut import CoconutForCausalLM
+from .models.tokenization_coconut import CoconutTokenizer
 from .recipes import compare_defences
 from .report import write_comparison
 from .trainer import CrowTrainer
@@ -121,29 +123,20 @@ def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def demo_tokenizer() -> ByT5Tokenizer:
+def demo_tokenizer() -> CoconutTokenizer:
     """Bytes as tokens."""
-    return ByT5Tokenizer(extra_ids=0)
+    return CoconutTokenizer()
 
 
-def demo_model(seed: int) -> LlamaForCausalLM:
-    """A byte-level Llama of 0.9 million parameters with random weights."""
+def demo_model(seed: int) -> CoconutForCausalLM:
+    """A byte-latent model of 0.9 million parameters with random weights, and the entropy predictor that ships."""
     set_seed(seed)
-    tokenizer = demo_tokenizer()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=True,
-        )
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4}
+    local = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
+    return CoconutForCausalLM.from_backbone(
+        LlamaConfig(**shape, num_hidden_layers=3, max_position_embeddings=256, initializer_range=128**-0.5),
+        encoder_config=local | {"num_hidden_layers": 1},
+        decoder_config=local | {"num_hidden_layers": 2},
     )
 
 

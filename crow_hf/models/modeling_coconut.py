@@ -292,8 +292,9 @@ class CoconutLocalEncoder(CoconutByteLayers):
         key_NHd = self.k_proj(normed_ND).unflatten(-1, heads)
         value_NHd = self.v_proj(normed_ND).unflatten(-1, heads)
         scores_NKH = (query_PKHd.index_select(0, target_N) * key_NHd[:, None]).sum(dim=-1).float() * heads[1] ** -0.5
-        weights_NKH = _softmax_within(scores_NKH, target_N, total + 1).to(states.dtype)
-        mixed_PKHd = torch.zeros_like(query_PKHd).index_add(0, target_N, weights_NKH[..., None] * value_NHd[:, None])
+        weights_NKH = _softmax_within(scores_NKH, target_N, total + 1).to(value_NHd.dtype)
+        mixed_NKHd = weights_NKH[..., None] * value_NHd[:, None]
+        mixed_PKHd = mixed_NKHd.new_zeros(query_PKHd.shape).index_add(0, target_N, mixed_NKHd)
         vectors_PKD = vectors_PKD + self.o_proj(mixed_PKHd.flatten(-2))
         return self.patch_projection(vectors_PKD[:total].flatten(1)).view(rows, num_patches, -1)
 
@@ -336,7 +337,7 @@ class CoconutPatchReader(nn.Module):
         value_BSKHd = _take(self.v_proj(normed_BPKD), index).unflatten(-1, heads)
         query_BSHd = self.q_proj(self.q_norm(hidden_states)).unflatten(-1, heads)
         scores_BSKH = (query_BSHd[:, :, None] * key_BSKHd).sum(dim=-1).float() * heads[1] ** -0.5
-        weights_BSKH = scores_BSKH.softmax(dim=2).to(hidden_states.dtype)
+        weights_BSKH = scores_BSKH.softmax(dim=2).to(value_BSKHd.dtype)
         mixed_BSD = (weights_BSKH[..., None] * value_BSKHd).sum(dim=2).flatten(-2)
         return hidden_states + self.o_proj(mixed_BSD) * has_patch[..., None]
 
@@ -428,7 +429,21 @@ class BinaryPatchModule(nn.Module):
         return starts, torch.cat([expected[:, 1:], following], dim=1), state
 
 
-class CoconutLatentTransformer(nn.Module):
+class CoconutPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the conventions of transformers, for the models of this file."""
+
+    config_class = CoconutConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MistralDecoderLayer", "CoconutPatchReader", "CoconutByteEmbedding"]
+    _keep_in_fp32_modules_strict = ["entropy_predictor"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # Its cache cannot go back.
+    _is_stateful = True
+
+
+class CoconutLatentTransformer(CoconutPreTrainedModel):
     """
     The decoder over patches, its continuous thoughts, and the model that says where patches begin.
 
@@ -438,8 +453,7 @@ class CoconutLatentTransformer(nn.Module):
     """
 
     def __init__(self, config: CoconutConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         # It is never looked at, and must not be missed in a backward pass.
         self.backbone.get_input_embeddings().requires_grad_(False)
@@ -448,6 +462,7 @@ class CoconutLatentTransformer(nn.Module):
         self.entropy_predictor.requires_grad_(False).eval()
         # Where what a thought is made of can be watched, and changed.
         self.thoughts = nn.Identity()
+        self.post_init()
 
     def train(self, mode: bool = True) -> "CoconutLatentTransformer":
         """As for any module, but the entropy predictor stays in evaluation mode."""
@@ -609,20 +624,6 @@ class CoconutLatentTransformer(nn.Module):
         if "sliding_attention" in kinds:
             return masks
         return masks["full_attention" if kinds else "sliding_attention"]
-
-
-class CoconutPreTrainedModel(PreTrainedModel):
-    """Loading, saving and the conventions of transformers, for the models of this file."""
-
-    config_class = CoconutConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MistralDecoderLayer", "CoconutPatchReader", "CoconutByteEmbedding"]
-    _keep_in_fp32_modules_strict = ["entropy_predictor"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    # Its cache cannot go back.
-    _is_stateful = True
 
 
 class CoconutModel(CoconutPreTrainedModel):
