@@ -23,7 +23,7 @@ class CoconutTokenizer(PreTrainedTokenizer):
     replacement character, `\ufffd`.
 
     Args:
-        add_bos_token (`bool`, *optional*, defaults to `True`):
+        prepend_bos (`bool`, *optional*, defaults to `True`):
             Whether a text is opened by `<bos>`.
         padding_side (`str`, *optional*, defaults to `"left"`):
             Generation needs it on the left.
@@ -39,28 +39,28 @@ class CoconutTokenizer(PreTrainedTokenizer):
 
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, add_bos_token: bool = True, padding_side: str = "left", **kwargs: Any) -> None:
+    def __init__(self, prepend_bos: bool = True, padding_side: str = "left", **kwargs: Any) -> None:
         tokens = {
-            0: kwargs.pop("boe_token", "<boe>"),
+            0: "<boe>",
             BOS_TOKEN_ID: kwargs.pop("bos_token", "<bos>"),
             EOS_TOKEN_ID: kwargs.pop("eos_token", "<eos>"),
-            3: kwargs.pop("bpe_token", "<bpe>"),
-            BEGIN_THOUGHT_TOKEN_ID: kwargs.pop("begin_thought_token", "<bot>"),
-            THOUGHT_TOKEN_ID: kwargs.pop("thought_token", "<latent>"),
-            END_THOUGHT_TOKEN_ID: kwargs.pop("end_thought_token", "<eot>"),
+            3: "<bpe>",
+            BEGIN_THOUGHT_TOKEN_ID: "<bot>",
+            THOUGHT_TOKEN_ID: "<latent>",
+            END_THOUGHT_TOKEN_ID: "<eot>",
             PAD_TOKEN_ID: kwargs.pop("pad_token", "<pad>"),
         }
-        self.add_bos_token = add_bos_token
+        self.prepend_bos = prepend_bos
         self._added_tokens_decoder = {
             index: token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False)
             for index, token in tokens.items()
         }
+        named = {"bos_token": BOS_TOKEN_ID, "eos_token": EOS_TOKEN_ID, "pad_token": PAD_TOKEN_ID}
+        kwargs.setdefault("extra_special_tokens", [str(tokens[index]) for index in tokens.keys() - named.values()])
         super().__init__(
-            add_bos_token=add_bos_token,
+            prepend_bos=prepend_bos,
             padding_side=padding_side,
-            bos_token=self._added_tokens_decoder[BOS_TOKEN_ID],
-            eos_token=self._added_tokens_decoder[EOS_TOKEN_ID],
-            pad_token=self._added_tokens_decoder[PAD_TOKEN_ID],
+            **{name: self._added_tokens_decoder[index] for name, index in named.items()},
             **kwargs,
         )
 
@@ -77,7 +77,7 @@ class CoconutTokenizer(PreTrainedTokenizer):
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         """`<bos>`, the first text, and the second, if there is one."""
-        begin = [BOS_TOKEN_ID] if self.add_bos_token else []
+        begin = [BOS_TOKEN_ID] if self.prepend_bos else []
         return [*begin, *token_ids_0, *(token_ids_1 or [])]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
