@@ -47,6 +47,7 @@ from crow_hf.thoughts import ThoughtStage, reachability_rows, train_by_stages
 
 BLT_VOCABULARY = 260
 MODELS = ("Llama", "Coconut", "Blt")
+METHODS = ("no reasoning", "written chain", "thoughts")
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -213,12 +214,14 @@ def thoughts(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         drawn = reachability_rows(options.rows, seed, **task)
         train = drawn.filter(lambda row: row["question"] not in asked)
-        for method in ("no reasoning", "written chain", "thoughts"):
+        for method in options.methods:
             file = options.output / f"{method.replace(' ', '-')}-{seed}.json"
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 set_seed(seed)
                 model = build("Coconut")
+                # The task's symbols, which its random names would otherwise be cut into anywhere.
+                model.config.patch_rule, model.config.max_patch_length = "stride", 3
                 stage = teach(model, tokenizer, train, method, seed, options)
                 right = {"generated": answers(model, tokenizer, test, stage)}
                 right["ProsQA"] = answers(model, tokenizer, prosqa, stage)
@@ -238,7 +241,7 @@ def teach(
     folder = options.output / f"{method.replace(' ', '-')}-{seed}"
     args = TrainingArguments(
         str(folder),
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         per_device_train_batch_size=64,
         warmup_steps=100,
         seed=seed,
@@ -385,6 +388,7 @@ def main() -> None:
         command.add_argument("--output", type=Path, default=Path("runs", function.__name__))
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
         command.add_argument("--model", choices=MODELS, default="Coconut")
         command.add_argument("--scale", type=int, default=4, help="width of the models in units of 128")
         command.add_argument("--steps", type=int, nargs=3, default=[400, 700, 500], help=f"of {', '.join(MODELS)}")

@@ -152,7 +152,8 @@ def reachability_rows(
     Generated questions in the manner of COCONUT's ProsQA: which of two nodes can be reached in a graph?
 
     A random tree hangs from the node that is asked about, another from a second root; the right node is a leaf of the first,
-    the wrong one of the second, so no edge alone tells them apart.
+    the wrong one of the second, so no edge alone tells them apart. Names have two letters and a sign follows each, so that
+    patches of three bytes (`patch_rule="stride"`) are the task's symbols.
 
     Args:
         count (`int`):
@@ -191,7 +192,7 @@ def _reachability_row(rng: random.Random, num_nodes: int, length: int, letters: 
     path, target, other = paths[0], paths[0][-1], paths[1][-1]
     choices = rng.sample([target, other], 2)
     return {
-        "question": " ".join(f"{a}>{b}" for a, b in edges) + f" {path[0]}: {choices[0]} or {choices[1]}?",
+        "question": " ".join(f"{a}>{b}" for a, b in edges) + f" {path[0]}:{choices[0]}|{choices[1]}?",
         "steps": [f"{a}>{b}" for a, b in zip(path, path[1:], strict=False)],
         "answer": target,
     }
