@@ -10,6 +10,8 @@ from transformers import BltConfig, BltForCausalLM, ByT5Tokenizer, LlamaConfig
 
 from crow_hf import CrowDataCollator, CrowTrainer
 from crow_hf.adapters import adapter_of
+from crow_hf.data import encode_prompt, render
+from crow_hf.evaluation.generation import generate_answers
 
 
 ROWS = Dataset.from_list(
@@ -39,6 +41,7 @@ def tiny_blt(seed=0):
             encoder_hash_byte_group_size=[3],
             encoder_hash_byte_group_vocab=50,
             patching_threshold=5.4,
+            max_patch_length=3,
             patcher_config=SMALL | {"num_hidden_layers": 2, "initializer_range": 0.5},
             encoder_config=local | {"num_hidden_layers": 1},
             decoder_config=local | {"num_hidden_layers": 2},
@@ -194,6 +197,28 @@ def test_the_chain_of_blt_is_its_global_transformers(lora, tmp_path):
     assert all(torch.equal(value, patcher[name]) for name, value in model.model.patcher.state_dict().items())
     assert not any("patcher" in name for name, value in trainer.model.named_parameters() if value.requires_grad)
     assert trainer.state.log_history[0]["consistency_perturbed"] > 0
+
+
+@torch.no_grad()
+def test_blt_answers_without_cache_and_padding():
+    """Both are wrong in transformers: an answer must be that of the prompt alone."""
+    model, tokenizer = tiny_blt().eval(), ByT5Tokenizer(extra_ids=0)
+    rows = [render(row, tokenizer) for row in ROWS]
+    answers = generate_answers(model, tokenizer, rows, max_new_tokens=5, batch_size=4)
+    for row, answer in zip(rows, answers, strict=True):
+        ids = torch.tensor([encode_prompt(row, tokenizer)])
+        begin = ids.shape[1]
+        while ids.shape[1] < begin + 5 and ids[0, -1] != tokenizer.eos_token_id:
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        assert answer == tokenizer.decode(ids[0, begin:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_coconut_answers_in_batches_as_alone():
+    rows = [render(row, TOKENIZER) for row in ROWS]
+    together = generate_answers(coconut(), TOKENIZER, rows, max_new_tokens=8, batch_size=4)
+    assert together == generate_answers(coconut(), TOKENIZER, rows, max_new_tokens=8, batch_size=1)
+    assert any(together)
 
 
 def test_families_have_their_adapters(tiny_llama):

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import context_length
 from ..data import IGNORE_INDEX, CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id
@@ -75,10 +75,13 @@ def generate_answers(
                 f"of {context}: drop the row or lower `max_new_tokens`."
             )
     pad = padding_id(tokenizer)
+    # Blt's cache and its rows behind padding on the left are wrong in transformers 5.23.
+    is_blt = isinstance(model.get_base_model() if isinstance(model, PeftModel) else model, BltForCausalLM)
+    batch_size = 1 if is_blt else batch_size
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        use_cache=True,
+        use_cache=not is_blt,
         pad_token_id=pad,
         eos_token_id=_end_ids(model, tokenizer) or None,
     )

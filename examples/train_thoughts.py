@@ -1,0 +1,48 @@
+"""Teach a byte-latent model to reason in continuous thoughts, stage by stage (COCONUT's curriculum).
+
+    python examples/train_thoughts.py --output_dir runs/thoughts --num_train_epochs 1 --per_device_train_batch_size 64 \\
+        --learning_rate 2e-3 --warmup_steps 100
+
+Without `--dataset` the rows are generated questions about graphs; your own are a .json or .jsonl file with `question`, `steps`
+(a list) and `answer`. Called again, it goes on after the last finished stage.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser, LlamaConfig, TrainingArguments, set_seed
+
+from crow_hf import CoconutForCausalLM, CoconutTokenizer, ThoughtStage, reachability_rows, train_by_stages
+from crow_hf.data import load_rows
+
+
+@dataclass
+class ScriptArguments:
+    dataset: str | None = field(default=None, metadata={"help": "Rows of question, steps and answer."})
+    num_rows: int = field(default=10_000, metadata={"help": "How many questions to generate."})
+    num_stages: int = field(default=2, metadata={"help": "Most steps that are thought and not written."})
+    thoughts_per_step: int = field(default=1, metadata={"help": "Thoughts in place of one step."})
+
+
+def main() -> None:
+    script, args = HfArgumentParser([ScriptArguments, TrainingArguments]).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    tokenizer = CoconutTokenizer()
+    if script.dataset is None:
+        rows = reachability_rows(script.num_rows, args.seed, num_nodes=6, steps=(2,))
+        # The task's symbols have three bytes.
+        fields = {"patch_rule": "stride", "max_patch_length": 3}
+    else:
+        rows, fields = load_rows(script.dataset), {}
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = CoconutForCausalLM.from_backbone(LlamaConfig(**shape, initializer_range=128**-0.5), **fields)
+    train_by_stages(model, args, rows, tokenizer, script.num_stages, script.thoughts_per_step)
+    stage = ThoughtStage(tokenizer, script.num_stages, script.thoughts_per_step, drop_rest=True)
+    for row in rows.select(range(3)):
+        inputs = tokenizer.pad({"input_ids": [stage.prompt(row["question"])]}, return_tensors="pt")
+        output = model.eval().generate(**inputs.to(model.device), max_new_tokens=40)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(f"{row['question']}\n{answer} (right: {row['answer']})")
+
+
+if __name__ == "__main__":
+    main()
