@@ -59,8 +59,8 @@ def read(path: Path) -> bytes:
         return zstandard.ZstdDecompressor().stream_reader(file).read()
 
 
-def build(name: str, scale: int = 1) -> PreTrainedModel:
-    """Models of nearly the same number of parameters, 0.9 million at scale 1."""
+def build(name: str, scale: int = 1, layers: int = 4) -> PreTrainedModel:
+    """Models of nearly the same number of parameters, 0.9 million by default: two small local layers weigh as one large."""
     width = 128 * scale
     shape = {"num_attention_heads": 4 * scale, "num_key_value_heads": 4 * scale, "hidden_size": width}
     # All begin as Blt does, which is better for all at this size.
@@ -68,10 +68,12 @@ def build(name: str, scale: int = 1) -> PreTrainedModel:
     half = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2 * scale}
     half |= {"num_key_value_heads": 2 * scale}
     if name == "Llama":
-        return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=4, vocab_size=264, tie_word_embeddings=True))
+        return LlamaForCausalLM(
+            LlamaConfig(**shape, num_hidden_layers=layers, vocab_size=264, tie_word_embeddings=True)
+        )
     if name == "Coconut":
         return CoconutForCausalLM.from_backbone(
-            LlamaConfig(**shape, num_hidden_layers=3),
+            LlamaConfig(**shape, num_hidden_layers=layers - 1),
             encoder_config=half | {"num_hidden_layers": 1},
             decoder_config=half | {"num_hidden_layers": 2},
         )
@@ -84,7 +86,7 @@ def build(name: str, scale: int = 1) -> PreTrainedModel:
             patcher_config=half | {"num_hidden_layers": 1, "vocab_size": BLT_VOCABULARY},
             encoder_config=local | {"num_hidden_layers": 1},
             decoder_config=local | {"num_hidden_layers": 2},
-            global_config=shape | {"num_hidden_layers": 3},
+            global_config=shape | {"num_hidden_layers": layers - 1},
         )
     )
     model.config.use_cache = False
@@ -296,7 +298,7 @@ def speed(options: argparse.Namespace) -> None:
     set_seed(0)
     text = read(options.data / "text_english" / "wikitext2_test.txt.zst")[:4096]
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + 4
-    models = {name: build(name, options.scale).eval() for name in MODELS}
+    models = {name: build(name, options.scale, options.layers).eval() for name in MODELS}
     patcher = models["Coconut"]
     # Blt's own patcher is as random as the rest: it patches as the others do, and may count its cost as theirs.
     lengths_of = patcher.model.patch
@@ -391,6 +393,9 @@ def main() -> None:
         command.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
         command.add_argument("--model", choices=MODELS, default="Coconut")
         command.add_argument("--scale", type=int, default=4, help="width of the models in units of 128")
+        command.add_argument(
+            "--layers", type=int, default=12, help="of the Llama; the others have one less, and local ones"
+        )
         command.add_argument("--steps", type=int, nargs=3, default=[400, 700, 500], help=f"of {', '.join(MODELS)}")
         command.add_argument("--new_bytes", type=int, default=128)
         command.add_argument("--blt_bytes", type=int, default=8)
