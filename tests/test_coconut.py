@@ -347,6 +347,15 @@ def test_bad_configurations_are_refused(fields, message):
         coconut(**fields)
 
 
+def test_embeddings_alone_are_refused():
+    """PEFT hands them on by name: they must not be overlooked."""
+    model = coconut()
+    with pytest.raises(ValueError, match="input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ValueError, match="input_ids"):
+        model(ids_of("a"), inputs_embeds=torch.zeros(1, 2, 32))
+
+
 def test_bad_parts_are_refused(tmp_path):
     predictor = ByteEntropyPredictor(vocab_size=264, hidden_size=16, num_layers=1, num_heads=1, ff_dim=16)
     with pytest.raises(Exception, match="256 bytes"):

@@ -1040,7 +1040,7 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         patch_lengths: torch.LongTensor | None = None,
@@ -1063,6 +1063,10 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         Returns:
             [`CoconutCausalLMOutput`]
         """
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "Pass `input_ids`: patches are made of the bytes themselves, which embeddings do not show."
+            )
         outputs = self.model(
             input_ids,
             attention_mask,
