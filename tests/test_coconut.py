@@ -233,6 +233,15 @@ def test_boundaries_do_not_depend_on_the_precision(tmp_path, dtype):
             assert torch.equal(model(ids).patch_lengths, wanted)
 
 
+def test_device_maps(tmp_path):
+    """They are made of modules that may not be split, such as the predictor with its tied weights."""
+    model = coconut()
+    model.save_pretrained(tmp_path)
+    for device_map in ("auto", {"": "cpu"}):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
+        assert_same(loaded(ids_of(TEXTS[0])).logits, model(ids_of(TEXTS[0])).logits)
+
+
 def test_tied_weights(tmp_path):
     model = coconut(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)

@@ -106,9 +106,10 @@ class CoconutConfig(PreTrainedConfig):
             )
         self.encoder_config = self._local_config(self.encoder_config, 1)
         self.decoder_config = self._local_config(self.decoder_config, 3)
-        if isinstance(self.entropy_config, dict):
-            self.entropy_config = ByteEntropyConfig(**self.entropy_config)
-        self.entropy_config = self.entropy_config or ByteEntropyConfig()
+        entropy = self.entropy_config or ByteEntropyConfig()
+        entropy = dict(entropy) if isinstance(entropy, dict) else entropy.to_dict()
+        # Its head has the name of the model's own, and transformers infers device maps of tied weights by parts of names.
+        self.entropy_config = ByteEntropyConfig(**entropy | {"tie_word_embeddings": False})
         if self.initializer_range is None:
             self.initializer_range = self.encoder_config.hidden_size**-0.5
         if self.cross_attention_heads is None:
