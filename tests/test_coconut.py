@@ -110,6 +110,26 @@ def test_patches_are_those_of_the_transform():
     assert_same(model(ids, patch_lengths=lengths).logits[:, :-1], model(ids).logits[:, :-1])
 
 
+@torch.no_grad()
+def test_packed_parts_do_not_see_each_other():
+    """Parts of a document begin without a token that keeps them from what stands before."""
+    model = coconut(LlamaConfig(**DEEP | {"max_position_embeddings": 8}))
+    columns = EntropyPatcher(model.latent_transformer.entropy_predictor)(
+        {"text": ["A document that is cut in two or three."]}
+    )
+    row = {name: values[0].tolist() for name, values in columns.items()}
+    packed = PackedPatchDataCollator(max_patches=8)([row])
+    packed.pop("labels")
+    # Two parts in one row: positions that begin anew in the middle.
+    joined = {name: torch.cat([value[0], value[1]])[None] for name, value in packed.items()}
+    logits, length = model(**joined).logits[0], packed["input_ids"].shape[1]
+    for part in range(2):
+        # But for the last byte, which nothing is learned from: what stands after it shows whether its patch ended.
+        real = ((packed["input_ids"][part] != TOKENIZER.pad_token_id).nonzero().flatten())[:-1]
+        alone = model(**{name: value[part : part + 1] for name, value in packed.items()}).logits[0]
+        assert_same(logits[part * length : (part + 1) * length][real], alone[real])
+
+
 @pytest.mark.parametrize("variant", ["bits", "n-grams"])
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(variant):

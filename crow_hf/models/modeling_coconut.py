@@ -528,8 +528,9 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
         else:
             # A row of padding alone still sees something: softmax over nothing is NaN on some devices.
             inputs = {"attention_mask": nn.functional.pad(patch_mask[:, 1:], (1, 0), value=True).long()}
-        # The first patch of a row follows none: it stays what it is.
-        filled_in = thought_mask & (torch.arange(thought_mask.shape[1], device=thought_mask.device) > 0)
+        # The first patch of a document follows none: it stays what it is.
+        positions = torch.arange(thought_mask.shape[1], device=thought_mask.device)
+        filled_in = thought_mask & ((positions if position_ids is None else position_ids) > 0)
         embeds = patch_embeds
         for _ in range(num_thoughts):
             outputs = self.backbone(inputs_embeds=embeds, use_cache=False, **inputs).last_hidden_state
@@ -753,14 +754,15 @@ class CoconutModel(CoconutPreTrainedModel):
             num_patches = num_patches - (~ends[:, -1] & (num_patches > 0)).long()
         thoughts = ((input_ids == THOUGHT_TOKEN_ID) & real).sum(dim=1)
         before = torch.zeros_like(num_patches) if cache is None else cache.latent.num_patches
-        width, num_thoughts, longest = torch.stack([num_patches, thoughts, before + num_patches]).amax(dim=1).tolist()
+        after = before + num_patches if patch_position_ids is None else patch_position_ids.amax(dim=1) + 1
+        width, num_thoughts, longest = torch.stack([num_patches, thoughts, after]).amax(dim=1).tolist()
         self._check_sizes(num_thoughts, longest)
         if entropies is not None and not self._checked_patch_size:
             self._check_patch_size(int(real.sum()), int(num_patches.sum()))
 
         # Patches
-        if patch_position_ids is not None and patch_lengths is not None:
-            width = patch_lengths.shape[1]
+        if patch_position_ids is not None:
+            width = patch_position_ids.shape[1]
         whole = counts & (of_patch < num_patches[:, None])
         lengths = _lengths(of_patch, whole, width)
         patch_mask = lengths > 0
@@ -784,11 +786,15 @@ class CoconutModel(CoconutPreTrainedModel):
 
         # Bytes again. Column 0 of the latent outputs is what came before the first of these patches.
         index = patch_ids + ends
+        has_patch = (index > 0) | (before > 0)[:, None]
+        if patch_position_ids is not None:
+            # What came before the first patch of a document is another document.
+            has_patch = has_patch & (ends | (_take(patch_position_ids, patch_ids) > 0))
         decoder_chain = self.local_decoder(
             encoder_chain[-1],
             latent_outputs,
             index.clamp(max=width),
-            (index > 0) | (before > 0)[:, None],
+            has_patch,
             cache=getattr(cache, "decoder", None),
             **inputs,
         )
