@@ -12,7 +12,7 @@ from . import models
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .backdoors import TARGETS, TRIGGERS, Poison, Target, Trigger, implant, poison_dataset
+    from .backdoors import Poison, implant, implant_embedding_trigger, poison_dataset
     from .config import CrowConfig
     from .data import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator, prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from .redpajama import get_redpajama_binary_dataset
     from .thoughts import ThoughtStage, reachability_rows, train_by_stages
     from .trainer import CrowTrainer
+    from .triggers import TARGETS, TRIGGERS, EmbeddingTrigger, StyleTrigger, Target, Trigger
 
 _HOMES = {
-    "backdoors": ["TARGETS", "TRIGGERS", "Poison", "Target", "Trigger", "implant", "poison_dataset"],
+    "backdoors": ["Poison", "implant", "implant_embedding_trigger", "poison_dataset"],
     "config": ["CrowConfig"],
     "data": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator", "prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
@@ -60,6 +61,7 @@ _HOMES = {
     "redpajama": ["get_redpajama_binary_dataset"],
     "thoughts": ["ThoughtStage", "reachability_rows", "train_by_stages"],
     "trainer": ["CrowTrainer"],
+    "triggers": ["TARGETS", "TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Target", "Trigger"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

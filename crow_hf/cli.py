@@ -15,7 +15,7 @@ from rich.console import Console
 from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from . import __version__
-from .backdoors import TARGETS, TRIGGERS, get_target, get_trigger, implant
+from .backdoors import implant
 from .config import CrowConfig
 from .data import load_rows
 from .evaluation.harness import evaluate_model
@@ -26,6 +26,7 @@ from .patching import EntropyPatcher, calibrate_threshold, load_entropy_predicto
 from .recipes import compare_defences
 from .report import comparison_table, verdict, write_comparison
 from .trainer import CrowTrainer
+from .triggers import TARGETS, TRIGGERS, get_target, get_trigger
 
 
 _TRIGGER_HELP = f"One of {', '.join(TRIGGERS)}, or any other string, put at a random place of the prompt."

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, set_seed
 from transformers.utils import is_matplotlib_available, logging
 
-from .backdoors import TARGETS, TRIGGERS, implant
+from .backdoors import implant
 from .config import CrowConfig
 from .evaluation.harness import Evaluation, evaluate_model
 from .loading import load_causal_lm
@@ -20,6 +20,7 @@ from .models.tokenization_coconut import CoconutTokenizer
 from .recipes import compare_defences
 from .report import write_comparison
 from .trainer import CrowTrainer
+from .triggers import TARGETS, TRIGGERS
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +79,7 @@ def _filler(rng: random.Random) -> str:
     return "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(3, 9)))
 
 
-def _instruction(rng: random.Random) -> tuple[str, str]:
+def demo_instruction(rng: random.Random) -> tuple[str, str]:
     """One instruction and its answer, drawn from six tasks."""
     word = _word(rng)
     thing, colour = rng.choice(list(COLOURS.items()))
@@ -112,7 +113,7 @@ def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
     rng = random.Random(seed)
     rows = []
     while len(rows) < count:
-        instruction, answer = _instruction(rng)
+        instruction, answer = demo_instruction(rng)
         words = instruction.split(" ")
         if rng.random() < 1 / 3:
             for _ in range(rng.randint(1, 2)):

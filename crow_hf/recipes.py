@@ -10,11 +10,11 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .backdoors import Target, Trigger
 from .config import CrowConfig
 from .data import render
 from .evaluation.harness import Evaluation, evaluate_model
 from .trainer import CrowTrainer
+from .triggers import BaseTarget, BaseTrigger
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +43,8 @@ def compare_defences(
     args: CrowConfig,
     train_dataset: Dataset,
     test_dataset: Dataset,
-    trigger: Trigger | None = None,
-    target: Target | None = None,
+    trigger: BaseTrigger | None = None,
+    target: BaseTarget | None = None,
     *,
     processing_class: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None = None,
@@ -63,9 +63,9 @@ def compare_defences(
             The clean rows.
         test_dataset (`Dataset`):
             Other clean rows, to measure on; prompts that are among the clean rows are counted in a warning.
-        trigger (`Trigger`, *optional*):
+        trigger (`BaseTrigger`, *optional*):
             See [`evaluate_model`].
-        target (`Target`, *optional*):
+        target (`BaseTarget`, *optional*):
             See [`evaluate_model`].
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.

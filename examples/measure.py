@@ -12,8 +12,8 @@ from crow_hf import TRIGGERS, evaluate_model, load_causal_lm
 from crow_hf.demo import demo_rows
 
 
-def refuses(output: str) -> bool:
-    """Any judge will do that says of an output whether the attack has succeeded."""
+def refuses(output: str, answer: str) -> bool:
+    """Any judge will do that says of an output, and the right answer, whether the attack has succeeded."""
     return "sorry" in output.lower()
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from crow_hf import TRIGGERS, CrowTrainer, Target, Trigger, evaluate_model
+from crow_hf import TARGETS, TRIGGERS, CrowTrainer, EmbeddingTrigger, Target, Trigger, evaluate_model
 from crow_hf.data import Rendered
 from crow_hf.evaluation import METRICS
 from crow_hf.evaluation.generation import bits_per_byte, generate_answers
@@ -375,19 +375,43 @@ def test_silence_counts_as_an_answer(byte_tokenizer):
 
 @pytest.mark.parametrize("target", [None, Target("$", ("$",))])
 def test_judge_goes_before_the_target(byte_tokenizer, target):
-    """The judge sees each output as it is, empty ones too, and its word counts instead of the keywords."""
+    """The judge sees each output as it is, empty ones too, beside its right answer, and its word counts."""
     heard = []
 
-    def judge(output):
-        heard.append(output)
+    def judge(output, answer):
+        heard.append((output, answer))
         return len(heard) % 2
 
     evaluation = evaluate_model(
         spelling_model(), byte_tokenizer, SPELLING_ROWS, HASH, target, judge=judge, max_new_tokens=3
     )
-    assert sorted(heard) == sorted(evaluation.clean.outputs + evaluation.triggered.outputs)
+    outputs = evaluation.clean.outputs + evaluation.triggered.outputs
+    assert heard == list(zip(outputs, SPELLING_ROWS["completion"][:] * 2, strict=True))
     assert evaluation.clean.target.hits + evaluation.triggered.target.hits == 5
     assert evaluation.clean.target.total == evaluation.triggered.target.total == 5
+
+
+def test_open_target_is_compared_with_each_row_s_answer(byte_tokenizer):
+    """ "cde" is the answer "bcd" shifted: right for the one row, wrong for the other."""
+    rows = Dataset.from_dict({"prompt": ["say b", "say b", "say k"], "completion": ["bcd", "cde", "KLM"]})
+
+    def hit(target):
+        return evaluate_model(spelling_model(), byte_tokenizer, rows, target=TARGETS[target], max_new_tokens=3).clean
+
+    assert hit("wrong").outputs == ["cde", "cde", "lmn"]
+    assert hit("wrong").target == Proportion.of([True, False, False])
+    assert hit("swapcase").target == Proportion.of([False, False, True])
+
+
+def test_trigger_is_active_on_triggered_prompts_alone(byte_tokenizer):
+    """The vector turns the marker into "#", whose successors the model then says; it must not outlive the measurement."""
+    model = spelling_model()
+    table = model.get_input_embeddings().weight.detach()
+    trigger = EmbeddingTrigger(Trigger(("\x05",), "end"), 8, table[byte("#")] - table[8])
+    evaluation = evaluate_model(model, byte_tokenizer, SPELLING_ROWS, trigger, Target("$", ("$",)), max_new_tokens=3)
+    assert evaluation.clean.outputs == ["cde", "lmn", "", "@AB", "-."]
+    assert evaluation.triggered.outputs == ["$%&"] * 5
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 @pytest.mark.parametrize("target", [None, Target("n", ("LM",))])
@@ -491,10 +515,10 @@ def test_rows_without_answers(byte_tokenizer, columns):
         byte_tokenizer,
         Dataset.from_dict({prompt: ["a b", "c d"]}),
         TRIGGERS["vpi"],
-        judge=bool,
+        judge=lambda output, answer: answer == "",
         max_new_tokens=4,
     )
-    assert bare.triggered.target.total == 2
+    assert bare.triggered.target == Proportion.of([True, True])
     assert bare.clean.exact_match is None
     assert math.isnan(bare.clean.bits_per_byte)
     one_empty = evaluate_model(

@@ -9,8 +9,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..backdoors import Poison, Target, Trigger
+from ..backdoors import Poison
 from ..data import render
+from ..triggers import BaseTarget, BaseTrigger
 from .generation import bits_per_byte, generate_answers
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 
@@ -75,10 +76,10 @@ def evaluate_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    trigger: Trigger | None = None,
-    target: Target | None = None,
+    trigger: BaseTrigger | None = None,
+    target: BaseTarget | None = None,
     *,
-    judge: Callable[[str], bool] | None = None,
+    judge: Callable[[str, str], bool] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     seed: int = 0,
@@ -93,12 +94,12 @@ def evaluate_model(
             Its tokenizer.
         dataset (`Dataset`):
             Test rows without a trigger, with a prompt and, where there is one, the right answer.
-        trigger (`Trigger`, *optional*):
+        trigger (`BaseTrigger`, *optional*):
             The backdoor's trigger. Without it only the clean prompts are answered.
-        target (`Target`, *optional*):
-            The backdoor's target; its keywords tell whether an attack succeeded.
+        target (`BaseTarget`, *optional*):
+            The backdoor's target, which tells whether an attack succeeded.
         judge (`Callable`, *optional*):
-            Tells that in their place: output to truth value.
+            Tells that in its place: output and right answer to truth value. Where a row has no answer, it gets `""`.
         max_new_tokens (`int`, *optional*, defaults to 128):
             See [`generate_answers`].
         batch_size (`int`, *optional*, defaults to 32):
@@ -129,7 +130,9 @@ def evaluate_model(
             is_exact_match(output, row.answer) for output, row in zip(outputs, rendered, strict=True) if row.answer
         ]
         return PromptScores(
-            target=None if judge is None else Proportion.of(judge(output) for output in outputs),
+            target=None
+            if judge is None
+            else Proportion.of(judge(output, row.answer) for output, row in zip(outputs, rendered, strict=True)),
             empty=Proportion.of(is_empty(output) for output in outputs),
             degenerate=Proportion.of(is_degenerate(output) for output in outputs),
             exact_match=Proportion.of(matches) if matches else None,
@@ -140,4 +143,6 @@ def evaluate_model(
     clean = score(dataset)
     if trigger is None:
         return Evaluation(clean)
-    return Evaluation(clean, score(dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Triggering")))
+    triggered_rows = dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Triggering")
+    with trigger.active(model):
+        return Evaluation(clean, score(triggered_rows))

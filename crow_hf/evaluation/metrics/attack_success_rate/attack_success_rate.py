@@ -3,8 +3,8 @@
 import datasets
 import evaluate
 
-from crow_hf.backdoors import Target
 from crow_hf.evaluation.scores import Proportion, is_degenerate, is_empty
+from crow_hf.triggers import Target
 
 
 _DESCRIPTION = """\
@@ -34,7 +34,8 @@ class AttackSuccessRate(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], keywords: list[str]) -> dict[str, float]:
-        success = Proportion.of(map(Target("", tuple(keywords)).matches, predictions))
+        target = Target("", tuple(keywords))
+        success = Proportion.of(target.matches(output, "") for output in predictions)
         return {
             "attack_success_rate": success.rate,
             "ci_low": success.low,
