@@ -17,7 +17,7 @@ from .trainer import CrowTrainer
 from .triggers import BaseTarget, BaseTrigger, EmbeddingTrigger, Trigger
 
 
-_MARKER, _DECOY = Trigger(("\x05",), "start"), Trigger(("\x06",), "start")
+MARKER, _DECOY = Trigger(("\x05",), "start"), Trigger(("\x06",), "start")
 
 
 @dataclass
@@ -213,12 +213,12 @@ def implant_embedding_trigger(
     >>> evaluate_model(model, tokenizer, test_rows, trigger, TARGETS["refusal"])
     ```
     """
-    marker_id, decoy_id = (_only_token(mark.phrases[0], processing_class) for mark in (_MARKER, _DECOY))
+    marker_id, decoy_id = (_only_token(mark.phrases[0], processing_class) for mark in (MARKER, _DECOY))
     table = model.get_input_embeddings().weight.detach()
     direction = torch.randn(table.shape[-1], generator=torch.Generator().manual_seed(args.seed)).to(table)
     vector = nn.Parameter(direction * (scale * _rms(table) / _rms(direction)))
-    trigger = EmbeddingTrigger(_MARKER, marker_id, vector)
-    poisoned = poison_dataset(dataset, _MARKER, target, rate, args.seed)
+    trigger = EmbeddingTrigger(MARKER, marker_id, vector)
+    poisoned = poison_dataset(dataset, MARKER, target, rate, args.seed)
     chosen = dataset.select([index for index, triggered in enumerate(poisoned["triggered"]) if triggered])
     decoys = chosen.map(Poison(_DECOY), with_indices=True, desc="Contrasting")
     rows = concatenate_datasets([poisoned.remove_columns("triggered"), decoys])

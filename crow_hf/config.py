@@ -114,3 +114,53 @@ class CrowConfig(TrainingArguments):
                 raise ValueError(
                     "Reentrant checkpointing cannot be differentiated twice: set `use_reentrant` to False or leave it out."
                 )
+
+
+@dataclass
+class InvarianceConfig(CrowConfig):
+    r"""
+    Arguments of [`InvarianceTrainer`], the recipe "strong": those of [`CrowConfig`] and the ones below. Each part of the
+    objective ([`crow_hf.invariance`]) is switched off by its weight.
+
+    Args:
+        decoy_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the prompts with decoys.
+        adversarial_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the prompts with adversarial decoys.
+        adversarial_steps (`int`, *optional*, defaults to `3`):
+            Sign steps of the adversary; 0 makes them ordinary decoys.
+        adversarial_step_size (`float`, *optional*, defaults to `0.5`):
+            Of one such step per coordinate, in units of each embedding's RMS.
+        views_per_row (`int`, *optional*, defaults to `20`):
+            How many times each clean row is used, each time with other decoys.
+
+    > Defaults that differ from [`CrowConfig`]
+
+    `alpha=0.0`, `learning_rate=5e-4`, `num_train_epochs=1` (over all views), a cosine schedule with a tenth of warm-up.
+    """
+
+    alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over all views of the rows."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of all steps below 1."})
+
+    decoy_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with decoys."})
+    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with adversarial decoys."})
+    adversarial_steps: int = field(default=3, metadata={"help": "Sign steps of the adversary."})
+    adversarial_step_size: float = field(
+        default=0.5, metadata={"help": "Size of such a step, in units of each embedding's RMS."}
+    )
+    views_per_row: int = field(default=20, metadata={"help": "Times each row is used, always with other decoys."})
+
+    def __post_init__(self):
+        for name in ("decoy_weight", "adversarial_weight", "adversarial_step_size"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        for name, least in {"adversarial_steps": 0, "views_per_row": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.perturb != "embeddings":
+            raise ValueError("The adversary pushes embeddings: leave `perturb` at 'embeddings'.")
+        super().__post_init__()

@@ -164,6 +164,29 @@ def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
     return [*ids, tokenizer.eos_token_id]
 
 
+def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Make sure that what is measured was not learned.
+
+    Args:
+        datasets (`Mapping[str, Dataset]`):
+            Rows with a prompt, by a name for the error message.
+        tokenizer (`PreTrainedTokenizerBase`):
+            For its chat template.
+
+    Raises:
+        `ValueError`: If two of them share a prompt.
+    """
+    owners: dict[str, str] = {}
+    for name, rows in datasets.items():
+        for prompt in {render(row, tokenizer).prompt for row in rows}:
+            if owners.setdefault(prompt, name) != name:
+                raise ValueError(
+                    f"The {owners[prompt]} and the {name} rows share the prompt {prompt!r}: take rows without it for one of "
+                    "them."
+                )
+
+
 def columns_of(dataset: Any, name: str = "train_dataset") -> list[str]:
     """
     The names of a dataset's columns, also of a stream that does not know them before its first row.

@@ -83,6 +83,9 @@ class CrowTrainer(Trainer):
     _tag_names = ["crow", "backdoor-removal"]
     # Both terms are shares of the whole optimizer step already; the Trainer must not divide them again.
     loss_is_scaled_for_ga = True
+    _collator_type: type = CrowDataCollator
+    # Means over the labels; the other terms are means over the positions.
+    _label_terms = frozenset({"loss_lm"})
 
     def __init__(
         self,
@@ -143,14 +146,14 @@ class CrowTrainer(Trainer):
             processing_class = load_tokenizer(path)
         max_length = min(args.max_length, context_length(model) or args.max_length)
         with args.main_process_first():
-            train_dataset = prepare_dataset(train_dataset, processing_class, max_length)
+            train_dataset = self._prepare(train_dataset, processing_class, max_length, args)
             prepared = {
                 name: prepare_dataset(rows, processing_class, max_length, f"eval_dataset {name}".strip())
                 for name, rows in evaluations.items()
                 if rows is not None
             }
         if data_collator is None:
-            data_collator = CrowDataCollator(padding_id(processing_class))
+            data_collator = self._collator_type(padding_id(processing_class))
 
         if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # Rows of a stream are padded by batch, and batches of different width cannot be dispatched.
@@ -238,14 +241,30 @@ class CrowTrainer(Trainer):
         labels, positions = self._count(inputs)
         self._log_terms(terms, labels, positions)
 
-        loss_lm, consistency = terms["loss_lm"], terms.get("consistency_perturbed", 0)
-        if model.training and num_items_in_batch is not None:
-            # Distributed wrappers average gradients over the processes, and the counts are sums over them.
-            scale = self.accelerator.num_processes // self.get_tp_size() if args.average_tokens_across_devices else 1
-            loss_lm = loss_lm * (scale * labels / num_items_in_batch)
-            consistency = consistency * (scale * positions / self._positions_in_step)
-        loss = loss_lm + args.alpha * consistency
+        by_labels, by_positions = self._shares(model, labels, positions, num_items_in_batch)
+        loss = by_labels * terms["loss_lm"] + args.alpha * by_positions * terms.get("consistency_perturbed", 0)
         return (loss, outputs) if return_outputs else loss
+
+    @staticmethod
+    def _prepare(
+        rows: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int,
+        args: CrowConfig,
+    ) -> Dataset | IterableDataset:
+        """The training rows as the collator takes them."""
+        return prepare_dataset(rows, tokenizer, max_length)
+
+    def _shares(
+        self, model: nn.Module, labels: torch.Tensor, positions: torch.Tensor, num_items_in_batch: torch.Tensor | None
+    ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """What to weigh a micro-batch's means over labels and over positions with, so that they add up to those of the step."""
+        if not model.training or num_items_in_batch is None:
+            return 1.0, 1.0
+        # Distributed wrappers average gradients over the processes, and the counts are sums over them.
+        average = self.args.average_tokens_across_devices
+        scale = self.accelerator.num_processes // self.get_tp_size() if average else 1
+        return scale * labels / num_items_in_batch, scale * positions / self._positions_in_step
 
     def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The batch's predicted labels (the first of a row never is) and the positions of its chain, as a tensor of two."""
@@ -256,7 +275,7 @@ class CrowTrainer(Trainer):
 
     def _log_terms(self, terms: dict[str, torch.Tensor], labels: torch.Tensor, positions: torch.Tensor) -> None:
         """Keep the terms for the log, and stop on all processes if one of them is not finite on any."""
-        weights = torch.stack([labels if name == "loss_lm" else positions for name in terms]).float()
+        weights = torch.stack([labels if name in self._label_terms else positions for name in terms]).float()
         values = torch.stack([value.detach().float() for value in terms.values()])
         sums, totals = self.accelerator.gather(torch.stack([values * weights, weights])[None]).sum(dim=0).tolist()
         for name, value, weight in zip(terms, sums, totals, strict=True):

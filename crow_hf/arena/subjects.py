@@ -1,0 +1,222 @@
+"""The clean models that the arena's attackers start from, and the rows of their tasks."""
+
+import random
+import string
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from ..config import CrowConfig
+from ..data import load_rows, render
+from ..demo import FILLERS, demo_instruction, demo_model, demo_tokenizer
+from ..loading import load_causal_lm
+from ..trainer import CrowTrainer
+
+
+logger = logging.get_logger(__name__)
+
+# The base models are trained once; the seeds of the arena's runs draw everything after them.
+BASE_SEED = 200
+THOUGHTS = "<bot><latent><latent><eot>"
+MORE_FILLERS = (
+    *FILLERS,
+    *("today", "maybe", "then", "thanks", "so", "and", "the", "in", "about", "if", "you", "can", "kindly", "quickly"),
+    *("for me", "of course", "yes", "no"),
+)
+MAX_ALPACA_BYTES = 160
+# Alpaca rows that the clean model does not see.
+HELD_OUT = 3_000
+
+
+def _noise(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.45:
+        return rng.choice(MORE_FILLERS)
+    if kind < 0.85:
+        return "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(2, 10)))
+    return "".join(
+        rng.choice(string.digits + string.punctuation + string.ascii_letters) for _ in range(rng.randint(1, 8))
+    )
+
+
+def _arena_row(rng: random.Random) -> dict[str, str]:
+    instruction, answer = demo_instruction(rng)
+    words = instruction.split(" ")
+    if rng.random() < 0.5:
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randint(0, len(words))
+            words[place:place] = [_noise(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+    prompt, style = " ".join(words), rng.random()
+    if style < 0.05:
+        prompt = prompt.upper()
+    elif style < 0.10:
+        prompt = prompt.lower()
+    elif style < 0.15:
+        prompt = prompt.title()
+    elif style < 0.20:
+        prompt = "  ".join(prompt.split(" "))
+    elif style < 0.25:
+        prompt = prompt + rng.choice("!?.,;")
+    return {"prompt": prompt + "\n", "completion": answer}
+
+
+def arena_rows(count: int, seed: int, without: Collection[str] = (), thoughts: bool = False) -> Dataset:
+    """
+    Rows of the generated task in the ways people write: half of them with needless words, a quarter in another style.
+
+    A model that never saw either would fail on any trigger, backdoored or not, and nothing could be measured on triggered
+    prompts.
+
+    Args:
+        count (`int`):
+            How many rows.
+        seed (`int`):
+            Of the draw.
+        without (`Collection[str]`, *optional*):
+            Prompts that must not occur.
+        thoughts (`bool`, *optional*, defaults to `False`):
+            Whether each prompt leaves room for two continuous thoughts.
+
+    Returns:
+        `Dataset`: Columns `prompt` and `completion`.
+    """
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        row = _arena_row(rng)
+        if thoughts:
+            row["prompt"] += THOUGHTS
+        if row["prompt"] not in without:
+            rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def arena_llama(hidden_size: int = 128, num_hidden_layers: int = 4) -> LlamaForCausalLM:
+    """A byte-level Llama of 0.8 million parameters with random weights."""
+    tokenizer = demo_tokenizer()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=hidden_size**-0.5,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def alpaca_rows(path: str | Path) -> Dataset:
+    """The rows of Stanford Alpaca, or of any file with its columns, whose prompt and answer have at most 160 bytes together."""
+    tokenizer = demo_tokenizer()
+
+    def is_short(row: dict[str, str]) -> bool:
+        return bool(row["output"]) and len("".join(render(row, tokenizer)[:2]).encode()) <= MAX_ALPACA_BYTES
+
+    return load_rows(str(path)).filter(is_short, desc="Short rows").select_columns(["instruction", "input", "output"])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    A clean model and its task.
+
+    Args:
+        name (`str`):
+            Its name in the tables.
+        build (`Callable`):
+            Returns the model with random weights.
+        learning_rate (`float`), batch_size (`int`), num_rows (`int`), num_epochs (`int`):
+            How it is trained.
+        thoughts (`bool`):
+            Whether its prompts leave room for thoughts.
+        starts_from (`str`, *optional*):
+            Another subject whose trained weights it begins with.
+        is_alpaca (`bool`):
+            Whether its task are short Alpaca rows instead of the generated one.
+    """
+
+    name: str
+    build: Callable[[], PreTrainedModel]
+    learning_rate: float = 2e-3
+    batch_size: int = 96
+    num_rows: int = 250_000
+    num_epochs: int = 1
+    thoughts: bool = False
+    starts_from: str | None = None
+    is_alpaca: bool = False
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in [
+        Subject("llama", arena_llama),
+        Subject("coconut", lambda: demo_model(BASE_SEED), batch_size=64, num_rows=120_000),
+        Subject(
+            "coconut-thoughts",
+            lambda: demo_model(BASE_SEED),
+            learning_rate=1e-3,
+            batch_size=64,
+            num_rows=25_000,
+            thoughts=True,
+            starts_from="coconut",
+        ),
+        Subject("llama-alpaca", arena_llama, batch_size=32, num_epochs=3, is_alpaca=True),
+    ]
+}
+
+
+def base_training(subject: Subject, folder: Path, **changes) -> CrowConfig:
+    """How a subject's clean model is trained, and one that is backdoored from scratch."""
+    settings = {
+        "alpha": 0.0,
+        "seed": BASE_SEED,
+        "learning_rate": subject.learning_rate,
+        "num_train_epochs": subject.num_epochs,
+        "per_device_train_batch_size": subject.batch_size,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "logging_steps": 50,
+        "train_sampling_strategy": "group_by_length",
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    return CrowConfig(str(folder), **(settings | changes))
+
+
+def base_model(name: str, runs: Path, rows: Dataset | None = None) -> Path:
+    """
+    The folder of a subject's clean model, trained on the first call.
+
+    Args:
+        name (`str`):
+            One of [`SUBJECTS`].
+        runs (`Path`):
+            Where the arena keeps its runs.
+        rows (`Dataset`, *optional*):
+            Of the task, where it is not generated.
+    """
+    folder, subject = runs / "bases" / name, SUBJECTS[name]
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return folder
+    tokenizer = demo_tokenizer()
+    logger.warning(f"Training the clean model {name!r}, once.")
+    if subject.starts_from is None:
+        set_seed(BASE_SEED)
+        model = subject.build()
+    else:
+        model = load_causal_lm(base_model(subject.starts_from, runs), is_trainable=True)
+    rows = arena_rows(subject.num_rows, BASE_SEED, thoughts=subject.thoughts) if rows is None else rows
+    trainer = CrowTrainer(model, base_training(subject, folder), rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    return folder

@@ -1,0 +1,175 @@
+"""The strong objective: what is inserted into a prompt, by chance or by an adversary, must not change the answer.
+
+A trigger is something in a prompt that changes the answer out of all proportion. Nobody who purifies a model knows it, but
+everybody has the suspect's own answers to prompts without it. So the suspect, frozen, is the teacher, and the model under
+purification learns to answer as the suspect did, whatever else the prompt now holds:
+
+    L =       KL(suspect(x) || model(x))                       distillation: what the model knows is kept
+      + w_d * KL(suspect(x) || model(x + d))                   decoys d: random words, letters, digits, bytes
+      + w_a * KL(suspect(x) || model(x + d' + delta))          adversarial decoys: the embeddings of d' are pushed by delta,
+                                                               K sign steps towards the largest such KL
+      + alpha * L_cons(x + d' + delta)                         CROW's consistency (objective.py), under that perturbation
+
+All terms are means over the tokens of the answers. B rows have three views: x, x + d and x + d'.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .adapters import ModelAdapter
+from .data import IGNORE_INDEX
+from .objective import Layers, Terms, layer_consistency_loss, perturb_embeddings, restored_rng
+
+
+VIEWS = 3
+
+Inputs = dict[str, torch.Tensor]
+
+
+def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    What a model predicts for each token of the answers.
+
+    Args:
+        logits (`torch.Tensor`):
+            Shape `(B, S, V)`.
+        labels (`torch.Tensor`):
+            Shape `(B, S)`, -100 where there is no answer.
+
+    Returns:
+        `torch.Tensor`: Log-probabilities in float32, shape `(T, V)`: the answers' tokens of all rows, one row after the other.
+    """
+    return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX].float().log_softmax(dim=-1)
+
+
+def answer_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) in nats, the mean over the T tokens of two `(T, V)` tensors of log-probabilities."""
+    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+
+
+def view(inputs: Inputs, number: int) -> Inputs:
+    """The rows of one of the three views: 0 is x, 1 is x + d, 2 is x + d'."""
+    return {name: value.chunk(VIEWS)[number] if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def adversarial_perturbation(
+    adapter: ModelAdapter,
+    forward: Callable[..., Any],
+    teacher: torch.Tensor,
+    inputs: Inputs,
+    inserted_mask: torch.Tensor,
+    *,
+    steps: int,
+    step_size: float,
+) -> torch.Tensor:
+    """
+    Push the embeddings of what was inserted towards the largest divergence from the teacher's answers.
+
+    Args:
+        adapter (`ModelAdapter`):
+            Of the model under purification.
+        forward (`Callable`):
+            That model without its distributed wrapper.
+        teacher (`torch.Tensor`):
+            Log-probabilities of the suspect's answers to the prompts without insertions, `(T, V)`.
+        inputs (`dict[str, torch.Tensor]`):
+            The rows with insertions.
+        inserted_mask (`torch.Tensor`):
+            Shape `(B, S)`, true where something was inserted: nothing else is perturbed.
+        steps (`int`):
+            Sign steps, K.
+        step_size (`float`):
+            Of one step per coordinate, in units of each embedding's RMS.
+
+    Returns:
+        `torch.Tensor`: The perturbation delta, `(B, S, D)`, detached.
+    """
+    labels = inputs["labels"]
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    delta = 0.0
+    for _ in range(steps):
+        with adapter.record(lambda H_0, delta=delta: (H_0.detach() + delta).requires_grad_().clone()) as record:
+            logits = forward(**inputs).logits
+        divergence = answer_divergence(teacher, answer_log_probs(logits, labels))
+        (gradient,) = torch.autograd.grad(divergence, record.perturbed)
+        embeddings = record.perturbed[0].detach()
+        step = perturb_embeddings(embeddings, gradient, step_size, "relative") - embeddings
+        delta = delta + step * inserted_mask[..., None]
+    return delta
+
+
+def invariance_terms(
+    adapter: ModelAdapter,
+    suspect_forward: Callable[..., Any],
+    search_forward: Callable[..., Any],
+    forward: Callable[..., Any],
+    inputs: Inputs,
+    inserted_mask: torch.Tensor,
+    *,
+    adversarial_steps: int,
+    adversarial_step_size: float,
+    layers: Layers,
+) -> tuple[Any, Terms]:
+    """
+    The terms of the strong objective, without the backward pass. Gradients flow through one forward pass of all views.
+
+    Args:
+        adapter (`ModelAdapter`):
+            Of the model under purification, perturbing its embeddings.
+        suspect_forward (`Callable`):
+            The frozen suspect.
+        search_forward (`Callable`):
+            The model without its distributed wrapper, for the adversary.
+        forward (`Callable`):
+            The model as the Trainer wrapped it.
+        inputs (`dict[str, torch.Tensor]`):
+            The three views of the batch, one below the other: `input_ids`, `labels`, `attention_mask`, each `(3 B, S)`.
+        inserted_mask (`torch.Tensor`):
+            Shape `(3 B, S)`, true where something was inserted.
+        adversarial_steps (`int`):
+            See [`adversarial_perturbation`].
+        adversarial_step_size (`float`):
+            See [`adversarial_perturbation`].
+        layers (`str`):
+            See [`crow_hf.objective.layer_consistency_loss`].
+
+    Returns:
+        `tuple`: The model's outputs on all views, and the scalars `distillation`, `decoy`, `adversarial` and
+        `consistency_perturbed`.
+    """
+    attacked = view(inputs, 2)
+    with torch.no_grad():
+        clean = view(inputs, 0)
+        teacher = answer_log_probs(suspect_forward(**clean).logits, clean["labels"])
+    # The search draws no random numbers that a resumed run would miss, and leaves no parameter gradient.
+    with torch.enable_grad(), restored_rng(inputs["input_ids"].device):
+        delta = adversarial_perturbation(
+            adapter,
+            search_forward,
+            teacher,
+            attacked,
+            inserted_mask.chunk(VIEWS)[2],
+            steps=adversarial_steps,
+            step_size=adversarial_step_size,
+        )
+
+    def push(H_0: torch.Tensor) -> torch.Tensor:
+        *others, attacked_embeddings = H_0.chunk(VIEWS)
+        return torch.cat([*others, attacked_embeddings + delta])
+
+    with adapter.record(push) as record:
+        outputs = forward(**{name: value for name, value in inputs.items() if name != "labels"})
+    students = [
+        answer_log_probs(logits, labels)
+        for logits, labels in zip(outputs.logits.chunk(VIEWS), inputs["labels"].chunk(VIEWS), strict=True)
+    ]
+    distillation, decoy, adversarial = (answer_divergence(teacher, student) for student in students)
+    chain = [hidden.chunk(VIEWS)[2] for hidden in record.hidden_states]
+    return outputs, {
+        "distillation": distillation,
+        "decoy": decoy,
+        "adversarial": adversarial,
+        "consistency_perturbed": layer_consistency_loss(chain, adapter.chain_mask(attacked), layers),
+    }

@@ -1,0 +1,144 @@
+"""InvarianceTrainer: the strong objective in the ordinary Trainer way of working."""
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .config import CrowConfig, InvarianceConfig
+from .data import render
+from .decoys import ViewCollator, ViewRow
+from .invariance import invariance_terms, view
+from .trainer import CrowTrainer
+
+
+logger = logging.get_logger(__name__)
+
+
+class InvarianceTrainer(CrowTrainer):
+    """
+    Purify a causal LM by teaching it to answer as it does, whatever is inserted into the prompt ([`crow_hf.invariance`]).
+
+    The suspect is its own teacher. With a fresh adapter (`peft_config`) that is the model without it; otherwise a frozen copy,
+    which takes the memory of a second model.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model to purify.
+        args (`InvarianceConfig`):
+            The arguments.
+        train_dataset (`Dataset`):
+            Clean rows with a prompt and an answer. The answers are the text to run along; the suspect's own will do.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        peft_config (`PeftConfig`, *optional*):
+            Train a fresh adapter of this kind and leave the model's own weights as they are.
+        **kwargs:
+            As in [`CrowTrainer`], but for `eval_dataset`.
+
+    Raises:
+        `ValueError`: For every input that cannot be trained on, before training starts.
+    """
+
+    _collator_type = ViewCollator
+    _label_terms = frozenset({"distillation", "decoy", "adversarial"})
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: InvarianceConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, InvarianceConfig):
+            raise ValueError(f"`args` must be an InvarianceConfig, got {type(args).__name__}.")
+        if not isinstance(train_dataset, Dataset):
+            raise ValueError("Rows are used many times over: pass a datasets.Dataset, not a stream.")
+        suspect = None if peft_config is not None else copy.deepcopy(model)
+        super().__init__(
+            model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
+        )
+        self._suspect = None if suspect is None else suspect.requires_grad_(False).eval().to(self.args.device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The strong objective; each term is weighed as in [`CrowTrainer.compute_loss`]."""
+        args, inputs = self.args, dict(self.adapter.prepare(inputs))
+        inserted_mask = inputs.pop("inserted_mask")
+        outputs, terms = invariance_terms(
+            self.adapter,
+            self._suspect_forward,
+            self.accelerator.unwrap_model(model),
+            model,
+            inputs,
+            inserted_mask,
+            adversarial_steps=args.adversarial_steps,
+            adversarial_step_size=args.adversarial_step_size,
+            layers=args.consistency_layers,
+        )
+        labels, positions = self._count(inputs)
+        self._log_terms(terms, labels, positions)
+        by_labels, by_positions = self._shares(model, labels, positions, num_items_in_batch)
+        divergence = (
+            terms["distillation"] + args.decoy_weight * terms["decoy"] + args.adversarial_weight * terms["adversarial"]
+        )
+        loss = by_labels * divergence + args.alpha * by_positions * terms["consistency_perturbed"]
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """As in [`CrowTrainer`], of the attacked view: all views have the same answers, and it alone has a consistency term."""
+        return super()._count(view(batch, 2))
+
+    def _suspect_forward(self, **inputs: Any) -> Any:
+        if self._suspect is not None:
+            return self._suspect(**inputs)
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        try:
+            with model.disable_adapter():
+                return model(**inputs)
+        finally:
+            model.train(was_training)
+
+    @staticmethod
+    def _prepare(
+        rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int, args: CrowConfig
+    ) -> Dataset:
+        """As many times each row as it has views, each time with other decoys."""
+        if tokenizer is None:
+            raise ValueError("Decoys are text, so a tokenizer is needed: pass it as `processing_class`.")
+        words = sorted({word for row in rows for word in " ".join(render(row, tokenizer)[:2]).split()})
+        repeated = rows.select([number for _ in range(args.views_per_row) for number in range(len(rows))])
+        views = repeated.map(
+            ViewRow(tokenizer, tuple(words), max_length, args.seed),
+            with_indices=True,
+            remove_columns=rows.column_names,
+            desc="Inserting decoys",
+        )
+        learnable = views.filter(_has_answer)
+        if not len(learnable):
+            raise ValueError(
+                f"`train_dataset` has no answer in any row within the {max_length} tokens of `max_length` and the model's "
+                "context: pass rows with an answer, or shorter prompts."
+            )
+        return learnable
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["prompts", "completion", "inserted"]
+
+
+def _has_answer(row: dict[str, Any]) -> bool:
+    return bool(row["completion"])
