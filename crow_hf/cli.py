@@ -1,8 +1,9 @@
-"""The command line: `crow-hf demo | purify | evaluate | implant | patch`."""
+"""The command line: `crow-hf demo | purify | evaluate | implant | patch | arena`."""
 
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -130,6 +131,26 @@ class PatchArguments:
     target_patch_size: float | None = field(
         default=None, metadata={"help": "Scale both thresholds so that the mean patch has so many bytes."}
     )
+
+
+@dataclass
+class ArenaArguments:
+    """Try every defence on every attack, from where the arena in the folder stopped, and rewrite its tables and picture."""
+
+    output_dir: str = field(metadata={"help": "The arena's folder: new, empty, or one to go on with."})
+    attacks: str | None = field(
+        default=None, metadata={"help": "Names, with commas between; default: all that need no file, and with it all."}
+    )
+    methods: str | None = field(default=None, metadata={"help": "Names, with commas between; default: all."})
+    seeds: str | None = field(default=None, metadata={"help": "Numbers, with commas between; default: 0,1,2."})
+    quick: bool = field(
+        default=False, metadata={"help": "Where nothing else is said: few attacks and methods, and seed 0."}
+    )
+    num_clean: int = field(default=100, metadata={"help": "Clean rows of the defender."})
+    alpaca: str | None = field(
+        default=None, metadata={"help": "Stanford Alpaca's alpaca_data.json, for the attacks on Alpaca rows."}
+    )
+    workers: int = field(default=1, metadata={"help": "Processes, which share the cores."})
 
 
 def demo(arguments: DemoArguments) -> None:
@@ -280,12 +301,44 @@ def patch(arguments: PatchArguments) -> None:
         print(f"The page is {arguments.html}.")
 
 
+def arena(arguments: ArenaArguments) -> None:
+    from .arena.attacks import ATTACKS, QUICK
+    from .arena.methods import METHODS, QUICK_METHODS
+    from .arena.run import run_arena
+    from .arena.subjects import SUBJECTS
+
+    ready = [name for name, attack in ATTACKS.items() if arguments.alpaca or not SUBJECTS[attack.subject].is_alpaca]
+    seeds = _names(arguments.seeds) or (["0"] if arguments.quick else ["0", "1", "2"])
+    if wrong := [seed for seed in seeds if not seed.isdecimal()]:
+        raise ValueError(f"--seeds are whole numbers with commas between, got {wrong[0]!r}.")
+    rows = run_arena(
+        arguments.output_dir,
+        _names(arguments.attacks) or (QUICK if arguments.quick else ready),
+        _names(arguments.methods) or (QUICK_METHODS if arguments.quick else list(METHODS)),
+        [int(seed) for seed in seeds],
+        num_clean=arguments.num_clean,
+        alpaca=arguments.alpaca,
+        workers=arguments.workers,
+    )
+    print(f"{len(rows)} runs; the tables are in {arguments.output_dir}/results.md.")
+    if failed := sum("error" in row for row in rows):
+        raise ValueError(
+            f"{failed} of the runs failed, see the end of results.md: run the same command again to try them once more."
+        )
+
+
+def _names(text: str | None) -> list[str]:
+    """Names with commas between; a comma before a space is part of a name."""
+    return [] if text is None else re.split(r",(?! )", text)
+
+
 COMMANDS: dict[str, tuple[Callable[..., None], list[type]]] = {
     "demo": (demo, [DemoArguments]),
     "purify": (purify, [PurifyArguments, CrowConfig]),
     "evaluate": (evaluate, [EvaluateArguments]),
     "implant": (implant_command, [ImplantArguments, CrowConfig]),
     "patch": (patch, [PatchArguments]),
+    "arena": (arena, [ArenaArguments]),
 }
 
 

@@ -127,40 +127,67 @@ class InvarianceConfig(CrowConfig):
             Weight of the prompts with decoys.
         adversarial_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the prompts with adversarial decoys.
-        adversarial_steps (`int`, *optional*, defaults to `3`):
+        adversarial_steps (`int`, *optional*, defaults to `2`):
             Sign steps of the adversary; 0 makes them ordinary decoys.
-        adversarial_step_size (`float`, *optional*, defaults to `0.5`):
+        adversarial_step_size (`float`, *optional*, defaults to `0.35`):
             Of one such step per coordinate, in units of each embedding's RMS.
-        views_per_row (`int`, *optional*, defaults to `20`):
+        distillation_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the prompts as they are.
+        views_per_row (`int`, *optional*, defaults to `16`):
             How many times each clean row is used, each time with other decoys.
+        keep (`float`, *optional*, defaults to `0.2`):
+            Share of the suspect's weights that is mixed into the purified ones at the end.
+        screen_rows (`bool`, *optional*, defaults to `True`):
+            Whether [`purify`] leaves out rows that carry a trigger ([`crow_hf.screening`]).
+        num_canaries (`int`, *optional*, defaults to `2`):
+            How many backdoors of its own [`purify`] tries on a copy ([`crow_hf.canaries`]); 0 saves half of the time.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Longest answer of the suspect to prompts without one.
 
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `learning_rate=5e-4`, `num_train_epochs=1` (over all views), a cosine schedule with a tenth of warm-up.
+    `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
+    with a tenth of warm-up.
     """
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a batch, each in three views."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over all views of the rows."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of all steps below 1."})
 
     decoy_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with decoys."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with adversarial decoys."})
-    adversarial_steps: int = field(default=3, metadata={"help": "Sign steps of the adversary."})
+    adversarial_steps: int = field(default=2, metadata={"help": "Sign steps of the adversary."})
     adversarial_step_size: float = field(
-        default=0.5, metadata={"help": "Size of such a step, in units of each embedding's RMS."}
+        default=0.35, metadata={"help": "Size of such a step, in units of each embedding's RMS."}
     )
-    views_per_row: int = field(default=20, metadata={"help": "Times each row is used, always with other decoys."})
+    distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts as they are."})
+    views_per_row: int = field(default=16, metadata={"help": "Times each row is used, always with other decoys."})
+    keep: float = field(
+        default=0.2,
+        metadata={"help": "Share of the suspect's weights that is mixed into the purified ones at the end."},
+    )
+    screen_rows: bool = field(default=True, metadata={"help": "Leave out rows that carry a trigger."})
+    num_canaries: int = field(default=2, metadata={"help": "Backdoors of our own to try on a copy; 0 for none."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to prompts that come without one."})
 
     def __post_init__(self):
-        for name in ("decoy_weight", "adversarial_weight", "adversarial_step_size"):
+        for name in ("distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-        for name, least in {"adversarial_steps": 0, "views_per_row": 1}.items():
+        for name, least in {
+            "adversarial_steps": 0,
+            "views_per_row": 1,
+            "num_canaries": 0,
+            "max_new_tokens": 1,
+        }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.keep >= 1:
+            raise ValueError(f"`keep` must be less than 1, or nothing of the purification is left, got {self.keep}.")
         if self.perturb != "embeddings":
             raise ValueError("The adversary pushes embeddings: leave `perturb` at 'embeddings'.")
         super().__post_init__()

@@ -164,6 +164,23 @@ def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
     return [*ids, tokenizer.eos_token_id]
 
 
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """What a user asks in a row: the prompt, the instruction, or the last message of the user."""
+    if "messages" in row:
+        return next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
+    return row["prompt"] if "prompt" in row else row["instruction"]
+
+
+def with_prompt(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    """The row with something else in the place of [`prompt_of`]."""
+    if "messages" in row:
+        messages = [dict(message) for message in row["messages"]]
+        last = max(number for number, message in enumerate(messages) if message["role"] == "user")
+        messages[last]["content"] = prompt
+        return {**row, "messages": messages}
+    return {**row, "prompt" if "prompt" in row else "instruction": prompt}
+
+
 def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Make sure that what is measured was not learned.

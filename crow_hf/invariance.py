@@ -7,7 +7,8 @@ purification learns to answer as the suspect did, whatever else the prompt now h
     L =       KL(suspect(x) || model(x))                       distillation: what the model knows is kept
       + w_d * KL(suspect(x) || model(x + d))                   decoys d: random words, letters, digits, bytes
       + w_a * KL(suspect(x) || model(x + d' + delta))          adversarial decoys: the embeddings of d' are pushed by delta,
-                                                               K sign steps towards the largest such KL
+                                                               K sign steps that lead the suspect itself away from its
+                                                               answers, so towards what opens a backdoor
       + alpha * L_cons(x + d' + delta)                         CROW's consistency (objective.py), under that perturbation
 
 All terms are means over the tokens of the answers. B rows have three views: x, x + d and x + d'.
@@ -20,7 +21,7 @@ import torch
 
 from .adapters import ModelAdapter
 from .data import IGNORE_INDEX
-from .objective import Layers, Terms, layer_consistency_loss, perturb_embeddings, restored_rng
+from .objective import Layers, Terms, layer_consistency_loss, perturb_embeddings
 
 
 VIEWS = 3
@@ -67,11 +68,14 @@ def adversarial_perturbation(
     """
     Push the embeddings of what was inserted towards the largest divergence from the teacher's answers.
 
+    The suspect is attacked and not the model under purification: its backdoor stays as wide open as it was, while that of
+    the model narrows and an adversary finds other weaknesses first.
+
     Args:
         adapter (`ModelAdapter`):
-            Of the model under purification.
+            Of the suspect.
         forward (`Callable`):
-            That model without its distributed wrapper.
+            The suspect.
         teacher (`torch.Tensor`):
             Log-probabilities of the suspect's answers to the prompts without insertions, `(T, V)`.
         inputs (`dict[str, torch.Tensor]`):
@@ -102,9 +106,9 @@ def adversarial_perturbation(
 
 def invariance_terms(
     adapter: ModelAdapter,
-    suspect_forward: Callable[..., Any],
-    search_forward: Callable[..., Any],
     forward: Callable[..., Any],
+    suspect_adapter: ModelAdapter,
+    suspect_forward: Callable[..., Any],
     inputs: Inputs,
     inserted_mask: torch.Tensor,
     *,
@@ -118,12 +122,12 @@ def invariance_terms(
     Args:
         adapter (`ModelAdapter`):
             Of the model under purification, perturbing its embeddings.
-        suspect_forward (`Callable`):
-            The frozen suspect.
-        search_forward (`Callable`):
-            The model without its distributed wrapper, for the adversary.
         forward (`Callable`):
             The model as the Trainer wrapped it.
+        suspect_adapter (`ModelAdapter`):
+            Of the frozen suspect.
+        suspect_forward (`Callable`):
+            The frozen suspect.
         inputs (`dict[str, torch.Tensor]`):
             The three views of the batch, one below the other: `input_ids`, `labels`, `attention_mask`, each `(3 B, S)`.
         inserted_mask (`torch.Tensor`):
@@ -143,17 +147,15 @@ def invariance_terms(
     with torch.no_grad():
         clean = view(inputs, 0)
         teacher = answer_log_probs(suspect_forward(**clean).logits, clean["labels"])
-    # The search draws no random numbers that a resumed run would miss, and leaves no parameter gradient.
-    with torch.enable_grad(), restored_rng(inputs["input_ids"].device):
-        delta = adversarial_perturbation(
-            adapter,
-            search_forward,
-            teacher,
-            attacked,
-            inserted_mask.chunk(VIEWS)[2],
-            steps=adversarial_steps,
-            step_size=adversarial_step_size,
-        )
+    delta = adversarial_perturbation(
+        suspect_adapter,
+        suspect_forward,
+        teacher,
+        attacked,
+        inserted_mask.chunk(VIEWS)[2],
+        steps=adversarial_steps,
+        step_size=adversarial_step_size,
+    )
 
     def push(H_0: torch.Tensor) -> torch.Tensor:
         *others, attacked_embeddings = H_0.chunk(VIEWS)

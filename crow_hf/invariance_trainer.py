@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .adapters import adapter_of
 from .config import CrowConfig, InvarianceConfig
 from .data import render
 from .decoys import ViewCollator, ViewRow
@@ -66,6 +67,13 @@ class InvarianceTrainer(CrowTrainer):
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
         self._suspect = None if suspect is None else suspect.requires_grad_(False).eval().to(self.args.device)
+        self._suspect_adapter = self.adapter if suspect is None else adapter_of(self._suspect)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """As in [`CrowTrainer`]; at the end `args.keep` of the suspect is mixed into the weights."""
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._mix_in_suspect()
+        return result
 
     def compute_loss(
         self,
@@ -79,9 +87,9 @@ class InvarianceTrainer(CrowTrainer):
         inserted_mask = inputs.pop("inserted_mask")
         outputs, terms = invariance_terms(
             self.adapter,
-            self._suspect_forward,
-            self.accelerator.unwrap_model(model),
             model,
+            self._suspect_adapter,
+            self._suspect_forward,
             inputs,
             inserted_mask,
             adversarial_steps=args.adversarial_steps,
@@ -92,7 +100,9 @@ class InvarianceTrainer(CrowTrainer):
         self._log_terms(terms, labels, positions)
         by_labels, by_positions = self._shares(model, labels, positions, num_items_in_batch)
         divergence = (
-            terms["distillation"] + args.decoy_weight * terms["decoy"] + args.adversarial_weight * terms["adversarial"]
+            args.distillation_weight * terms["distillation"]
+            + args.decoy_weight * terms["decoy"]
+            + args.adversarial_weight * terms["adversarial"]
         )
         loss = by_labels * divergence + args.alpha * by_positions * terms["consistency_perturbed"]
         return (loss, outputs) if return_outputs else loss
@@ -100,6 +110,23 @@ class InvarianceTrainer(CrowTrainer):
     def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """As in [`CrowTrainer`], of the attacked view: all views have the same answers, and it alone has a consistency term."""
         return super()._count(view(batch, 2))
+
+    @torch.no_grad()
+    def _mix_in_suspect(self) -> None:
+        """
+        Go back part of the way to the suspect: what was learned is spread over all weights and keeps most of its effect, and
+        what was forgotten comes back (WiSE-FT, arXiv 2109.01903).
+        """
+        model, keep = self.accelerator.unwrap_model(self.model), self.args.keep
+        if self._suspect is None:
+            # Half of a low-rank product is one of its factors halved.
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_A" not in name:
+                    parameter.mul_(1 - keep)
+            return
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.lerp_(self._suspect.get_parameter(name), keep)
 
     def _suspect_forward(self, **inputs: Any) -> Any:
         if self._suspect is not None:

@@ -154,7 +154,7 @@ def crow_terms(
 
     # The attack is a gradient also where the caller wants none, in evaluation. The random state is put back after the
     # clean pass, so that both passes drop the same units and differ by the perturbation alone.
-    with torch.enable_grad(), restored_rng(inputs["input_ids"].device):
+    with torch.enable_grad(), _restored_rng(inputs["input_ids"].device):
         with adapter.record() as clean:
             outputs = clean_forward(**inputs)
         consistency_clean = layer_consistency_loss(clean.hidden_states, mask, layers)
@@ -198,7 +198,7 @@ def _real(embeddings: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Te
     return torch.cat([tensor.detach()[real].float().flatten() for tensor in embeddings])
 
 
-def restored_rng(device: torch.device) -> AbstractContextManager:
+def _restored_rng(device: torch.device) -> AbstractContextManager:
     """Leave the random state as it was found, on the CPU and on `device`."""
     if device.type in ("cpu", "mps"):
         return torch.random.fork_rng(devices=[])

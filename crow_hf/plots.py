@@ -1,9 +1,12 @@
 """Pictures of a run. Needs matplotlib: `pip install crow-hf[plots]`."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from .arena.table import methods_of, summarize
 from .evaluation.harness import Evaluation
 from .evaluation.scores import Proportion
 
@@ -61,4 +64,38 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
     axes.set_xticks(range(len(evaluations)), list(evaluations))
     axes.set(ylabel="share of all prompts, %", ylim=(0, 108))
     figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_arena(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """
+    Draw the attack success of every attack of an arena after every method.
+
+    Args:
+        rows (`list[dict]`):
+            Of [`crow_hf.arena.table.load_results`], of at least one run that did not fail.
+        path (`str` or `Path`):
+            The picture's file, replaced if it is there.
+    """
+    summary = summarize(rows)
+    methods = methods_of(summary)
+    shares = [
+        [100 * cells[name]["attack_success"].mean if name in cells else math.nan for name in methods]
+        for cells in summary.values()
+    ]
+    figure = Figure(figsize=(2.6 + 0.62 * len(methods), 1.6 + 0.28 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    # One hue from light to dark: it reads the same without colour vision, and in print.
+    image = axes.imshow(shares, cmap="Oranges", vmin=0, vmax=100, aspect="auto")
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            if not math.isnan(value):
+                color = "white" if value > 60 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(methods)), methods, rotation=40, ha="left", rotation_mode="anchor")
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(shares)), list(summary))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="attack success, % (mean of the seeds)", fraction=0.03)
     figure.savefig(path, dpi=150)

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import context_length
-from ..data import IGNORE_INDEX, CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id
+from ..data import IGNORE_INDEX, CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id, render
 
 
 @contextmanager
@@ -101,6 +102,37 @@ def generate_answers(
     return answers
 
 
+def answered(
+    dataset: Dataset,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int = 128,
+    batch_size: int = 32,
+) -> Dataset:
+    """
+    Rows that are prompts alone, with the model's own greedy answers; rows with answers stay as they are.
+
+    Args:
+        dataset (`Dataset`):
+            Rows with a `prompt` or an `instruction`, or in any of the formats of [`crow_hf.data`].
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        max_new_tokens (`int`, *optional*, defaults to 128):
+            See [`generate_answers`].
+        batch_size (`int`, *optional*, defaults to 32):
+            See [`generate_answers`].
+    """
+    for prompt, answer in (("prompt", "completion"), ("instruction", "output")):
+        if prompt in dataset.column_names and answer not in dataset.column_names:
+            asked = dataset.add_column(answer, [""] * len(dataset))
+            prompts = [render(row, tokenizer, index) for index, row in enumerate(asked)]
+            outputs = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
+            return dataset.add_column(answer, outputs)
+    return dataset
+
+
 def _end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: chat models have several."""
     own = model.generation_config.eos_token_id
@@ -134,22 +166,56 @@ def bits_per_byte(
         `float`: Bits per byte over all rows together, or NaN if no row has an answer.
     """
     limit = context_length(model)
-    encoded, total_bytes = [], 0
+    kept_rows, total_bytes = [], 0
     for row in rows:
         prompt, completion = encode_prompt(row, tokenizer), encode_completion(row, tokenizer)
         kept = completion if limit is None else completion[: max(0, limit - len(prompt))]
         if kept and row.answer:
-            encoded.append({"input_ids": prompt + kept, "labels": [IGNORE_INDEX] * len(prompt) + kept})
+            kept_rows.append((prompt, kept))
             text = row.answer if len(kept) == len(completion) else tokenizer.decode(kept)
             total_bytes += len(text.encode("utf-8"))
-    encoded.sort(key=lambda row: len(row["input_ids"]))
-    collate = CrowDataCollator(padding_id(tokenizer))
-    total_nats = 0.0
+    if not total_bytes:
+        return math.nan
+    log_likelihoods = answer_log_likelihoods(model, kept_rows, padding_id(tokenizer), batch_size)
+    return -sum(log_likelihoods) / math.log(2) / total_bytes
+
+
+def answer_log_likelihoods(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[tuple[list[int], list[int]]],
+    pad_token_id: int = 0,
+    batch_size: int = 32,
+) -> list[float]:
+    """
+    How likely a model finds an answer after its prompt.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        rows (`Sequence[tuple]`):
+            Token ids of prompt and answer.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Fills shorter rows; it never counts.
+        batch_size (`int`, *optional*, defaults to 32):
+            Rows at a time; rows of similar length share a batch.
+
+    Returns:
+        `list[float]`: Of each row, the natural logarithm of the answer's probability.
+    """
+    results = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
+    collate = CrowDataCollator(pad_token_id)
     with _evaluating(model):
-        for start in tqdm(range(0, len(encoded), batch_size), desc="Scoring", unit="batch"):
-            batch = {k: v.to(model.device) for k, v in collate(encoded[start : start + batch_size]).items()}
+        for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit="batch"):
+            numbers = order[start : start + batch_size]
+            encoded = [
+                {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
+                for prompt, answer in (rows[number] for number in numbers)
+            ]
+            batch = {name: value.to(model.device) for name, value in collate(encoded).items()}
             labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            scored = labels != IGNORE_INDEX
-            total_nats += cross_entropy(logits[scored].float(), labels[scored], reduction="sum").item()
-    return total_nats / math.log(2) / total_bytes if total_bytes else math.nan
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()
+            losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+            for number, loss in zip(numbers, losses.sum(dim=1).tolist(), strict=True):
+                results[number] = -loss
+    return results

@@ -1,0 +1,178 @@
+"""What the arena's defenders do to a suspect. Every method starts from a fresh copy of it and sees the same clean rows."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..config import CrowConfig, InvarianceConfig
+from ..demo import demo_tokenizer
+from ..evaluation.baselines import ReferenceCrowTrainer, prune_by_magnitude, prune_by_wanda, quantize_weights
+from ..invariance_trainer import InvarianceTrainer
+from ..loading import load_causal_lm
+from ..trainer import CrowTrainer
+from .attacks import Suspect
+
+
+SPARSITY = 0.35
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+# The arena saves results, not checkpoints, and prints a line for each run, not for each step.
+_QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+
+
+@dataclass
+class Purified:
+    """
+    What is left of a suspect.
+
+    Attributes:
+        model (`PreTrainedModel`):
+            The model, any adapter merged.
+        steps (`int`), seconds (`float`):
+            What it took: optimizer steps, and the time of the training or pruning alone.
+        settings (`dict`):
+            All that is needed to repeat it, as JSON can hold it.
+    """
+
+    model: PreTrainedModel
+    steps: int = 0
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[Suspect, int, Path], Purified]
+
+
+def load_merged(suspect: Suspect, scratch: Path) -> PreTrainedModel:
+    """A fresh copy of the suspect with all its weights ready to be trained, any adapter merged into them."""
+    model = suspect.load()
+    if not isinstance(model, PeftModel):
+        return model
+    # PEFT froze the weights below the adapter; loading them again frees those that are meant to be trained.
+    model.merge_and_unload(safe_merge=True).save_pretrained(scratch / "merged")
+    return load_causal_lm(scratch / "merged", is_trainable=True)
+
+
+def strong_config(scratch: Path, seed: int, **changes: Any) -> InvarianceConfig:
+    """The settings of the strong recipe, from which its control takes its own."""
+    return InvarianceConfig(str(scratch / "run"), seed=seed, **_QUIET, **changes)
+
+
+def control_config(scratch: Path, seed: int, num_rows: int) -> CrowConfig:
+    """Plain fine-tuning with the strong recipe's learning rate, schedule and batch size, and as many steps."""
+    strong = strong_config(scratch, seed)
+    shared = {each.name: getattr(strong, each.name) for each in fields(CrowConfig) if each.init}
+    views = strong.views_per_row * num_rows
+    steps = math.ceil(strong.num_train_epochs * math.ceil(views / strong.train_batch_size))
+    return CrowConfig(**shared | {"alpha": 0.0, "max_steps": steps})
+
+
+def paper_config(scratch: Path, seed: int, **changes: Any) -> CrowConfig:
+    """The published settings of CROW."""
+    settings = {
+        "alpha": 5.5,
+        "epsilon": 0.1,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 8,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+    }
+    return CrowConfig(str(scratch / "run"), seed=seed, **_QUIET, **(settings | changes))
+
+
+def _train(
+    trainer_type: type[CrowTrainer],
+    model: PreTrainedModel | PeftModel,
+    args: CrowConfig,
+    rows: Dataset,
+    fresh_lora: bool = False,
+) -> Purified:
+    adapter = LoraConfig(**LORA) if fresh_lora else None
+    trainer = trainer_type(model, args, rows, processing_class=demo_tokenizer(), peft_config=adapter)
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trained = trainer.model
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload(safe_merge=True)
+    settings = {"trainer": trainer_type.__name__, "fresh_lora": LORA if fresh_lora else None, **_settings(args)}
+    return Purified(trained, trainer.state.global_step, seconds, settings)
+
+
+def _settings(args: CrowConfig) -> dict[str, Any]:
+    """The arguments that are not transformers' defaults, with their names."""
+    defaults, quiet = TrainingArguments("").to_dict(), {"output_dir", *_QUIET}
+    return {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in quiet and (name not in defaults or value != defaults[name])
+    }
+
+
+def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+    return Purified(load_merged(suspect, scratch))
+
+
+def _fine_tuning(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+    args = control_config(scratch, seed, len(suspect.clean_rows))
+    return _train(CrowTrainer, load_merged(suspect, scratch), args, suspect.clean_rows)
+
+
+def _compress(suspect: Suspect, seed: int, scratch: Path, change: Callable[..., None], **settings: Any) -> Purified:
+    model = load_merged(suspect, scratch)
+    start = time.perf_counter()
+    change(model, **settings)
+    return Purified(model, seconds=time.perf_counter() - start, settings=settings)
+
+
+def _wanda(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+    prune = partial(prune_by_wanda, dataset=suspect.clean_rows, processing_class=demo_tokenizer())
+    return _compress(suspect, seed, scratch, prune, sparsity=SPARSITY)
+
+
+def _crow(
+    suspect: Suspect, seed: int, scratch: Path, trainer_type: type[CrowTrainer] = CrowTrainer, **changes: Any
+) -> Purified:
+    model, args = suspect.load(), paper_config(scratch, seed, **changes)
+    # As published, an adapter that holds the backdoor is itself trained on.
+    return _train(trainer_type, model, args, suspect.clean_rows, fresh_lora=not isinstance(model, PeftModel))
+
+
+def _strong(suspect: Suspect, seed: int, scratch: Path, fresh_lora: bool = False, **changes: Any) -> Purified:
+    args = strong_config(scratch, seed, **changes)
+    return _train(InvarianceTrainer, load_merged(suspect, scratch), args, suspect.clean_rows, fresh_lora)
+
+
+METHODS: dict[str, Method] = {
+    "none": _no_defence,
+    # Controls and baselines
+    "fine-tuning": _fine_tuning,
+    "fine-tuning lora": partial(_crow, alpha=0.0),
+    "magnitude pruning": partial(_compress, change=prune_by_magnitude, sparsity=SPARSITY),
+    "wanda": _wanda,
+    "int8": partial(_compress, change=quantize_weights, bits=8),
+    "int4": partial(_compress, change=quantize_weights, bits=4),
+    # The paper, and its published code
+    "crow": _crow,
+    "crow reference": partial(
+        _crow, trainer_type=ReferenceCrowTrainer, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    ),
+    # The strong recipe, and what each of its parts is good for
+    "strong": _strong,
+    "strong lora": partial(_strong, fresh_lora=True, learning_rate=3e-3),
+    "strong - decoys": partial(_strong, decoy_weight=0.0),
+    "strong - adversary": partial(_strong, adversarial_weight=0.0),
+    "strong + consistency": partial(_strong, alpha=5.5),
+}
+QUICK_METHODS = ("none", "fine-tuning", "crow", "strong")
+CONTROL = "fine-tuning"
