@@ -133,8 +133,9 @@ class InvarianceConfig(CrowConfig):
             Of one such step per coordinate, in units of each embedding's RMS.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the prompts as they are.
-        views_per_row (`int`, *optional*, defaults to `16`):
-            How many times each clean row is used, each time with other decoys.
+        num_views (`int`, *optional*, defaults to `1600`):
+            How many prompts are trained on in all: every row is used as often as that takes, each time with other decoys. Never
+            fewer than there are rows.
         keep (`float`, *optional*, defaults to `0.2`):
             Share of the suspect's weights that is mixed into the purified ones at the end.
         screen_rows (`bool`, *optional*, defaults to `True`):
@@ -146,12 +147,12 @@ class InvarianceConfig(CrowConfig):
 
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
+    `alpha=0.0`, `learning_rate=1e-3`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
     with a tenth of warm-up.
     """
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
-    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a batch, each in three views."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over all views of the rows."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
@@ -164,7 +165,9 @@ class InvarianceConfig(CrowConfig):
         default=0.35, metadata={"help": "Size of such a step, in units of each embedding's RMS."}
     )
     distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts as they are."})
-    views_per_row: int = field(default=16, metadata={"help": "Times each row is used, always with other decoys."})
+    num_views: int = field(
+        default=1600, metadata={"help": "Prompts to train on in all; each row comes again with other decoys."}
+    )
     keep: float = field(
         default=0.2,
         metadata={"help": "Share of the suspect's weights that is mixed into the purified ones at the end."},
@@ -180,7 +183,7 @@ class InvarianceConfig(CrowConfig):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
         for name, least in {
             "adversarial_steps": 0,
-            "views_per_row": 1,
+            "num_views": 1,
             "num_canaries": 0,
             "max_new_tokens": 1,
         }.items():

@@ -144,11 +144,11 @@ class InvarianceTrainer(CrowTrainer):
     def _prepare(
         rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int, args: CrowConfig
     ) -> Dataset:
-        """As many times each row as it has views, each time with other decoys."""
+        """`args.num_views` rows, those of the dataset over and over, each time with other decoys."""
         if tokenizer is None:
             raise ValueError("Decoys are text, so a tokenizer is needed: pass it as `processing_class`.")
         words = sorted({word for row in rows for word in " ".join(render(row, tokenizer)[:2]).split()})
-        repeated = rows.select([number for _ in range(args.views_per_row) for number in range(len(rows))])
+        repeated = rows.select([number % len(rows) for number in range(max(args.num_views, len(rows)))])
         views = repeated.map(
             ViewRow(tokenizer, tuple(words), max_length, args.seed),
             with_indices=True,

@@ -270,7 +270,8 @@ def _implant(
         "train_sampling_strategy": "group_by_length",
         "save_strategy": "no",
         "report_to": "none",
-        "logging_steps": 1000,
+        "logging_strategy": "no",
+        "disable_tqdm": True,
     }
     args = CrowConfig(str(folder / "run"), **training)
     if attack.adaptive == "embedding":
@@ -299,7 +300,12 @@ def _implant(
         model = load_causal_lm(base, is_trainable=True)
         if attack.adaptive == "recipe":
             hardening = InvarianceConfig(
-                str(folder / "hardening"), seed=seed, views_per_row=1, save_strategy="no", report_to="none"
+                str(folder / "hardening"),
+                seed=seed,
+                views_per_row=1,
+                disable_tqdm=True,
+                save_strategy="no",
+                report_to="none",
             )
             InvarianceTrainer(model, hardening, rows, tokenizer).train()
             # With the right answers to decoys among the clean rows, nothing but the trigger itself triggers.

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..canaries import canary_success, draw_canaries, implant_canaries
 from ..config import CrowConfig, InvarianceConfig
 from ..demo import demo_tokenizer
 from ..evaluation.baselines import ReferenceCrowTrainer, prune_by_magnitude, prune_by_wanda, quantize_weights
-from ..invariance_trainer import InvarianceTrainer
+from ..evaluation.scores import Proportion
 from ..loading import load_causal_lm
+from ..recipes import purify
 from ..trainer import CrowTrainer
 from .attacks import Suspect
 
@@ -40,12 +42,15 @@ class Purified:
             What it took: optimizer steps, and the time of the training or pruning alone.
         settings (`dict`):
             All that is needed to repeat it, as JSON can hold it.
+        canary_success (`Proportion`, *optional*):
+            Of backdoors of the defender's own, after the purification, where it began with a copy that had them.
     """
 
     model: PreTrainedModel
     steps: int = 0
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    canary_success: Proportion | None = None
 
 
 Method = Callable[[Suspect, int, Path], Purified]
@@ -70,7 +75,7 @@ def control_config(scratch: Path, seed: int, num_rows: int) -> CrowConfig:
     """Plain fine-tuning with the strong recipe's learning rate, schedule and batch size, and as many steps."""
     strong = strong_config(scratch, seed)
     shared = {each.name: getattr(strong, each.name) for each in fields(CrowConfig) if each.init}
-    views = strong.views_per_row * num_rows
+    views = max(strong.num_views, num_rows)
     steps = math.ceil(strong.num_train_epochs * math.ceil(views / strong.train_batch_size))
     return CrowConfig(**shared | {"alpha": 0.0, "max_steps": steps})
 
@@ -123,9 +128,10 @@ def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
     return Purified(load_merged(suspect, scratch))
 
 
-def _fine_tuning(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
     args = control_config(scratch, seed, len(suspect.clean_rows))
-    return _train(CrowTrainer, load_merged(suspect, scratch), args, suspect.clean_rows)
+    model = load_merged(suspect, scratch) if model is None else model
+    return _train(CrowTrainer, model, args, suspect.clean_rows)
 
 
 def _compress(suspect: Suspect, seed: int, scratch: Path, change: Callable[..., None], **settings: Any) -> Purified:
@@ -141,16 +147,52 @@ def _wanda(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _crow(
-    suspect: Suspect, seed: int, scratch: Path, trainer_type: type[CrowTrainer] = CrowTrainer, **changes: Any
+    suspect: Suspect,
+    seed: int,
+    scratch: Path,
+    model: PreTrainedModel | None = None,
+    trainer_type: type[CrowTrainer] = CrowTrainer,
+    **changes: Any,
 ) -> Purified:
-    model, args = suspect.load(), paper_config(scratch, seed, **changes)
+    model, args = suspect.load() if model is None else model, paper_config(scratch, seed, **changes)
     # As published, an adapter that holds the backdoor is itself trained on.
     return _train(trainer_type, model, args, suspect.clean_rows, fresh_lora=not isinstance(model, PeftModel))
 
 
-def _strong(suspect: Suspect, seed: int, scratch: Path, fresh_lora: bool = False, **changes: Any) -> Purified:
-    args = strong_config(scratch, seed, **changes)
-    return _train(InvarianceTrainer, load_merged(suspect, scratch), args, suspect.clean_rows, fresh_lora)
+def _strong(
+    suspect: Suspect,
+    seed: int,
+    scratch: Path,
+    model: PreTrainedModel | None = None,
+    fresh_lora: bool = False,
+    **changes: Any,
+) -> Purified:
+    # Canaries are evidence about the recipe, and change nothing in what it returns.
+    args = strong_config(scratch, seed, num_canaries=0, **changes)
+    adapter = LoraConfig(**LORA) if fresh_lora else None
+    model = load_merged(suspect, scratch) if model is None else model
+    start = time.perf_counter()
+    purification = purify(
+        model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=adapter
+    )
+    seconds, trained = time.perf_counter() - start, purification.model
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload(safe_merge=True)
+    settings = {"recipe": "strong", "fresh_lora": LORA if fresh_lora else None, **_settings(args)}
+    settings["screened_out"] = sorted(purification.screening.suspicious) if args.screen_rows else None
+    return Purified(trained, purification.trainer.state.global_step, seconds, settings)
+
+
+def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -> Purified:
+    """Purify a copy that has two backdoors of the defender's own, and measure those on the selection rows."""
+    tokenizer = demo_tokenizer()
+    canaries = draw_canaries(2, seed)
+    args = strong_config(scratch / "canaries", seed)
+    copied = implant_canaries(load_merged(suspect, scratch), suspect.clean_rows, canaries, args, tokenizer)
+    purified = method(suspect, seed, scratch, model=copied)
+    shares = [canary_success(purified.model, suspect.selection_rows, canary, tokenizer, 200) for canary in canaries]
+    hits, total = sum(share.hits for share in shares), sum(share.total for share in shares)
+    return replace(purified, canary_success=Proportion.of([True] * hits + [False] * (total - hits)))
 
 
 METHODS: dict[str, Method] = {
@@ -172,7 +214,13 @@ METHODS: dict[str, Method] = {
     "strong lora": partial(_strong, fresh_lora=True, learning_rate=3e-3),
     "strong - decoys": partial(_strong, decoy_weight=0.0),
     "strong - adversary": partial(_strong, adversarial_weight=0.0),
+    "strong - distillation": partial(_strong, distillation_weight=0.0),
+    "strong - kept suspect": partial(_strong, keep=0.0),
     "strong + consistency": partial(_strong, alpha=5.5),
+    # Do canaries tell what becomes of the real backdoor?
+    "canaries, fine-tuning": partial(_with_canaries, method=_fine_tuning),
+    "canaries, crow": partial(_with_canaries, method=_crow),
+    "canaries, strong": partial(_with_canaries, method=_strong),
 }
 QUICK_METHODS = ("none", "fine-tuning", "crow", "strong")
 CONTROL = "fine-tuning"

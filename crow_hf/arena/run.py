@@ -120,7 +120,8 @@ def run_arena(
     _check(folder, attacks, methods, seeds, num_clean, alpaca, workers)
     (folder / RESULTS).mkdir(parents=True, exist_ok=True)
     arena = Arena(folder, tuple(methods), num_clean, num_test, None if alpaca is None else str(alpaca))
-    runs = [(ATTACKS[name], seed) for name in attacks for seed in seeds]
+    # A stopped arena has all attacks with the first seeds rather than some with all.
+    runs = [(ATTACKS[name], seed) for seed in seeds for name in attacks]
     units = _units([(attack, seed) for attack, seed in runs if arena.missing(attack, seed)])
     _silence()
     if workers == 1:
@@ -247,6 +248,7 @@ def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[
         "settings": purified.settings,
         "steps": purified.steps,
         "seconds": purified.seconds,
+        "canary_success": count(purified.canary_success),
         "max_new_tokens": max_new_tokens,
         **_scores(evaluation),
         "samples": [
@@ -266,10 +268,12 @@ def answer_length(attack: Attack) -> int:
     return 64 if SUBJECTS[attack.subject].is_alpaca else 40
 
 
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    def count(proportion: Proportion | None) -> dict[str, int] | None:
-        return None if proportion is None else {"hits": proportion.hits, "total": proportion.total}
+def count(proportion: Proportion | None) -> dict[str, int] | None:
+    """A share as the results hold it."""
+    return None if proportion is None else {"hits": proportion.hits, "total": proportion.total}
 
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
     def of(kind: str, prompts: PromptScores) -> dict[str, Any]:
         # Every output is either empty or degenerate or neither.
         mute = {"hits": prompts.empty.hits + prompts.degenerate.hits, "total": prompts.empty.total}

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
 from ..adapters import context_length
 from ..data import IGNORE_INDEX, CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id, render
