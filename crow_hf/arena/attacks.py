@@ -302,7 +302,7 @@ def _implant(
             hardening = InvarianceConfig(
                 str(folder / "hardening"),
                 seed=seed,
-                views_per_row=1,
+                num_views=len(rows),
                 disable_tqdm=True,
                 save_strategy="no",
                 report_to="none",
