@@ -13,9 +13,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .backdoors import Poison, implant, implant_embedding_trigger, poison_dataset
-    from .config import CrowConfig
+    from .canaries import Canary
+    from .config import CrowConfig, InvarianceConfig
     from .data import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator, prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
+    from .invariance_trainer import InvarianceTrainer
     from .loading import load_causal_lm
     from .models.configuration_byte_entropy import ByteEntropyConfig
     from .models.configuration_coconut import CoconutConfig
@@ -31,17 +33,20 @@ if TYPE_CHECKING:
         from_binary,
         load_entropy_predictor,
     )
-    from .recipes import Comparison, compare_defences
+    from .recipes import Comparison, Purification, compare_defences, purify, recipe_config
     from .redpajama import get_redpajama_binary_dataset
+    from .screening import Screening, screen_dataset
     from .thoughts import ThoughtStage, reachability_rows, train_by_stages
     from .trainer import CrowTrainer
     from .triggers import TARGETS, TRIGGERS, EmbeddingTrigger, StyleTrigger, Target, Trigger
 
 _HOMES = {
     "backdoors": ["Poison", "implant", "implant_embedding_trigger", "poison_dataset"],
-    "config": ["CrowConfig"],
+    "canaries": ["Canary"],
+    "config": ["CrowConfig", "InvarianceConfig"],
     "data": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator", "prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
+    "invariance_trainer": ["InvarianceTrainer"],
     "loading": ["load_causal_lm"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],
     "models.configuration_coconut": ["CoconutConfig"],
@@ -57,8 +62,9 @@ _HOMES = {
         "from_binary",
         "load_entropy_predictor",
     ],
-    "recipes": ["Comparison", "compare_defences"],
+    "recipes": ["Comparison", "Purification", "compare_defences", "purify", "recipe_config"],
     "redpajama": ["get_redpajama_binary_dataset"],
+    "screening": ["Screening", "screen_dataset"],
     "thoughts": ["ThoughtStage", "reachability_rows", "train_by_stages"],
     "trainer": ["CrowTrainer"],
     "triggers": ["TARGETS", "TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Target", "Trigger"],

@@ -17,16 +17,16 @@ from transformers import HfArgumentParser, PreTrainedModel, TrainingArguments
 
 from . import __version__
 from .backdoors import implant
-from .config import CrowConfig
+from .config import CrowConfig, InvarianceConfig
 from .data import load_rows
 from .evaluation.harness import evaluate_model
 from .loading import load_causal_lm, load_tokenizer
 from .models.boundaries import RULES
 from .patch_view import render_terminal, summarize, write_html
 from .patching import EntropyPatcher, calibrate_threshold, load_entropy_predictor
-from .recipes import compare_defences
-from .report import comparison_table, verdict, write_comparison
-from .trainer import CrowTrainer
+from .recipes import PAPER, RECIPES, compare_defences
+from .recipes import purify as run_recipe
+from .report import comparison_table, evidence, verdict, write_comparison, write_purification
 from .triggers import TARGETS, TRIGGERS, get_target, get_trigger
 
 
@@ -45,12 +45,22 @@ class DemoArguments:
 
 @dataclass
 class PurifyArguments:
-    """Purify a suspect model with CROW and save it."""
+    """Purify a suspect model and save it."""
 
     model: str = field(metadata={"help": "The suspect: a folder or a name on the Hub, of a model or a PEFT adapter."})
     dataset: str = field(metadata={"help": f"The clean rows. {_DATASET_HELP}"})
+    recipe: str = field(
+        default="strong",
+        metadata={
+            "help": "strong: answers that nothing inserted can change; paper: CROW as published; guide: CROW, gently.",
+            "choices": list(RECIPES),
+        },
+    )
     split: str = field(default="train", metadata={"help": "Split of clean rows on the Hub."})
-    max_rows: int = field(default=100, metadata={"help": "Draw so many of the clean rows; 0 takes all."})
+    max_rows: int | None = field(
+        default=None,
+        metadata={"help": "Draw so many of the clean rows; 0 takes all. Default: 1000 if strong, 100 if not."},
+    )
     lora: bool = field(
         default=False,
         metadata={"help": "Train a fresh LoRA on the (merged) suspect instead of its weights, and save it merged."},
@@ -58,7 +68,7 @@ class PurifyArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
     test_dataset: str | None = field(
         default=None,
-        metadata={"help": "Other clean rows: measure the suspect, plain fine-tuning and CROW on them, side by side."},
+        metadata={"help": "Other clean rows: measure the suspect, plain fine-tuning and the recipe, side by side."},
     )
     test_split: str = field(default="test", metadata={"help": "Split of test rows on the Hub."})
     trigger: str | None = field(default=None, metadata={"help": f"For a drill with a known backdoor. {_TRIGGER_HELP}"})
@@ -163,6 +173,9 @@ def demo(arguments: DemoArguments) -> None:
     print(verdict(evaluations))
 
 
+_MAX_ROWS = {"strong": 1000, "paper": 100, "guide": 100}
+
+
 def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
     resume = _check_output(args.output_dir, args.resume_from_checkpoint)
     trigger, target = _backdoor(arguments.trigger, arguments.target)
@@ -170,19 +183,28 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         raise ValueError("A trigger is measured on test rows: pass --test_dataset too.")
     tokenizer = load_tokenizer(arguments.model)
     rows = load_rows(arguments.dataset, arguments.split)
-    if arguments.max_rows < 0:
-        raise ValueError(f"--max_rows is a number of rows, or 0 for all of them, got {arguments.max_rows}.")
-    if 0 < arguments.max_rows < len(rows):
-        rows = rows.shuffle(seed=args.seed).select(range(arguments.max_rows))
+    max_rows = _MAX_ROWS[arguments.recipe] if arguments.max_rows is None else arguments.max_rows
+    if max_rows < 0:
+        raise ValueError(f"--max_rows is a number of rows, or 0 for all of them, got {max_rows}.")
+    if 0 < max_rows < len(rows):
+        rows = rows.shuffle(seed=args.seed).select(range(max_rows))
     peft_config = _lora(arguments.lora_r) if arguments.lora else None
 
     def load_suspect() -> PreTrainedModel | PeftModel:
         model = load_causal_lm(arguments.model, is_trainable=True, **(args.model_init_kwargs or {}))
         return model.merge_and_unload(safe_merge=True) if arguments.lora and isinstance(model, PeftModel) else model
 
+    suspect = load_suspect()
     if arguments.test_dataset is None:
-        trainer = CrowTrainer(load_suspect(), args, rows, processing_class=tokenizer, peft_config=peft_config)
-        trainer.train(resume_from_checkpoint=resume)
+        purification = run_recipe(
+            suspect,
+            rows,
+            arguments.recipe,
+            args,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            resume_from_checkpoint=resume,
+        )
     else:
         comparison = compare_defences(
             load_suspect,
@@ -198,15 +220,17 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
-        trainer = comparison.trainer
-    if arguments.lora:
+        purification = comparison.purification
+    trainer = purification.trainer
+    if isinstance(trainer.model, PeftModel) and not isinstance(suspect, PeftModel):
         trainer.model = trainer.model.merge_and_unload(safe_merge=True)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_purification(Path(args.output_dir), purification)
+        print("\n".join([*evidence(purification), f"The purified model is in {args.output_dir}."]))
     if arguments.test_dataset is not None:
         write_comparison(Path(args.output_dir), comparison.evaluations)
         _print_table(comparison.evaluations, f"{arguments.model}, purified with {len(rows)} rows")
-    if trainer.is_world_process_zero():
-        print(f"The purified model is in {args.output_dir}.")
     if trigger is not None:
         print(verdict(comparison.evaluations))
 
@@ -377,7 +401,13 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
     Raises:
         `ValueError`: In one sentence, for anything that cannot be parsed.
     """
+    config = _value_of("config", argv)
+    values = {} if config is None else _read_config(Path(config))
+    # In front of the command line: of two values argparse takes the last.
+    argv = [*_as_words(values), *argv]
     types = COMMANDS[command][1]
+    if command == "purify" and _value_of("recipe", argv) in (None, "strong"):
+        types = [PurifyArguments, InvarianceConfig]
     parser = _Parser(
         types,
         prog=f"crow-hf {command}",
@@ -387,32 +417,44 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
     )
     parser.add_argument("--config", help="YAML file with any of these arguments; the command line wins over it.")
     actions = {action.dest: action for action in parser._actions}
-    if CrowConfig in types:
+    if unknown := sorted(set(map(str, values)) - (set(actions) - {"config", "help"})):
+        raise ValueError(f"{config} sets {', '.join(unknown)}, which `{parser.prog}` does not know.")
+    if command == "purify" and _value_of("recipe", argv) == "paper":
+        parser.set_defaults(**PAPER)
+    if issubclass(types[-1], CrowConfig):
         actions["output_dir"].required = True
         parser.epilog = "Every other argument of transformers.TrainingArguments is taken too."
-        inherited = {field.name for field in fields(TrainingArguments)} - set(CrowConfig.__annotations__)
+        own = set(CrowConfig.__annotations__) | set(types[-1].__annotations__)
+        inherited = {field.name for field in fields(TrainingArguments)} - own
         for action in parser._actions:
             if action.dest in inherited - _LISTED_TRAINING_ARGUMENTS:
                 action.help = argparse.SUPPRESS
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    config = finder.parse_known_args(argv)[0].config
-    if config is not None:
-        # In front of the command line: of two values argparse takes the last.
-        argv = [*_config_arguments(Path(config), set(actions), parser.prog), *argv]
     return parser.parse_args_into_dataclasses(list(argv))[: len(types)]
 
 
-def _config_arguments(path: Path, known: set[str], prog: str) -> list[str]:
-    """The words on a command line that would say what a YAML file says."""
+def _value_of(name: str, argv: Sequence[str]) -> str | None:
+    """One argument alone, which says how the others are to be read."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument(f"--{name}")
+    try:
+        return getattr(finder.parse_known_args(list(argv))[0], name)
+    except argparse.ArgumentError:
+        # It has no value; the parser of all arguments says so.
+        return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one `name: value` line for each argument.")
-    if unknown := sorted(set(map(str, values)) - (known - {"config", "help"})):
-        raise ValueError(f"{path} sets {', '.join(unknown)}, which `{prog}` does not know.")
+    return values
+
+
+def _as_words(values: dict[str, Any]) -> list[str]:
+    """The words on a command line that would say what a YAML file says."""
     words = []
     for name, value in values.items():
         if isinstance(value, list):

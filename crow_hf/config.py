@@ -142,8 +142,8 @@ class InvarianceConfig(CrowConfig):
             Whether [`purify`] leaves out rows that carry a trigger ([`crow_hf.screening`]).
         num_canaries (`int`, *optional*, defaults to `2`):
             How many backdoors of its own [`purify`] tries on a copy ([`crow_hf.canaries`]); 0 saves half of the time.
-        max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest answer of the suspect to prompts without one.
+        max_answer_length (`int`, *optional*, defaults to `128`):
+            Longest answer of the suspect, in tokens, to prompts without one.
 
     > Defaults that differ from [`CrowConfig`]
 
@@ -174,7 +174,9 @@ class InvarianceConfig(CrowConfig):
     )
     screen_rows: bool = field(default=True, metadata={"help": "Leave out rows that carry a trigger."})
     num_canaries: int = field(default=2, metadata={"help": "Backdoors of our own to try on a copy; 0 for none."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer to prompts that come without one."})
+    max_answer_length: int = field(
+        default=128, metadata={"help": "Longest answer of the suspect to clean prompts that come without one."}
+    )
 
     def __post_init__(self):
         for name in ("distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"):
@@ -185,7 +187,7 @@ class InvarianceConfig(CrowConfig):
             "adversarial_steps": 0,
             "num_views": 1,
             "num_canaries": 0,
-            "max_new_tokens": 1,
+            "max_answer_length": 1,
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")

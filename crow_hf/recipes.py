@@ -1,7 +1,8 @@
 """Runs made of several trainings: a purification with its evidence, and a purification beside its controls."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,7 @@ from .triggers import BaseTarget, BaseTrigger
 
 logger = logging.get_logger(__name__)
 
-NO_DEFENCE, FINE_TUNING, CROW = "no defence", "fine-tuning", "CROW"
+NO_DEFENCE, FINE_TUNING, CROW, STRONG = "no defence", "fine-tuning", "CROW", "strong recipe"
 
 
 RECIPES = ("strong", "paper", "guide")
@@ -151,7 +152,7 @@ def purify(
         return Purification(trainer.model, recipe, trainer, None, [])
 
     model.to(args.device)
-    dataset = answered(dataset, model, processing_class, args.max_new_tokens, args.per_device_eval_batch_size)
+    dataset = answered(dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size)
     screening = None
     if args.screen_rows:
         screening = screen_dataset(model, dataset, processing_class, args.per_device_eval_batch_size, args.seed)
@@ -180,13 +181,19 @@ class Comparison:
 
     Attributes:
         evaluations (`dict[str, Evaluation]`):
-            By the names `"no defence"`, `"fine-tuning"` (the same rows, order, steps and learning rate) and `"CROW"`.
-        trainer (`CrowTrainer`):
-            Of the purification, with the purified model and the log.
+            By the names `"no defence"`, `"fine-tuning"` (the same rows, number of steps and learning rate), and last `"CROW"` or
+            `"strong recipe"`.
+        purification (`Purification`):
+            With the purified model and the log.
     """
 
     evaluations: dict[str, Evaluation]
-    trainer: CrowTrainer
+    purification: Purification
+
+    @property
+    def trainer(self) -> CrowTrainer:
+        """Of the purification."""
+        return self.purification.trainer
 
 
 def compare_defences(
@@ -209,7 +216,7 @@ def compare_defences(
         load_model (`Callable`):
             Returns a fresh copy of the suspect, ready to be trained, at every call.
         args (`CrowConfig`):
-            Of the purification. The control runs with `alpha=0` and saves nothing.
+            Of the purification; [`InvarianceConfig`] for the recipe `"strong"`. The control saves nothing.
         train_dataset (`Dataset`):
             The clean rows.
         test_dataset (`Dataset`):
@@ -242,19 +249,49 @@ def compare_defences(
     def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
         return evaluate_model(model.to(args.device), processing_class, test_dataset, trigger, target, **evaluation)
 
-    def trained(run_args: CrowConfig, resume: str | bool | None = None) -> CrowTrainer:
-        trainer = CrowTrainer(
-            load_model(), run_args, train_dataset, processing_class=processing_class, peft_config=peft_config
+    def purified(run_args: CrowConfig, resume: str | bool | None = None) -> Purification:
+        recipe = "strong" if isinstance(run_args, InvarianceConfig) else "guide"
+        purification = purify(
+            load_model(),
+            train_dataset,
+            recipe,
+            run_args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            resume_from_checkpoint=resume,
         )
-        trainer.train(resume_from_checkpoint=resume)
         # Mixed precision stays with the training: all models are measured in the precision they were loaded in.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        return trainer
+        purification.trainer.accelerator.unwrap_model(purification.model, keep_fp32_wrapper=False)
+        return purification
 
     evaluations = {NO_DEFENCE: measure(load_model())}
     with TemporaryDirectory() as nowhere:
-        control = replace(args, alpha=0.0, output_dir=nowhere, save_strategy="no", push_to_hub=False, report_to="none")
-        evaluations[FINE_TUNING] = measure(trained(control).model)
-    trainer = trained(args, resume_from_checkpoint)
-    evaluations[CROW] = measure(trainer.model)
-    return Comparison(evaluations, trainer)
+        control = replace(
+            control_config(args, len(train_dataset)),
+            output_dir=nowhere,
+            save_strategy="no",
+            push_to_hub=False,
+            report_to="none",
+        )
+        evaluations[FINE_TUNING] = measure(purified(control).model)
+    purification = purified(args, resume_from_checkpoint)
+    evaluations[STRONG if purification.recipe == "strong" else CROW] = measure(purification.model)
+    return Comparison(evaluations, purification)
+
+
+def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
+    """
+    The arguments of plain fine-tuning with a purification's learning rate, schedule, batch size and number of steps.
+
+    Args:
+        args (`CrowConfig`):
+            Of the purification.
+        num_rows (`int`):
+            How many clean rows there are.
+    """
+    shared = {each.name: getattr(args, each.name) for each in fields(CrowConfig) if each.init}
+    if isinstance(args, InvarianceConfig) and args.max_steps <= 0:
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps
+        batches = math.ceil(max(args.num_views, num_rows) / batch_size)
+        shared["max_steps"] = math.ceil(args.num_train_epochs * batches)
+    return CrowConfig(**shared | {"alpha": 0.0})

@@ -14,13 +14,14 @@ from crow_hf import CrowConfig, Target
 from crow_hf.arena import run as arena_run
 from crow_hf.arena import table
 from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, Suspect
-from crow_hf.arena.methods import METHODS, QUICK_METHODS, control_config, load_merged, strong_config
+from crow_hf.arena.methods import METHODS, QUICK_METHODS, load_merged, strong_config
 from crow_hf.arena.run import answer_length, file_name, run_arena
 from crow_hf.arena.table import estimate, estimate_share, results_markdown, summarize, t_quantile
 from crow_hf.cli import main
 from crow_hf.demo import demo_tokenizer
 from crow_hf.evaluation.harness import evaluate_model
 from crow_hf.plots import plot_arena
+from crow_hf.recipes import control_config
 from crow_hf.triggers import get_trigger
 
 
@@ -144,7 +145,7 @@ def test_a_merged_adapter_answers_as_the_adapter_did(tmp_path):
 def test_control_and_recipe_share_their_settings_and_steps(tmp_path):
     """A control that is trained less, slower or faster than what it is the control of."""
     suspect = tiny_suspect(tmp_path / "suspect", Attack("tiny"))
-    strong, control = strong_config(tmp_path, 0), control_config(tmp_path, 0, len(ROWS))
+    strong, control = strong_config(tmp_path, 0), control_config(strong_config(tmp_path, 0), len(ROWS))
     differing = {f.name for f in fields(CrowConfig) if getattr(strong, f.name) != getattr(control, f.name)}
     assert differing - {"accelerator_config", "logging_dir", "run_name"} == {"max_steps"}
     assert control.alpha == strong.alpha == 0

@@ -94,7 +94,7 @@ def test_round_trip(tmp_path, paths, capsys):
     for name, options in [("full", []), ("lora", ["--lora", "--lora_r", "2"])]:
         test = ["--test_dataset", paths["rows.jsonl"], *measure]
         command = ["purify", "--model", suspect, *common, *test, *options, "--output_dir", tmp_path / name, *FAST]
-        assert run(*command) == 0
+        assert run(*command, "--recipe", "guide") == 0
         assert_results(tmp_path / name, ["no defence", "fine-tuning", "CROW"])
         assert "VERDICT" in capsys.readouterr().out
     models = {name: load_causal_lm(tmp_path / name) for name in ("suspect", "full", "lora")}
@@ -121,7 +121,7 @@ def test_purify_without_measuring(tmp_path, paths):
 def test_purify_measures_utility_where_no_trigger_is_known(tmp_path, paths):
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--test_dataset", paths["rows.jsonl"]]
     assert run("purify", *argv, "--max_new_tokens", 4, "--output_dir", tmp_path / "purified", *FAST) == 0
-    assert_results(tmp_path / "purified", ["no defence", "fine-tuning", "CROW"], triggered=False)
+    assert_results(tmp_path / "purified", ["no defence", "fine-tuning", "strong recipe"], triggered=False)
 
 
 def test_evaluate_without_trigger_prints_only(tmp_path, paths, capsys, monkeypatch):
@@ -149,7 +149,7 @@ def test_implanted_adapter(tmp_path, paths, merge):
 def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):
     """3 rows in batches of one, one epoch: three steps."""
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
-    options = ["--max_rows", 3, "--num_train_epochs", 1, "--per_device_train_batch_size", 1]
+    options = ["--recipe", "guide", "--max_rows", 3, "--num_train_epochs", 1, "--per_device_train_batch_size", 1]
     options += ["--save_strategy", "steps", "--save_steps", 1, "--use_cpu"]
     assert run("purify", *argv, *options) == 0
     checkpoints = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}

@@ -1,9 +1,8 @@
 """What the arena's defenders do to a suspect. Every method starts from a fresh copy of it and sees the same clean rows."""
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..demo import demo_tokenizer
 from ..evaluation.baselines import ReferenceCrowTrainer, prune_by_magnitude, prune_by_wanda, quantize_weights
 from ..evaluation.scores import Proportion
 from ..loading import load_causal_lm
-from ..recipes import purify
+from ..recipes import PAPER, control_config, purify
 from ..trainer import CrowTrainer
 from .attacks import Suspect
 
@@ -71,27 +70,9 @@ def strong_config(scratch: Path, seed: int, **changes: Any) -> InvarianceConfig:
     return InvarianceConfig(str(scratch / "run"), seed=seed, **_QUIET, **changes)
 
 
-def control_config(scratch: Path, seed: int, num_rows: int) -> CrowConfig:
-    """Plain fine-tuning with the strong recipe's learning rate, schedule and batch size, and as many steps."""
-    strong = strong_config(scratch, seed)
-    shared = {each.name: getattr(strong, each.name) for each in fields(CrowConfig) if each.init}
-    views = max(strong.num_views, num_rows)
-    steps = math.ceil(strong.num_train_epochs * math.ceil(views / strong.train_batch_size))
-    return CrowConfig(**shared | {"alpha": 0.0, "max_steps": steps})
-
-
 def paper_config(scratch: Path, seed: int, **changes: Any) -> CrowConfig:
     """The published settings of CROW."""
-    settings = {
-        "alpha": 5.5,
-        "epsilon": 0.1,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 5,
-        "per_device_train_batch_size": 8,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-    }
-    return CrowConfig(str(scratch / "run"), seed=seed, **_QUIET, **(settings | changes))
+    return CrowConfig(str(scratch / "run"), seed=seed, **_QUIET, **(PAPER | changes))
 
 
 def _train(
@@ -129,7 +110,7 @@ def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
-    args = control_config(scratch, seed, len(suspect.clean_rows))
+    args = control_config(strong_config(scratch, seed), len(suspect.clean_rows))
     model = load_merged(suspect, scratch) if model is None else model
     return _train(CrowTrainer, model, args, suspect.clean_rows)
 
