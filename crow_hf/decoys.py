@@ -14,17 +14,23 @@ from .data import IGNORE_INDEX, CrowDataCollator, encode_completion, encode_prom
 from .invariance import VIEWS
 
 
+# Share of the texts that are written in another way, and the ways: a trigger need not be a word.
+RESTYLED = 0.4
+_STYLES = (str.upper, str.lower, str.title, lambda text: f"{text}!", lambda text: text.replace(" ", ", "))
+
+
 @dataclass(frozen=True)
 class Decoy:
     """
     Inserts one to five random pieces into a text, together or apart: random letters, words of the data, digits and
-    punctuation, or a mixture. Used in the place of a [`Trigger`], for nothing more than that.
+    punctuation, or a mixture; and writes some texts in another way besides. Used in the place of a [`Trigger`], for nothing more
+    than that.
 
     Args:
         words (`tuple[str, ...]`):
             To draw words from.
         together (`bool`, *optional*, defaults to `False`):
-            Whether all pieces go to one place.
+            Whether all pieces go to one place, and nothing but that happens to the text.
     """
 
     words: tuple[str, ...]
@@ -33,7 +39,11 @@ class Decoy:
     def insert(self, text: str, rng: random.Random) -> str:
         """Put the decoy at the start, at the end or between two words; the white space at the text's end stays there."""
         body = text.rstrip()
-        words = body.split(" ") if body else []
+        is_restyled = not self.together and rng.random() < RESTYLED
+        styled = rng.choice(_STYLES)(body) if is_restyled else body
+        if styled != body and rng.random() < 0.5:
+            return styled + text[len(body) :]
+        words = styled.split(" ") if styled else []
         pieces = [self._piece(rng) for _ in range(rng.randint(1, 5))]
         groups = [pieces] if self.together or rng.random() < 0.5 else [[piece] for piece in pieces]
         for group in groups:

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import correlation, fmean, stdev
 from typing import Any, NamedTuple
 
 from ..evaluation.scores import Proportion
@@ -144,21 +144,25 @@ def results_markdown(rows: list[Row]) -> str:
         return "No run of this arena has finished yet.\n" + _failures(rows)
     summary = summarize(rows)
     seeds = sorted({row["seed"] for row in rows})
-    return "\n".join(
-        [
-            "# Arena\n",
-            f"Means over the seeds {', '.join(map(str, seeds))}. Brackets hold 95 % intervals: Student's t over the seeds, "
-            "and never narrower than Wilson's over all prompts pooled, which alone is there with one seed.\n",
-            "## Attack success, %\n",
-            _matrix(summary),
-            "## Methods\n",
-            f'Over the attacks each method ran on. "{CONTROL} = 1" and differences compare with {CONTROL} on the same attacks '
-            "and seeds. Mute: empty or degenerate.\n",
-            _methods(rows, summary),
-            "## All cells\n",
-            _cells(rows, summary),
-        ]
-    ) + _failures(rows)
+    return (
+        "\n".join(
+            [
+                "# Arena\n",
+                f"Means over the seeds {', '.join(map(str, seeds))}. Brackets hold 95 % intervals: Student's t over the seeds, "
+                "and never narrower than Wilson's over all prompts pooled, which alone is there with one seed.\n",
+                "## Attack success, %\n",
+                _matrix(summary),
+                "## Methods\n",
+                f'Over the attacks each method ran on. "{CONTROL} = 1" and differences compare with {CONTROL} on the same attacks '
+                "and seeds. Mute: empty or degenerate.\n",
+                _methods(rows, summary),
+                "## All cells\n",
+                _cells(rows, summary),
+            ]
+        )
+        + _canaries(rows)
+        + _failures(rows)
+    )
 
 
 def _place(known: dict[str, Any], name: str) -> tuple[int, str]:
@@ -251,6 +255,34 @@ def _cells(rows: list[Row], summary: dict) -> str:
         for method, scores in methods.items()
     ]
     return _table(["attack", "method", "seeds", *heads], lines)
+
+
+def canary_correlation(rows: Iterable[Row]) -> float | None:
+    """
+    Pearson's correlation between the success of the defender's canaries and that of the real backdoor in the same model, over
+    all runs that have canaries; `None` where there are fewer than two, or one of them is the same in all.
+    """
+    runs = [row for row in _finished(rows) if row.get("canary_success")]
+    shares = [[_rate(row[name]) for row in runs] for name in ("canary_success", "attack_success")]
+    return correlation(*shares) if all(len(set(values)) > 1 for values in shares) else None
+
+
+def _canaries(rows: list[Row]) -> str:
+    runs = [row for row in _finished(rows) if row.get("canary_success")]
+    if not runs:
+        return ""
+    lines = [
+        [row["attack"], row["method"], str(row["seed"])]
+        + [f"{100 * _rate(row[name]):.1f}" for name in ("canary_success", "attack_success")]
+        for row in runs
+    ]
+    found = canary_correlation(rows)
+    return (
+        "\n## Canaries\n\nSuccess of two backdoors of the defender's own, and of the real one, in the same purified copy, %. "
+        + ("" if found is None else f"Their correlation over these {len(runs)} runs is {found:.2f}.")
+        + "\n\n"
+        + _table(["attack", "method", "seed", "canaries", "real backdoor"], lines)
+    )
 
 
 def _failures(rows: list[Row]) -> str:
