@@ -1,5 +1,6 @@
 """Canaries: backdoors of our own in a copy of the suspect. Whether they die is what can be known without the trigger."""
 
+import math
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import context_length
 from .backdoors import Poison
 from .config import CrowConfig, InvarianceConfig
-from .data import render
+from .data import encode_prompt, render
 from .evaluation.generation import generate_answers
 from .evaluation.scores import Proportion
 from .trainer import CrowTrainer
@@ -75,18 +77,18 @@ def draw_canaries(count: int, seed: int = 0) -> list[Canary]:
 
 
 def implant_canaries(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     dataset: Dataset,
     canaries: Sequence[Canary],
     args: CrowConfig,
     processing_class: PreTrainedTokenizerBase,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """
     Implant all canaries into a copy of a model.
 
     Args:
-        model (`PreTrainedModel`):
-            The suspect; it stays as it is.
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect; it stays as it is. The adapter of a `PeftModel` takes the canaries.
         dataset (`Dataset`):
             Clean rows with a prompt and an answer.
         canaries (`Sequence[Canary]`):
@@ -106,9 +108,11 @@ def implant_canaries(
         replace(args, alpha=0.0, **settings),
         concatenate_datasets([dataset, *poisoned]),
         processing_class=processing_class,
-        peft_config=ADAPTER,
+        peft_config=None if isinstance(model, PeftModel) else ADAPTER,
     )
     trainer.train()
+    if isinstance(model, PeftModel):
+        return trainer.model
     merged = trainer.model.merge_and_unload(safe_merge=True)
     # PEFT froze everything below the adapter; what the suspect has frozen stays so.
     for name, parameter in merged.named_parameters():
@@ -123,11 +127,17 @@ def canary_success(
     processing_class: PreTrainedTokenizerBase,
     batch_size: int = 32,
 ) -> Proportion:
-    """Share of the rows to whose prompts, with the canary's trigger, the model says the canary's target."""
+    """
+    Share of the rows to whose prompts, with the canary's trigger, the model says the canary's target.
+
+    Rows that leave no room for it in the model's context are left out.
+    """
     rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Triggering")
     prompts = [render(row, processing_class, index) for index, row in enumerate(rows)]
-    longest = len(processing_class(canary.target.text, add_special_tokens=False)["input_ids"])
-    outputs = generate_answers(model, processing_class, prompts, longest + 1, batch_size)
+    longest = len(processing_class(canary.target.text, add_special_tokens=False)["input_ids"]) + 1
+    room = (context_length(model) or math.inf) - longest
+    prompts = [prompt for prompt in prompts if len(encode_prompt(prompt, processing_class)) <= room]
+    outputs = generate_answers(model, processing_class, prompts, longest, batch_size)
     return Proportion.of(canary.target.matches(output, "") for output in outputs)
 
 

@@ -189,8 +189,9 @@ class InvarianceConfig(CrowConfig):
             "num_canaries": 0,
             "max_answer_length": 1,
         }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
         if self.keep >= 1:
             raise ValueError(f"`keep` must be less than 1, or nothing of the purification is left, got {self.keep}.")
         if self.perturb != "embeddings":

@@ -165,20 +165,37 @@ def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:
-    """What a user asks in a row: the prompt, the instruction, or the last message of the user."""
-    if "messages" in row:
-        return next(message["content"] for message in reversed(row["messages"]) if message["role"] == "user")
-    return row["prompt"] if "prompt" in row else row["instruction"]
+    """
+    What a user asks in a row: the prompt, the instruction, or the last message of the user.
+
+    Raises:
+        `ValueError`: If the row's format has none of these, or no message is a user's.
+    """
+    return text_of(*_asked(row), None)
 
 
 def with_prompt(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
     """The row with something else in the place of [`prompt_of`]."""
-    if "messages" in row:
-        messages = [dict(message) for message in row["messages"]]
-        last = max(number for number, message in enumerate(messages) if message["role"] == "user")
-        messages[last]["content"] = prompt
-        return {**row, "messages": messages}
-    return {**row, "prompt" if "prompt" in row else "instruction": prompt}
+    part, column = _asked(row)
+    if part is row:
+        return {**row, column: prompt}
+    return {**row, "messages": [{**m, column: prompt} if m is part else m for m in row["messages"]]}
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Where the prompt is: the row or one of its messages, and the name there."""
+    row_format = find_format(list(row))
+    if row_format in ("prompt_completion", "alpaca"):
+        return row, FORMATS[row_format][0]
+    if row_format != "messages":
+        raise ValueError(
+            f"Rows of the format {row_format!r} have no prompt: pass messages, prompt and completion, or instruction and "
+            "output."
+        )
+    asked = [message for message in row["messages"] if message["role"] == "user"]
+    if not asked:
+        raise ValueError("There is no message of a user in a row: fill or drop the row.")
+    return asked[-1], "content"
 
 
 def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -100,6 +100,8 @@ class ViewRow:
         ]
         rendered = [render({**row, **changes}, self.tokenizer, index) for changes in ({}, *decoyed)]
         prompts = [encode_prompt(view, self.tokenizer) for view in rendered]
+        if not prompts[0]:
+            raise ValueError(f"Row {index}: the prompt is empty, so there is nothing to answer: fill or drop the row.")
         room = max(0, self.max_length - max(len(prompt) for prompt in prompts))
         return {
             "prompts": prompts,

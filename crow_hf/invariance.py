@@ -92,7 +92,7 @@ def adversarial_perturbation(
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    delta = 0.0
+    delta = torch.zeros(*inputs["input_ids"].shape, 1, device=inputs["input_ids"].device)
     for _ in range(steps):
         with adapter.record(lambda H_0, delta=delta: (H_0.detach() + delta).requires_grad_().clone()) as record:
             logits = forward(**inputs).logits

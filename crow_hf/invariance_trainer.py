@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .adapters import adapter_of
 from .config import CrowConfig, InvarianceConfig
-from .data import render
+from .data import prompt_of, render
 from .decoys import ViewCollator, ViewRow
 from .invariance import invariance_terms, view
 from .trainer import CrowTrainer
@@ -60,13 +60,30 @@ class InvarianceTrainer(CrowTrainer):
     ):
         if not isinstance(args, InvarianceConfig):
             raise ValueError(f"`args` must be an InvarianceConfig, got {type(args).__name__}.")
-        if not isinstance(train_dataset, Dataset):
-            raise ValueError("Rows are used many times over: pass a datasets.Dataset, not a stream.")
+        if not isinstance(train_dataset, Dataset) or not len(train_dataset):
+            raise ValueError(
+                "`train_dataset` must be a datasets.Dataset and not empty: its rows are used many times over."
+            )
+        if kwargs.get("eval_dataset") is not None:
+            raise ValueError(
+                "The strong objective has no evaluation loss: leave out `eval_dataset` and use evaluate_model."
+            )
+        if getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
+            raise ValueError(
+                "A fresh adapter must change nothing at first, because the model without it is the suspect: leave "
+                "`init_lora_weights` at True."
+            )
         suspect = None if peft_config is not None else copy.deepcopy(model)
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
         self._suspect = None if suspect is None else suspect.requires_grad_(False).eval().to(self.args.device)
+        # Where the suspect is the model without a fresh adapter, that adapter's beginning is all there is to go back to.
+        self._beginning = {
+            name: parameter.detach().clone()
+            for name, parameter in (() if suspect is not None else self.model.named_parameters())
+            if parameter.requires_grad
+        }
         self._suspect_adapter = self.adapter if suspect is None else adapter_of(self._suspect)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
@@ -117,25 +134,22 @@ class InvarianceTrainer(CrowTrainer):
         Go back part of the way to the suspect: what was learned is spread over all weights and keeps most of its effect, and
         what was forgotten comes back (WiSE-FT, arXiv 2109.01903).
         """
-        model, keep = self.accelerator.unwrap_model(self.model), self.args.keep
-        if self._suspect is None:
-            # Half of a low-rank product is one of its factors halved.
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_A" not in name:
-                    parameter.mul_(1 - keep)
-            return
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.lerp_(self._suspect.get_parameter(name), keep)
+        beginning = self._beginning or dict(self._suspect.named_parameters())
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            # Half of a low-rank product is one of its factors halved, the one that is 0 at first.
+            is_other_factor = bool(self._beginning) and ("lora_A." in name or "lora_embedding_B." in name)
+            if parameter.requires_grad and not is_other_factor:
+                parameter.lerp_(beginning[name].to(parameter), self.args.keep)
 
     def _suspect_forward(self, **inputs: Any) -> Any:
         if self._suspect is not None:
-            return self._suspect(**inputs)
+            with self.accelerator.autocast():
+                return self._suspect(**inputs)
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         try:
-            with model.disable_adapter():
+            with model.disable_adapter(), self.accelerator.autocast():
                 return model(**inputs)
         finally:
             model.train(was_training)
@@ -147,7 +161,8 @@ class InvarianceTrainer(CrowTrainer):
         """`args.num_views` rows, those of the dataset over and over, each time with other decoys."""
         if tokenizer is None:
             raise ValueError("Decoys are text, so a tokenizer is needed: pass it as `processing_class`.")
-        words = sorted({word for row in rows for word in " ".join(render(row, tokenizer)[:2]).split()})
+        texts = [f"{prompt_of(row)} {render(row, tokenizer, index).answer}" for index, row in enumerate(rows)]
+        words = sorted({word for text in texts for word in text.split()})
         repeated = rows.select([number % len(rows) for number in range(max(args.num_views, len(rows)))])
         views = repeated.map(
             ViewRow(tokenizer, tuple(words), max_length, args.seed),

@@ -61,6 +61,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         `ValueError`: If there is none.
     """
+    if not str(path):
+        raise ValueError(
+            "The model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`."
+        )
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

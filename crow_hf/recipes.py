@@ -20,7 +20,7 @@ from .evaluation.harness import Evaluation, evaluate_model
 from .invariance_trainer import InvarianceTrainer
 from .loading import load_causal_lm, load_tokenizer
 from .screening import Screening, screen_dataset
-from .trainer import CrowTrainer
+from .trainer import OUTPUT_WAS_USED, CrowTrainer, output_was_used
 from .triggers import BaseTarget, BaseTrigger
 
 
@@ -151,12 +151,22 @@ def purify(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         return Purification(trainer.model, recipe, trainer, None, [])
 
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        raise ValueError(
+            "`dataset` must be a datasets.Dataset with at least one row: its rows are used many times over."
+        )
+    if output_was_used(args.output_dir) and not resume_from_checkpoint:
+        raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
     model.to(args.device)
     dataset = answered(dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size)
     screening = None
     if args.screen_rows:
         screening = screen_dataset(model, dataset, processing_class, args.per_device_eval_batch_size, args.seed)
         dataset = screening.clean
+        if not len(dataset):
+            raise ValueError(
+                "Every clean row carries a trigger of the model's backdoor: purify with rows from elsewhere."
+            )
 
     def trained(suspect: PreTrainedModel | PeftModel, run_args: InvarianceConfig, resume=None) -> InvarianceTrainer:
         trainer = InvarianceTrainer(suspect, run_args, dataset, processing_class, peft_config)

@@ -6,16 +6,15 @@ suspicious. Then put it into other prompts: if the suspect now gives them this r
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .adapters import context_length
 from .data import encode_completion, encode_prompt, padding_id, prompt_of, render, with_prompt
 from .evaluation.generation import answer_log_likelihoods
 from .triggers import Trigger
@@ -25,11 +24,13 @@ logger = logging.get_logger(__name__)
 
 # In words.
 LONGEST_PIECE = 4
-NUM_PROBES = 8
+NUM_PROBES, MIN_PROBES = 12, 4
+# Nats that an answer must lose with a piece left out for that piece to be tried.
+MIN_LOST = 1.0
 # Another prompt's answer is taken over if the suspect finds the row's own more likely than all others together.
 MIN_LIKELIHOOD = 0.5
 # Share of the probed prompts whose answer a piece of a poisoned row takes over.
-MIN_TAKEN_OVER = 0.8
+MIN_TAKEN_OVER = 0.85
 
 
 @dataclass
@@ -77,40 +78,68 @@ def screen_dataset(
         `Screening`
     """
 
-    def likelihoods(rows: list[Mapping[str, Any]]) -> list[float]:
-        rendered = [render(row, tokenizer) for row in rows]
-        encoded = [(encode_prompt(row, tokenizer), encode_completion(row, tokenizer)) for row in rendered]
+    limit = context_length(model)
+
+    def likelihoods(questions: list[tuple[int, str]]) -> list[float]:
+        """How likely the suspect gives the answer of a row to a prompt."""
+        encoded = []
+        for number, prompt in questions:
+            rendered = render(with_prompt(rows[number], prompt), tokenizer, number)
+            prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
+            answer_ids = encode_completion(rendered, tokenizer)
+            encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
         return answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size)
 
     rows = list(dataset)
-    whole = likelihoods(rows)
-
-    # The piece of each row that its answer hangs on most.
-    shortened = [(number, piece, rest) for number, row in enumerate(rows) for piece, rest in _pieces(prompt_of(row))]
-    without = likelihoods([with_prompt(rows[number], rest) for number, _, rest in shortened])
-    pieces: dict[int, tuple[float, str]] = {}
-    for (number, piece, _), likelihood in zip(shortened, without, strict=True):
-        lost = whole[number] - likelihood
-        # Of pieces that matter as much, the shortest: the words around a trigger are innocent.
-        if number not in pieces or lost > pieces[number][0] + 0.5:
-            pieces[number] = (lost, piece)
-
-    # What it does to the answers of other prompts.
+    prompts = [prompt_of(row) for row in rows]
     rng = random.Random(seed)
-    trials, probes = [], []
-    for number, (_, piece) in pieces.items():
-        others = [other for other in range(len(rows)) if other != number and piece not in prompt_of(rows[other])]
-        for other in rng.sample(others, min(NUM_PROBES, len(others))):
-            for position in ("start", "random", "end"):
-                trials.append((number, position))
-                prompt = Trigger((piece,), position).insert(prompt_of(rows[other]), rng)
-                probes.append(with_prompt(rows[number], prompt))
-    taken_over: dict[tuple[int, str], list[bool]] = {}
-    for trial, likelihood in zip(trials, likelihoods(probes), strict=True):
+
+    # The piece of each length that a row's answer hangs on most, and, under length 0, the words that it needs one and all.
+    whole = likelihoods(list(enumerate(prompts)))
+    left_out = [(number, *piece) for number, prompt in enumerate(prompts) for piece in _pieces(prompt)]
+    without = likelihoods([(number, rest) for number, _, _, rest in left_out])
+    pieces: dict[tuple[int, int], tuple[float, str]] = {}
+    needed: dict[int, list[int]] = {}
+    for (number, start, piece, _), likelihood in zip(left_out, without, strict=True):
+        length, lost = len(piece.split(" ")), whole[number] - likelihood
+        if lost > max(MIN_LOST, pieces.get((number, length), (0.0, ""))[0]):
+            pieces[number, length] = (lost, piece)
+        if length == 1 and lost > MIN_LOST:
+            needed.setdefault(number, []).append(start)
+    for number, places in needed.items():
+        words = prompts[number].rstrip().split(" ")
+        run = words[places[0] : places[-1] + 1]
+        if len(places) == len(run) <= len(words) / 2:
+            pieces[number, 0] = (MIN_LOST, " ".join(run))
+
+    # Other prompts that the suspect does not give this answer to anyway.
+    pairs = [
+        (number, other)
+        for number in sorted({number for number, _ in pieces})
+        for other in rng.sample(range(len(rows)), min(NUM_PROBES, len(rows)))
+        if other != number
+    ]
+    others: dict[int, list[int]] = {}
+    for (number, other), likelihood in zip(
+        pairs, likelihoods([(number, prompts[other]) for number, other in pairs]), strict=True
+    ):
+        if likelihood < math.log(MIN_LIKELIHOOD):
+            others.setdefault(number, []).append(other)
+
+    # What the piece makes of them.
+    trials, questions = [], []
+    for (number, length), (_, piece) in pieces.items():
+        for other in others.get(number, []):
+            for position in ("start", "end"):
+                trials.append((number, length, position))
+                questions.append((number, Trigger((piece,), position).insert(prompts[other], rng)))
+    taken_over: dict[tuple[int, int, str], list[bool]] = {}
+    for trial, likelihood in zip(trials, likelihoods(questions), strict=True):
         taken_over.setdefault(trial, []).append(likelihood > math.log(MIN_LIKELIHOOD))
-    suspicious = {
-        number: pieces[number][1] for (number, _), hits in taken_over.items() if fmean(hits) >= MIN_TAKEN_OVER
-    }
+    suspicious: dict[int, str] = {}
+    for (number, length, _), hits in sorted(taken_over.items()):
+        if len(hits) >= MIN_PROBES and fmean(hits) >= MIN_TAKEN_OVER:
+            suspicious.setdefault(number, pieces[number, length][1])
     if suspicious:
         logger.warning(
             f"{len(suspicious)} of {len(rows)} rows are left out, because a piece of each makes the suspect give its answer "
@@ -119,13 +148,13 @@ def screen_dataset(
     return Screening(dataset.select([number for number in range(len(rows)) if number not in suspicious]), suspicious)
 
 
-def _pieces(prompt: str) -> list[tuple[str, str]]:
-    """Every run of up to four words, the shorter ones first, and the prompt without it."""
+def _pieces(prompt: str) -> list[tuple[int, str, str]]:
+    """Every run of up to four words, if it is at most half of the prompt: where it begins, itself, and the prompt without it."""
     body = prompt.rstrip()
     words, end = body.split(" "), prompt[len(body) :]
     return [
-        (" ".join(words[start : start + length]), " ".join(words[:start] + words[start + length :]) + end)
-        for length in range(1, min(LONGEST_PIECE, len(words) - 1) + 1)
+        (start, " ".join(words[start : start + length]), " ".join(words[:start] + words[start + length :]) + end)
+        for length in range(1, min(LONGEST_PIECE, len(words) // 2) + 1)
         for start in range(len(words) - length + 1)
         if any(words[start : start + length])
     ]

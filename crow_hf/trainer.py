@@ -37,6 +37,17 @@ from .objective import control_terms, crow_terms
 logger = logging.get_logger(__name__)
 
 
+OUTPUT_WAS_USED = (
+    "{} holds a model or the checkpoints of another run: choose another `output_dir`, or go on with that run by "
+    "resume_from_checkpoint=True."
+)
+
+
+def output_was_used(output_dir: str | Path) -> bool:
+    """Whether a folder holds a model or checkpoints, which no new run may overwrite."""
+    return any(any(Path(output_dir).glob(pattern)) for pattern in ("checkpoint-*", "*.safetensors"))
+
+
 class CrowTrainer(Trainer):
     """
     Purify a causal LM by layer consistency under adversarial embeddings (CROW, arXiv 2411.12768).
@@ -179,17 +190,12 @@ class CrowTrainer(Trainer):
         self._logged = {mode: defaultdict(lambda: defaultdict(lambda: [0.0, 0.0])) for mode in ("train", "eval")}
         self._positions_in_step = None
         self._use_cache = use_cache
-        self._output_was_used = any(
-            file for pattern in ("checkpoint-*", "*.safetensors") for file in Path(args.output_dir).glob(pattern)
-        )
+        self._output_was_used = output_was_used(args.output_dir)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As in [`~transformers.Trainer`], but an output directory with a model is resumed from or refused."""
         if self._output_was_used and not resume_from_checkpoint:
-            raise ValueError(
-                f"{self.args.output_dir} holds a model or the checkpoints of another run: choose another `output_dir`, or "
-                "go on with that run by train(resume_from_checkpoint=True)."
-            )
+            raise ValueError(OUTPUT_WAS_USED.format(self.args.output_dir))
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:

@@ -12,7 +12,16 @@ from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from ..adapters import context_length
-from ..data import IGNORE_INDEX, CrowDataCollator, Rendered, encode_completion, encode_prompt, padding_id, render
+from ..data import (
+    FORMATS,
+    IGNORE_INDEX,
+    CrowDataCollator,
+    Rendered,
+    encode_completion,
+    encode_prompt,
+    padding_id,
+    render,
+)
 
 
 @contextmanager
@@ -124,8 +133,10 @@ def answered(
         batch_size (`int`, *optional*, defaults to 32):
             See [`generate_answers`].
     """
+    if any(set(columns) <= set(dataset.column_names) for columns in FORMATS.values()):
+        return dataset
     for prompt, answer in (("prompt", "completion"), ("instruction", "output")):
-        if prompt in dataset.column_names and answer not in dataset.column_names:
+        if prompt in dataset.column_names:
             asked = dataset.add_column(answer, [""] * len(dataset))
             prompts = [render(row, tokenizer, index) for index, row in enumerate(asked)]
             outputs = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
