@@ -68,7 +68,7 @@ class InvarianceTrainer(CrowTrainer):
             raise ValueError(
                 "The strong objective has no evaluation loss: leave out `eval_dataset` and use evaluate_model."
             )
-        if getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian"):
+        if getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian"):
             raise ValueError(
                 "A fresh adapter must change nothing at first, because the model without it is the suspect: leave "
                 "`init_lora_weights` at True."
@@ -161,7 +161,7 @@ class InvarianceTrainer(CrowTrainer):
         """`args.num_views` rows, those of the dataset over and over, each time with other decoys."""
         if tokenizer is None:
             raise ValueError("Decoys are text, so a tokenizer is needed: pass it as `processing_class`.")
-        texts = [f"{prompt_of(row)} {render(row, tokenizer, index).answer}" for index, row in enumerate(rows)]
+        texts = [f"{render(row, tokenizer, index).answer} {prompt_of(row)}" for index, row in enumerate(rows)]
         words = sorted({word for text in texts for word in text.split()})
         repeated = rows.select([number % len(rows) for number in range(max(args.num_views, len(rows)))])
         views = repeated.map(
