@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from crow_hf import CrowConfig, Target
+from crow_hf.arena import methods as arena_methods
 from crow_hf.arena import run as arena_run
 from crow_hf.arena import table
 from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, Suspect
@@ -48,6 +49,16 @@ def tiny_suspect(folder, attack):
     if not folder.exists():
         save_suspect(folder, attack.route)
     return Suspect(attack, folder, get_trigger("badnets"), Target("no", ("no",)), ROWS, ROWS, ROWS)
+
+
+@pytest.fixture(autouse=True)
+def few_views(monkeypatch):
+    """Three steps for the strong recipe and its control."""
+
+    def few(scratch, seed, **changes):
+        return strong_config(scratch, seed, **({"num_views": 48} | changes))
+
+    monkeypatch.setattr(arena_methods, "strong_config", few)
 
 
 @pytest.fixture(params=["merged", "adapter"])
@@ -110,7 +121,8 @@ def test_every_method_leaves_a_changed_model_without_an_adapter(suspect, tmp_pat
     assert not isinstance(purified.model, PeftModel)
     assert same_weights(before, weights_of(purified.model)) == (method == "none")
     json.dumps(purified.settings, allow_nan=False)
-    assert (purified.steps > 0) == ("trainer" in purified.settings)
+    assert (purified.steps > 0) == bool({"trainer", "recipe"} & set(purified.settings))
+    assert (purified.canary_success is not None) == method.startswith("canaries")
 
 
 def test_methods_say_all_that_is_needed_to_repeat_them(suspect, tmp_path):
