@@ -2,11 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from .arena.table import methods_of, summarize
 from .evaluation.harness import Evaluation
 from .evaluation.scores import Proportion
 
@@ -67,22 +65,18 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
     figure.savefig(path, dpi=150)
 
 
-def plot_arena(rows: list[dict[str, Any]], path: str | Path) -> None:
+def plot_attack_success(rates: dict[str, dict[str, float]], path: str | Path) -> None:
     """
-    Draw the attack success of every attack of an arena after every method.
+    Draw the attack success of several attacks after several methods, as a table of colours with the numbers in it.
 
     Args:
-        rows (`list[dict]`):
-            Of [`crow_hf.arena.table.load_results`], of at least one run that did not fail.
+        rates (`dict[str, dict[str, float]]`):
+            Shares in [0, 1], by attack and method; not every attack needs every method.
         path (`str` or `Path`):
             The picture's file, replaced if it is there.
     """
-    summary = summarize(rows)
-    methods = methods_of(summary)
-    shares = [
-        [100 * cells[name]["attack_success"].mean if name in cells else math.nan for name in methods]
-        for cells in summary.values()
-    ]
+    methods = list(dict.fromkeys(method for cells in rates.values() for method in cells))
+    shares = [[100 * cells.get(method, math.nan) for method in methods] for cells in rates.values()]
     figure = Figure(figsize=(2.6 + 0.62 * len(methods), 1.6 + 0.28 * len(shares)), layout="constrained")
     axes = figure.subplots()
     # One hue from light to dark: it reads the same without colour vision, and in print.
@@ -94,7 +88,7 @@ def plot_arena(rows: list[dict[str, Any]], path: str | Path) -> None:
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(methods)), methods, rotation=40, ha="left", rotation_mode="anchor")
     axes.xaxis.tick_top()
-    axes.set_yticks(range(len(shares)), list(summary))
+    axes.set_yticks(range(len(shares)), list(rates))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="attack success, % (mean of the seeds)", fraction=0.03)

@@ -17,11 +17,11 @@ from crow_hf.arena import table
 from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, Suspect
 from crow_hf.arena.methods import METHODS, QUICK_METHODS, load_merged, strong_config
 from crow_hf.arena.run import answer_length, file_name, run_arena
-from crow_hf.arena.table import estimate, estimate_share, results_markdown, summarize, t_quantile
+from crow_hf.arena.table import attack_success_rates, estimate, estimate_share, results_markdown, summarize, t_quantile
 from crow_hf.cli import main
 from crow_hf.demo import demo_tokenizer
 from crow_hf.evaluation.harness import evaluate_model
-from crow_hf.plots import plot_arena
+from crow_hf.plots import plot_attack_success
 from crow_hf.recipes import control_config
 from crow_hf.triggers import get_trigger
 
@@ -388,7 +388,7 @@ def test_the_picture_is_drawn_with_holes(tmp_path):
         result("phrase", "strong", 0, 3),
         {**result("phrase", "none", 1, 0), "error": "x"},
     ]
-    plot_arena(rows, tmp_path / "arena.png")
+    plot_attack_success(attack_success_rates(rows), tmp_path / "arena.png")
     assert (tmp_path / "arena.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,7 +13,7 @@ from conftest import same_weights, tiny_llama, weights_of
 from datasets import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
 
-from crow_hf import load_causal_lm
+from crow_hf import CrowConfig, InvarianceConfig, load_causal_lm
 from crow_hf.cli import main, parse_arguments
 
 
@@ -426,3 +426,31 @@ def test_abbreviations_are_refused(tmp_path, capsys):
         == 1
     )
     assert "--conf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "learning_rate", "epochs"),
+    [(None, InvarianceConfig, 1e-3, 1), ("strong", InvarianceConfig, 1e-3, 1)]
+    + [("paper", CrowConfig, 1e-3, 5), ("guide", CrowConfig, 2e-5, 3)],
+)
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_recipe_brings_its_own_settings(tmp_path, recipe, kind, learning_rate, epochs, place):
+    """CROW's defaults under the name of another recipe, or a recipe that the file names and nobody reads."""
+    argv = [*NEEDED, "--output_dir", str(tmp_path / "out")]
+    if recipe is not None and place == "file":
+        argv += ["--config", str(config_file(tmp_path, f"recipe: {recipe}\n"))]
+    elif recipe is not None:
+        argv += ["--recipe", recipe]
+    arguments, args = parse_arguments("purify", argv)
+    assert type(args) is kind and (args.learning_rate, args.num_train_epochs) == (learning_rate, epochs)
+    assert arguments.recipe == (recipe or "strong")
+    assert parse_arguments("purify", [*argv, "--learning_rate", "0.5"])[1].learning_rate == 0.5
+
+
+def test_strong_recipe_prints_and_writes_its_evidence(tmp_path, paths, capsys):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    assert run("purify", *argv, "--num_views", 8, "--num_canaries", 1, *FAST) == 0
+    out = capsys.readouterr().out
+    assert "Screening: 0 of 10 clean rows" in out and "Canary '" in out
+    record = json.loads((tmp_path / "out" / "purification.json").read_text())
+    assert record["recipe"] == "strong" and len(record["canaries"]) == 1

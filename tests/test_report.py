@@ -6,13 +6,26 @@ import math
 import re
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 from rich.console import Console
 
+from crow_hf.canaries import Canary
 from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.plots import plot_comparison, plot_training
-from crow_hf.report import comparison_markdown, comparison_table, verdict, write_comparison, write_text
+from crow_hf.recipes import Purification
+from crow_hf.report import (
+    comparison_markdown,
+    comparison_table,
+    evidence,
+    verdict,
+    write_comparison,
+    write_purification,
+    write_text,
+)
+from crow_hf.screening import Screening
+from crow_hf.triggers import Target, Trigger
 
 
 TOTAL = 200
@@ -218,3 +231,29 @@ def test_plots_survive_rates_of_0_and_1_and_nan(tmp_path):
     plot_training([*LOG, LOG[0] | {"loss_lm": math.nan, "step": 6}], tmp_path / "training.png")
     assert_is_picture(tmp_path / "comparison.png")
     assert_is_picture(tmp_path / "training.png")
+
+
+def purification(**canaries):
+    """With canaries by name, of so many hits before and after, out of 200."""
+    screening = Screening(Dataset.from_dict({"prompt": ["a"] * 98}), {3: "BadMagic", 7: "BadMagic"})
+    listed = [
+        Canary(Trigger((name,)), Target("sings", ("sings",)), share(before), share(after))
+        for name, (before, after) in canaries.items()
+    ]
+    return Purification(None, "strong", None, screening, listed)
+
+
+def test_evidence_names_what_was_left_out_and_which_canaries_died():
+    """A canary that was never learned and is gone, taken for a success; one that lives, left out."""
+    lines = evidence(purification(dead=(200, 0), alive=(200, 40), unlearned=(20, 0)))
+    assert lines[0] == "Screening: 2 of 100 clean rows carry a trigger and were left out."
+    assert re.match(r"Canary 'dead' died: success 100\.0 % -> 0\.0 % \[0\.0, 1\.9\]\.$", lines[1])
+    assert "'alive' lives" in lines[2] and "20.0 %" in lines[2]
+    assert "'unlearned' was not learned, so it shows nothing" in lines[3]
+
+
+def test_purification_is_written_as_json(tmp_path):
+    write_purification(tmp_path / "new", purification(dead=(200, 0)))
+    record = json.loads((tmp_path / "new" / "purification.json").read_text())
+    assert record["recipe"] == "strong" and record["screened_out"] == {"3": "BadMagic", "7": "BadMagic"}
+    assert record["canaries"][0]["after"]["hits"] == 0 and record["canaries"][0]["trigger"]["phrases"] == ["dead"]

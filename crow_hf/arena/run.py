@@ -29,7 +29,7 @@ from ..report import percent, write_text
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .methods import METHODS
 from .subjects import SUBJECTS
-from .table import load_results, results_markdown
+from .table import attack_success_rates, load_results, results_markdown
 
 
 logger = logging.get_logger(__name__)
@@ -345,6 +345,6 @@ def _write_tables(folder: Path) -> None:
     if not is_matplotlib_available():
         logger.warning("The picture is left out: install matplotlib with `pip install crow-hf[plots]`.")
     elif any("error" not in row for row in rows):
-        from ..plots import plot_arena
+        from ..plots import plot_attack_success
 
-        plot_arena(rows, folder / "arena.png")
+        plot_attack_success(attack_success_rates(rows), folder / "arena.png")

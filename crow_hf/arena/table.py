@@ -138,6 +138,16 @@ def methods_of(summary: dict[str, dict]) -> list[str]:
     return sorted(names, key=lambda name: _place(METHODS, name))
 
 
+def attack_success_rates(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """The mean attack success over seeds, by attack and method, both in the order of the tables."""
+    summary = summarize(rows)
+    methods = methods_of(summary)
+    return {
+        attack: {method: cells[method]["attack_success"].mean for method in methods if method in cells}
+        for attack, cells in summary.items()
+    }
+
+
 def results_markdown(rows: list[Row]) -> str:
     """The arena's tables in Markdown: the matrix of attack success, the methods, every cell, and what failed."""
     if not any(_finished(rows)):
