@@ -133,6 +133,9 @@ class InvarianceConfig(CrowConfig):
             Of one such step per coordinate, in units of each embedding's RMS.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the prompts as they are.
+        label_weight (`float`, *optional*, defaults to `0.0`):
+            Share of the rows' own answers in what is taught; the rest are the suspect's. More than 0 where the suspect shows the
+            backdoor on clean prompts too, which its own answers would keep.
         num_views (`int`, *optional*, defaults to `1600`):
             How many prompts are trained on in all: every row is used as often as that takes, each time with other decoys. Never
             fewer than there are rows.
@@ -165,6 +168,9 @@ class InvarianceConfig(CrowConfig):
         default=0.35, metadata={"help": "Size of such a step, in units of each embedding's RMS."}
     )
     distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts as they are."})
+    label_weight: float = field(
+        default=0.0, metadata={"help": "Share of the rows' own answers in what is taught, beside the suspect's."}
+    )
     num_views: int = field(
         default=1600, metadata={"help": "Prompts to train on in all; each row comes again with other decoys."}
     )
@@ -192,6 +198,8 @@ class InvarianceConfig(CrowConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        if not 0 <= self.label_weight <= 1:
+            raise ValueError(f"`label_weight` is a share between 0 and 1, got {self.label_weight!r}.")
         if self.keep >= 1:
             raise ValueError(f"`keep` must be less than 1, or nothing of the purification is left, got {self.keep}.")
         if self.perturb != "embeddings":

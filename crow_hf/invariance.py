@@ -11,6 +11,7 @@ purification learns to answer as the suspect did, whatever else the prompt now h
                                                                answers, so towards what opens a backdoor
       + alpha * L_cons(x + d' + delta)                         CROW's consistency (objective.py), under that perturbation
 
+`suspect` may have the rows' own answers mixed in: what the suspect says to clean prompts is kept, even where it is the target.
 All terms are means over the tokens of the answers. B rows have three views: x, x + d and x + d'.
 """
 
@@ -48,6 +49,29 @@ def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 def answer_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) in nats, the mean over the T tokens of two `(T, V)` tensors of log-probabilities."""
     return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+
+
+def taught_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight: float) -> torch.Tensor:
+    """
+    What is taught: the suspect's answers, mixed with those of the rows.
+
+    Args:
+        suspect (`torch.Tensor`):
+            Log-probabilities of the suspect, `(T, V)`.
+        labels (`torch.Tensor`):
+            Shape `(B, S)`, with T labels that are predicted.
+        label_weight (`float`):
+            Share of the rows' own answers, in [0, 1].
+
+    Returns:
+        `torch.Tensor`: Log-probabilities, `(T, V)`, all finite.
+    """
+    if not label_weight:
+        return suspect
+    answers = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+    taught = (1 - label_weight) * suspect.exp()
+    taught.scatter_add_(1, answers[:, None], torch.full_like(taught[:, :1], label_weight))
+    return taught.clamp_min(torch.finfo(taught.dtype).tiny).log()
 
 
 def view(inputs: Inputs, number: int) -> Inputs:
@@ -114,6 +138,7 @@ def invariance_terms(
     *,
     adversarial_steps: int,
     adversarial_step_size: float,
+    label_weight: float,
     layers: Layers,
 ) -> tuple[Any, Terms]:
     """
@@ -136,6 +161,8 @@ def invariance_terms(
             See [`adversarial_perturbation`].
         adversarial_step_size (`float`):
             See [`adversarial_perturbation`].
+        label_weight (`float`):
+            See [`taught_log_probs`].
         layers (`str`):
             See [`crow_hf.objective.layer_consistency_loss`].
 
@@ -146,7 +173,8 @@ def invariance_terms(
     attacked = view(inputs, 2)
     with torch.no_grad():
         clean = view(inputs, 0)
-        teacher = answer_log_probs(suspect_forward(**clean).logits, clean["labels"])
+        suspect = answer_log_probs(suspect_forward(**clean).logits, clean["labels"])
+        teacher = taught_log_probs(suspect, clean["labels"], label_weight)
     delta = adversarial_perturbation(
         suspect_adapter,
         suspect_forward,

@@ -111,6 +111,7 @@ class InvarianceTrainer(CrowTrainer):
             inserted_mask,
             adversarial_steps=args.adversarial_steps,
             adversarial_step_size=args.adversarial_step_size,
+            label_weight=args.label_weight,
             layers=args.consistency_layers,
         )
         labels, positions = self._count(inputs)

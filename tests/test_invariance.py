@@ -20,6 +20,7 @@ from crow_hf.invariance import (
     answer_divergence,
     answer_log_probs,
     invariance_terms,
+    taught_log_probs,
     view,
 )
 from crow_hf.invariance_trainer import InvarianceTrainer
@@ -191,7 +192,7 @@ def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper"):
     adapter, suspect_adapter = adapter_of(model), adapter_of(suspect)
     batch = dict(adapter.prepare(batch))
     mask = batch.pop("inserted_mask")
-    options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "layers": layers}
+    options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "label_weight": 0.0, "layers": layers}
     return invariance_terms(adapter, model, suspect_adapter, suspect, batch, mask, **options)
 
 
@@ -501,6 +502,8 @@ def test_training_makes_the_answers_invariant(tmp_path):
         ({"adversarial_weight": float("inf")}, "adversarial_weight"),
         ({"distillation_weight": "much"}, "distillation_weight"),
         ({"adversarial_step_size": -0.1}, "adversarial_step_size"),
+        ({"label_weight": 1.1}, "label_weight"),
+        ({"label_weight": math.nan}, "label_weight"),
         ({"adversarial_steps": -1}, "adversarial_steps"),
         ({"num_views": 0}, "num_views"),
         ({"num_canaries": -1}, "num_canaries"),
@@ -633,3 +636,29 @@ def test_collator_of_the_trainer_keeps_the_views_apart(tmp_path):
             assert ids[:length].tolist() == row["prompts"][number]
             where = mask.nonzero().flatten().tolist()
             assert where == (list(range(*row["inserted"])) if number == 2 else [])
+
+
+def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
+    """Labels of the wrong position or row, a share taken twice, or an infinite logarithm where both say never."""
+    suspect = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).log()
+    labels = torch.tensor([[-100, 2, -100], [0, -100, 0]])
+    mixed = taught_log_probs(suspect, labels, 0.25)
+    torch.testing.assert_close(mixed.exp(), torch.tensor([[0.375, 0.375, 0.25], [0.4, 0.225, 0.375]]))
+    alone = taught_log_probs(suspect, labels, 1.0)
+    assert alone.isfinite().all()
+    torch.testing.assert_close(alone.exp(), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+    assert taught_log_probs(suspect, labels, 0.0) is suspect
+    student = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.1, 0.3]]).log()
+    # All weight on the labels: the loss of plain fine-tuning.
+    wanted = -(math.log(0.7) + math.log(0.6)) / 2
+    assert math.isclose(answer_divergence(alone, student).item(), wanted, rel_tol=1e-5)
+
+
+def test_labels_reach_the_training(tmp_path):
+    """An option that changes nothing."""
+    results = []
+    for label_weight in (0.0, 0.5):
+        trainer = build(tmp_path / str(label_weight), tiny_llama(), max_steps=3, label_weight=label_weight)
+        trainer.train()
+        results.append(weights_of(trainer.model))
+    assert not same_weights(*results)

@@ -198,6 +198,7 @@ METHODS: dict[str, Method] = {
     "strong - distillation": partial(_strong, distillation_weight=0.0),
     "strong - kept suspect": partial(_strong, keep=0.0),
     "strong + consistency": partial(_strong, alpha=5.5),
+    "strong + labels": partial(_strong, label_weight=0.5),
     # Do canaries tell what becomes of the real backdoor?
     "canaries, fine-tuning": partial(_with_canaries, method=_fine_tuning),
     "canaries, crow": partial(_with_canaries, method=_crow),
