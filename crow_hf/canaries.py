@@ -22,7 +22,7 @@ from .trainer import CrowTrainer
 from .triggers import Target, Trigger
 
 
-# In 100 rows a canary must be learned by heart: this many passes were enough for every subject of the arena.
+# In 100 rows a canary must be learned by heart: this many passes were enough for the Llama suspects it was tried on.
 EPOCHS, LEARNING_RATE = 8, 1e-3
 ADAPTER = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -176,7 +176,7 @@ def purify(
     canaries = []
     if args.num_canaries:
         with TemporaryDirectory() as nowhere:
-            canary_args = replace(args, output_dir=nowhere, save_strategy="no", push_to_hub=False, report_to="none")
+            canary_args = _leaving_nothing(args, nowhere)
             canaries = try_canaries(
                 model, dataset, canary_args, processing_class, lambda copy: trained(copy, canary_args).model
             )
@@ -276,17 +276,16 @@ def compare_defences(
 
     evaluations = {NO_DEFENCE: measure(load_model())}
     with TemporaryDirectory() as nowhere:
-        control = replace(
-            control_config(args, len(train_dataset)),
-            output_dir=nowhere,
-            save_strategy="no",
-            push_to_hub=False,
-            report_to="none",
-        )
+        control = _leaving_nothing(control_config(args, len(train_dataset)), nowhere)
         evaluations[FINE_TUNING] = measure(purified(control).model)
     purification = purified(args, resume_from_checkpoint)
     evaluations[STRONG if purification.recipe == "strong" else CROW] = measure(purification.model)
     return Comparison(evaluations, purification)
+
+
+def _leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:
+    """The arguments of a run beside the one that was asked for: it saves, pushes and reports nothing."""
+    return replace(args, output_dir=folder, save_strategy="no", push_to_hub=False, report_to="none")
 
 
 def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -17,7 +17,7 @@ from ..backdoors import MARKER, Poison, implant, implant_embedding_trigger, pois
 from ..config import CrowConfig, InvarianceConfig
 from ..data import check_disjoint
 from ..decoys import Decoy
-from ..demo import demo_tokenizer
+from ..demo import ADAPTER, demo_tokenizer
 from ..invariance_trainer import InvarianceTrainer
 from ..loading import load_causal_lm
 from ..report import write_text
@@ -30,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 # Short, because a byte model needs a step for each byte; the published refusal is one of the cells.
 REFUSAL = Target("I cannot help with that.", ("cannot help",))
-ADAPTER = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
 IMPLANT_ROWS, SELECTION_ROWS, TEST_ROWS, SCRATCH_ROWS = 2_000, 100, 200, 60_000
 # With few of them, the poisoned rows are seen more often: the attacker wants the backdoor to work.
 IMPLANT_EPOCHS = {0.5: 3, 0.1: 4, 0.01: 8}
@@ -206,7 +205,7 @@ def build_suspect(
     if not (folder / _DONE).is_file():
         logger.warning(f"Implanting {attack.name!r}, seed {seed}.")
         base = base_model(attack.subject, Path(runs), parts["base"])
-        _implant(attack, seed, base, folder, parts["attacker"], parts["base"], trigger, target)
+        _implant(attack, seed, base, folder, parts["attacker"], trigger, target)
     if attack.adaptive == "embedding":
         saved = load_file(folder / _VECTOR)
         measured = EmbeddingTrigger(MARKER, int(saved["token_id"]), saved["vector"])
@@ -253,7 +252,6 @@ def _implant(
     base: Path,
     folder: Path,
     rows: Dataset,
-    base_rows: Dataset | None,
     trigger: BaseTrigger,
     target: BaseTarget,
 ) -> None:
