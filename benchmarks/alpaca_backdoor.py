@@ -151,6 +151,7 @@ def run_cell(data: Path, runs: Path, task: str, seed: int, variant: str) -> None
         test,
         TRIGGERS["badnets"],
         TARGETS["refusal" if task == "refusal" else "insult"],
+        recipe="guide",
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if variant == "lora" else None,
         batch_size=50,

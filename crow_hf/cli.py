@@ -213,6 +213,7 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
             load_rows(arguments.test_dataset, arguments.test_split),
             trigger,
             target,
+            recipe=arguments.recipe,
             processing_class=tokenizer,
             peft_config=peft_config,
             resume_from_checkpoint=resume,

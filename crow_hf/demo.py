@@ -203,6 +203,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
         test_rows,
         trigger,
         target,
+        recipe="paper",
         processing_class=tokenizer,
         **options,
     )

@@ -214,6 +214,7 @@ def compare_defences(
     trigger: BaseTrigger | None = None,
     target: BaseTarget | None = None,
     *,
+    recipe: str = "strong",
     processing_class: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None = None,
     resume_from_checkpoint: str | bool | None = None,
@@ -226,7 +227,7 @@ def compare_defences(
         load_model (`Callable`):
             Returns a fresh copy of the suspect, ready to be trained, at every call.
         args (`CrowConfig`):
-            Of the purification; [`InvarianceConfig`] for the recipe `"strong"`. The control saves nothing.
+            Of the recipe, see [`recipe_config`]. The control saves nothing.
         train_dataset (`Dataset`):
             The clean rows.
         test_dataset (`Dataset`):
@@ -235,10 +236,12 @@ def compare_defences(
             See [`evaluate_model`].
         target (`BaseTarget`, *optional*):
             See [`evaluate_model`].
+        recipe (`str`, *optional*, defaults to `"strong"`):
+            See [`purify`].
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
-            For a fresh adapter in both trainings.
+            For a fresh adapter in both trainings, which the recipe `"paper"` has without it.
         resume_from_checkpoint (`str` or `bool`, *optional*):
             Of the purification.
         **evaluation:
@@ -259,12 +262,11 @@ def compare_defences(
     def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
         return evaluate_model(model.to(args.device), processing_class, test_dataset, trigger, target, **evaluation)
 
-    def purified(run_args: CrowConfig, resume: str | bool | None = None) -> Purification:
-        recipe = "strong" if isinstance(run_args, InvarianceConfig) else "guide"
+    def purified(run_recipe: str, run_args: CrowConfig, resume: str | bool | None = None) -> Purification:
         purification = purify(
             load_model(),
             train_dataset,
-            recipe,
+            run_recipe,
             run_args,
             processing_class=processing_class,
             peft_config=peft_config,
@@ -277,9 +279,10 @@ def compare_defences(
     evaluations = {NO_DEFENCE: measure(load_model())}
     with TemporaryDirectory() as nowhere:
         control = _leaving_nothing(control_config(args, len(train_dataset)), nowhere)
-        evaluations[FINE_TUNING] = measure(purified(control).model)
-    purification = purified(args, resume_from_checkpoint)
-    evaluations[STRONG if purification.recipe == "strong" else CROW] = measure(purification.model)
+        # Without consistency, the published recipes are plain fine-tuning.
+        evaluations[FINE_TUNING] = measure(purified("guide" if recipe == "strong" else recipe, control).model)
+    purification = purified(recipe, args, resume_from_checkpoint)
+    evaluations[STRONG if recipe == "strong" else CROW] = measure(purification.model)
     return Comparison(evaluations, purification)
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
-from crow_hf.recipes import Comparison
+from crow_hf.recipes import Comparison, purify
 
 
 TRAIN = Dataset.from_dict({"prompt": [f"{letter}=" for letter in "abcdefghijkl"], "completion": ["yes", "no"] * 6})
@@ -23,9 +23,8 @@ def suspect():
 
 
 def compare(args, tokenizer, **options):
-    return compare_defences(
-        suspect, args, TRAIN, TEST, TRIGGERS["badnets"], TARGET, processing_class=tokenizer, **MEASURE, **options
-    )
+    settings = {"recipe": "guide", "processing_class": tokenizer} | MEASURE | options
+    return compare_defences(suspect, args, TRAIN, TEST, TRIGGERS["badnets"], TARGET, **settings)
 
 
 def settings(tmp_path, **kwargs):
@@ -68,6 +67,23 @@ def test_each_model_is_what_one_gets_alone(tmp_path, byte_tokenizer, options):
     assert isinstance(comparison.trainer.model, PeftModel) == bool(options)
 
 
+def test_the_paper_trains_a_lora_and_so_does_its_control(tmp_path, byte_tokenizer, monkeypatch):
+    """CROW as published beside a fine-tuning of all weights, or with all weights itself."""
+    from crow_hf import recipes
+
+    trained = []
+
+    def record(*args, **kwargs):
+        trained.append(purify(*args, **kwargs))
+        return trained[-1]
+
+    monkeypatch.setattr(recipes, "purify", record)
+    comparison = compare(settings(tmp_path, alpha=5.5), byte_tokenizer, recipe="paper")
+    assert [run.recipe for run in trained] == ["paper", "paper"] and comparison.purification is trained[1]
+    assert [run.trainer.args.alpha for run in trained] == [0.0, 5.5]
+    assert [run.model.peft_config["default"].r for run in trained] == [8, 8]
+
+
 def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
     trainer = compare(settings(tmp_path, alpha=5.5), byte_tokenizer).trainer
     assert trainer.state.global_step == 4
@@ -92,7 +108,7 @@ def test_nothing_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer):
 
 def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
     comparison = compare_defences(
-        suspect, settings(tmp_path, max_steps=1), TRAIN, TEST, processing_class=byte_tokenizer, **MEASURE
+        suspect, settings(tmp_path, max_steps=1), TRAIN, TEST, recipe="guide", processing_class=byte_tokenizer, **MEASURE
     )
     assert [evaluation.triggered for evaluation in comparison.evaluations.values()] == [None] * 3
 
@@ -106,7 +122,9 @@ def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
         return loaded[-1]
 
     with pytest.raises(ValueError):
-        compare_defences(load, settings(tmp_path), TRAIN, TEST.select([]), processing_class=byte_tokenizer)
+        compare_defences(
+            load, settings(tmp_path), TRAIN, TEST.select([]), recipe="guide", processing_class=byte_tokenizer
+        )
     assert all(same_weights(weights_of(model), weights_of(suspect())) for model in loaded)
 
 
@@ -115,6 +133,12 @@ def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog):
     logging.getLogger("crow_hf").addHandler(caplog.handler)
     leaking = Dataset.from_list([TRAIN[0], TRAIN[1], *TEST])
     compare_defences(
-        suspect, settings(tmp_path, max_steps=1), TRAIN, leaking, processing_class=byte_tokenizer, **MEASURE
+        suspect,
+        settings(tmp_path, max_steps=1),
+        TRAIN,
+        leaking,
+        recipe="guide",
+        processing_class=byte_tokenizer,
+        **MEASURE,
     )
     assert "2 prompts of the clean rows are test prompts too" in caplog.text
