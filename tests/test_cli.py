@@ -14,7 +14,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CrowConfig, InvarianceConfig, load_causal_lm
-from crow_hf.cli import main, parse_arguments
+from crow_hf.arguments import parse_arguments
+from crow_hf.cli import main
 
 
 COMMANDS = ["demo", "purify", "evaluate", "implant"]

@@ -108,7 +108,13 @@ def test_nothing_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer):
 
 def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
     comparison = compare_defences(
-        suspect, settings(tmp_path, max_steps=1), TRAIN, TEST, recipe="guide", processing_class=byte_tokenizer, **MEASURE
+        suspect,
+        settings(tmp_path, max_steps=1),
+        TRAIN,
+        TEST,
+        recipe="guide",
+        processing_class=byte_tokenizer,
+        **MEASURE,
     )
     assert [evaluation.triggered for evaluation in comparison.evaluations.values()] == [None] * 3
 
