@@ -133,9 +133,9 @@ class InvarianceConfig(CrowConfig):
             Of one such step per coordinate, in units of each embedding's RMS.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the prompts as they are.
-        label_weight (`float`, *optional*, defaults to `0.0`):
-            Share of the rows' own answers in what is taught; the rest are the suspect's. More than 0 where the suspect shows the
-            backdoor on clean prompts too, which its own answers would keep.
+        label_weight (`float`, *optional*, defaults to `1.0`):
+            Share of the rows' own answers in what is taught; the rest is what the suspect would answer. A suspect often shows
+            something of its backdoor on clean prompts too, which its own answers keep. For prompts alone [`purify`] takes 0.
         num_views (`int`, *optional*, defaults to `1600`):
             How many prompts are trained on in all: every row is used as often as that takes, each time with other decoys. Never
             fewer than there are rows.
@@ -150,12 +150,12 @@ class InvarianceConfig(CrowConfig):
 
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `learning_rate=1e-3`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
+    `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
     with a tenth of warm-up.
     """
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a batch, each in three views."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over all views of the rows."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
@@ -169,7 +169,7 @@ class InvarianceConfig(CrowConfig):
     )
     distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts as they are."})
     label_weight: float = field(
-        default=0.0, metadata={"help": "Share of the rows' own answers in what is taught, beside the suspect's."}
+        default=1.0, metadata={"help": "Share of the rows' own answers in what is taught, beside the suspect's."}
     )
     num_views: int = field(
         default=1600, metadata={"help": "Prompts to train on in all; each row comes again with other decoys."}

@@ -1,18 +1,18 @@
 """The strong objective: what is inserted into a prompt, by chance or by an adversary, must not change the answer.
 
 A trigger is something in a prompt that changes the answer out of all proportion. Nobody who purifies a model knows it, but
-everybody has the suspect's own answers to prompts without it. So the suspect, frozen, is the teacher, and the model under
-purification learns to answer as the suspect did, whatever else the prompt now holds:
+everybody has prompts without it, and their answers: those of the rows or, for want of them, the suspect's own. They are the
+teacher, and the model under purification learns to give them whatever else the prompt now holds:
 
-    L =       KL(suspect(x) || model(x))                       distillation: what the model knows is kept
-      + w_d * KL(suspect(x) || model(x + d))                   decoys d: random words, letters, digits, bytes
-      + w_a * KL(suspect(x) || model(x + d' + delta))          adversarial decoys: the embeddings of d' are pushed by delta,
-                                                               K sign steps that lead the suspect itself away from its
-                                                               answers, so towards what opens a backdoor
+    L =       KL(teacher(x) || model(x))                       distillation: what the model knows is kept
+      + w_d * KL(teacher(x) || model(x + d))                   decoys d: random words, letters, digits, bytes
+      + w_a * KL(teacher(x) || model(x + d' + delta))          adversarial decoys: the embeddings of d' are pushed by delta,
+                                                               K sign steps that lead the suspect, frozen, away from them,
+                                                               so towards what opens a backdoor
       + alpha * L_cons(x + d' + delta)                         CROW's consistency (objective.py), under that perturbation
 
-`suspect` may have the rows' own answers mixed in: what the suspect says to clean prompts is kept, even where it is the target.
-All terms are means over the tokens of the answers. B rows have three views: x, x + d and x + d'.
+`teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. All terms are means
+over the tokens of the answers. B rows have three views: x, x + d and x + d'.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,15 @@ from crow_hf.arena import table
 from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, Suspect
 from crow_hf.arena.methods import METHODS, QUICK_METHODS, load_merged, strong_config
 from crow_hf.arena.run import answer_length, file_name, run_arena
-from crow_hf.arena.table import attack_success_rates, estimate, estimate_share, results_markdown, summarize, t_quantile
+from crow_hf.arena.table import (
+    attack_success_rates,
+    canary_correlation,
+    estimate,
+    estimate_share,
+    results_markdown,
+    summarize,
+    t_quantile,
+)
 from crow_hf.cli import main
 from crow_hf.demo import demo_tokenizer
 from crow_hf.evaluation.harness import evaluate_model
@@ -48,7 +56,8 @@ def save_suspect(folder, route="merged"):
 def tiny_suspect(folder, attack):
     if not folder.exists():
         save_suspect(folder, attack.route)
-    return Suspect(attack, folder, get_trigger("badnets"), Target("no", ("no",)), ROWS, ROWS, ROWS)
+        tiny_llama(1, vocab_size=len(demo_tokenizer())).save_pretrained(folder / "clean")
+    return Suspect(attack, folder, folder / "clean", get_trigger("badnets"), Target("no", ("no",)), ROWS, ROWS, ROWS)
 
 
 @pytest.fixture(autouse=True)
@@ -380,6 +389,22 @@ def test_scores_that_are_not_there_leave_a_dash():
     strong = [line for line in results_markdown(rows).splitlines() if line.startswith("| strong |")][0]
     assert strong.split(" | ")[4:7] == ["-", "-", "-"] and strong.endswith("- | - | - |")
     assert results_markdown([]).startswith("No run")
+
+
+def test_canaries_are_compared_with_what_the_method_does_without_them():
+    """Worked out by hand: canaries at 10, 50 and 90 % beside a real backdoor at 20, 60 and 100 % correlate by 1, whatever
+    became of the real one in the copies; a method that did not run without canaries is left out."""
+    rows = []
+    for seed, canaries in enumerate((20, 100, 180)):
+        rows.append(result("badnets", "canaries, crow", seed, 7, canary_success=count(canaries)))
+        rows.append(result("badnets", "crow", seed, canaries + 20))
+    rows.append(result("badnets", "canaries, strong", 0, 0, canary_success=count(200)))
+    assert canary_correlation(rows) == pytest.approx(1)
+    text = results_markdown(rows)
+    assert "correlate by 1.00 over these 3 pairs" in text
+    assert "| badnets | crow | 1 | 50.0 | 3.5 | 60.0 |" in text
+    assert canary_correlation(rows[:2]) is None and canary_correlation([]) is None
+    assert "## Canaries" not in results_markdown(rows[1:2])
 
 
 def test_the_picture_is_drawn_with_holes(tmp_path):

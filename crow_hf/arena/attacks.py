@@ -145,6 +145,8 @@ class Suspect:
             What was done to it.
         folder (`Path`):
             Where it is.
+        base (`Path`):
+            Where the clean model is that the attacker started from; of one trained from scratch, that of the same shape.
         trigger (`BaseTrigger`), target (`BaseTarget`):
             The backdoor that is measured.
         clean_rows (`Dataset`):
@@ -157,6 +159,7 @@ class Suspect:
 
     attack: Attack
     folder: Path
+    base: Path
     trigger: BaseTrigger
     target: BaseTarget
     clean_rows: Dataset
@@ -202,14 +205,14 @@ def build_suspect(
         clean_rows = clean_rows.remove_columns("triggered")
     folder = Path(runs) / "suspects" / f"{attack.suspect_name}-{seed}"
     measured = trigger if attack.test_trigger is None else get_trigger(attack.test_trigger)
+    base = base_model(attack.subject, Path(runs), parts["base"])
     if not (folder / _DONE).is_file():
         logger.warning(f"Implanting {attack.name!r}, seed {seed}.")
-        base = base_model(attack.subject, Path(runs), parts["base"])
         _implant(attack, seed, base, folder, parts["attacker"], trigger, target)
     if attack.adaptive == "embedding":
         saved = load_file(folder / _VECTOR)
         measured = EmbeddingTrigger(MARKER, int(saved["token_id"]), saved["vector"])
-    return Suspect(attack, folder, measured, target, clean_rows, parts["selection"], parts["test"])
+    return Suspect(attack, folder, base, measured, target, clean_rows, parts["selection"], parts["test"])
 
 
 def _task_parts(

@@ -24,6 +24,8 @@ from .attacks import Suspect
 
 
 SPARSITY = 0.35
+# Before the name of a method: it purifies a copy that has canaries.
+CANARIES = "canaries, "
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # The arena saves results, not checkpoints, and prints a line for each run, not for each step.
 _QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -109,6 +111,10 @@ def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
     return Purified(load_merged(suspect, scratch))
 
 
+def _clean_model(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+    return Purified(load_causal_lm(suspect.base))
+
+
 def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
     args = control_config(strong_config(scratch, seed), len(suspect.clean_rows))
     model = load_merged(suspect, scratch) if model is None else model
@@ -164,6 +170,11 @@ def _strong(
     return Purified(trained, purification.trainer.state.global_step, seconds, settings)
 
 
+def _strong_unlabelled(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+    answers = {"completion", "output"} & set(suspect.clean_rows.column_names)
+    return _strong(replace(suspect, clean_rows=suspect.clean_rows.remove_columns(sorted(answers))), seed, scratch)
+
+
 def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -> Purified:
     """Purify a copy that has two backdoors of the defender's own, and measure those on the selection rows."""
     tokenizer = demo_tokenizer()
@@ -177,6 +188,8 @@ def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -
 
 
 METHODS: dict[str, Method] = {
+    # What no defender has: even a model without a backdoor is right less often when there is a trigger in the prompt.
+    "clean model": _clean_model,
     "none": _no_defence,
     # Controls and baselines
     "fine-tuning": _fine_tuning,
@@ -192,17 +205,19 @@ METHODS: dict[str, Method] = {
     ),
     # The strong recipe, and what each of its parts is good for
     "strong": _strong,
+    "strong, prompts alone": _strong_unlabelled,
     "strong lora": partial(_strong, fresh_lora=True, learning_rate=3e-3),
     "strong - decoys": partial(_strong, decoy_weight=0.0),
     "strong - adversary": partial(_strong, adversarial_weight=0.0),
     "strong - distillation": partial(_strong, distillation_weight=0.0),
     "strong - kept suspect": partial(_strong, keep=0.0),
     "strong + consistency": partial(_strong, alpha=5.5),
-    "strong + labels": partial(_strong, label_weight=0.5),
+    "strong - labels": partial(_strong, label_weight=0.0),
     # Do canaries tell what becomes of the real backdoor?
-    "canaries, fine-tuning": partial(_with_canaries, method=_fine_tuning),
-    "canaries, crow": partial(_with_canaries, method=_crow),
-    "canaries, strong": partial(_with_canaries, method=_strong),
+    CANARIES + "fine-tuning": partial(_with_canaries, method=_fine_tuning),
+    CANARIES + "crow": partial(_with_canaries, method=_crow),
+    CANARIES + "strong - adversary": partial(_with_canaries, method=partial(_strong, adversarial_weight=0.0)),
+    CANARIES + "strong": partial(_with_canaries, method=_strong),
 }
 QUICK_METHODS = ("none", "fine-tuning", "crow", "strong")
 CONTROL = "fine-tuning"

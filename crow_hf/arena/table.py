@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..evaluation.scores import Proportion
 from .attacks import ATTACKS
-from .methods import CONTROL, METHODS
+from .methods import CANARIES, CONTROL, METHODS
 
 
 Row = dict[str, Any]
@@ -269,29 +269,44 @@ def _cells(rows: list[Row], summary: dict) -> str:
 
 def canary_correlation(rows: Iterable[Row]) -> float | None:
     """
-    Pearson's correlation between the success of the defender's canaries and that of the real backdoor in the same model, over
-    all runs that have canaries; `None` where there are fewer than two, or one of them is the same in all.
+    Pearson's correlation between the success of the defender's canaries, in a copy of the suspect, and that of the real backdoor
+    in what the same method makes of the suspect itself: what a defender who looks at canaries wants to know. `None` where there
+    are fewer than two such pairs, or one of them is the same in all.
     """
-    runs = [row for row in _finished(rows) if row.get("canary_success")]
-    shares = [[_rate(row[name]) for row in runs] for name in ("canary_success", "attack_success")]
-    return correlation(*shares) if all(len(set(values)) > 1 for values in shares) else None
+    pairs = [(_rate(copy["canary_success"]), _rate(real["attack_success"])) for copy, real in _canary_pairs(rows)]
+    shares = list(zip(*pairs, strict=True))
+    return correlation(*shares) if shares and all(len(set(values)) > 1 for values in shares) else None
+
+
+def _canary_pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """The runs with canaries, each with that of the same method, attack and seed without."""
+    runs = {(row["attack"], row["seed"], row["method"]): row for row in _finished(rows)}
+    return [
+        (row, runs[attack, seed, real])
+        for (attack, seed, method), row in runs.items()
+        if row.get("canary_success") and (attack, seed, real := method.removeprefix(CANARIES)) in runs
+    ]
 
 
 def _canaries(rows: list[Row]) -> str:
-    runs = [row for row in _finished(rows) if row.get("canary_success")]
-    if not runs:
+    pairs = _canary_pairs(rows)
+    if not pairs:
         return ""
     lines = [
-        [row["attack"], row["method"], str(row["seed"])]
-        + [f"{100 * _rate(row[name]):.1f}" for name in ("canary_success", "attack_success")]
-        for row in runs
+        [real["attack"], real["method"], str(real["seed"])]
+        + [
+            f"{100 * _rate(count):.1f}"
+            for count in (copy["canary_success"], copy["attack_success"], real["attack_success"])
+        ]
+        for copy, real in pairs
     ]
     found = canary_correlation(rows)
     return (
-        "\n## Canaries\n\nSuccess of two backdoors of the defender's own, and of the real one, in the same purified copy, %. "
-        + ("" if found is None else f"Their correlation over these {len(runs)} runs is {found:.2f}.")
+        "\n## Canaries\n\nSuccess, %, of two backdoors of the defender's own in a purified copy of the suspect, of the real one in that "
+        "copy, and of the real one in the purified suspect. "
+        + ("" if found is None else f"The first and the last correlate by {found:.2f} over these {len(pairs)} pairs.")
         + "\n\n"
-        + _table(["attack", "method", "seed", "canaries", "real backdoor"], lines)
+        + _table(["attack", "method", "seed", "canaries", "real, in the copy", "real"], lines)
     )
 
 
