@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test quality style
+.PHONY: install demo test docs quality style
 
 install: $(VENV)/installed
 
@@ -17,6 +17,9 @@ demo: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+docs: install
+	$(BIN)/python docs/make_reference.py
 
 quality: install
 	$(BIN)/ruff check .

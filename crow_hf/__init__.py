@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .backdoors import Poison, implant, implant_embedding_trigger, poison_dataset
     from .canaries import Canary
+    from .checkup import Finding, doctor
     from .config import CrowConfig, InvarianceConfig
     from .data import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator, prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
+    from .guide import CROWBackdoorElimination, apply_crow_to_coconut
     from .invariance_trainer import InvarianceTrainer
     from .loading import load_causal_lm
     from .models.configuration_byte_entropy import ByteEntropyConfig
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         from_binary,
         load_entropy_predictor,
     )
+    from .plots import plot_crow_training_progress
     from .recipes import Comparison, Purification, compare_defences, purify, recipe_config
     from .redpajama import get_redpajama_binary_dataset
     from .screening import Screening, screen_dataset
@@ -43,9 +46,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "backdoors": ["Poison", "implant", "implant_embedding_trigger", "poison_dataset"],
     "canaries": ["Canary"],
+    "checkup": ["Finding", "doctor"],
     "config": ["CrowConfig", "InvarianceConfig"],
     "data": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator", "prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
+    "guide": ["CROWBackdoorElimination", "apply_crow_to_coconut"],
     "invariance_trainer": ["InvarianceTrainer"],
     "loading": ["load_causal_lm"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],
@@ -62,6 +67,7 @@ _HOMES = {
         "from_binary",
         "load_entropy_predictor",
     ],
+    "plots": ["plot_crow_training_progress"],
     "recipes": ["Comparison", "Purification", "compare_defences", "purify", "recipe_config"],
     "redpajama": ["get_redpajama_binary_dataset"],
     "screening": ["Screening", "screen_dataset"],

@@ -130,6 +130,17 @@ class PatchArguments:
 
 
 @dataclass
+class DoctorArguments:
+    """Look for what would spoil a purification, and say what to do about it; nothing is trained or written."""
+
+    model: str = field(metadata={"help": "The suspect: a folder or a name on the Hub, of a model or a PEFT adapter."})
+    dataset: str | None = field(default=None, metadata={"help": f"The clean rows. {_DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of clean rows on the Hub."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Of the purification."})
+    max_length: int = field(default=1024, metadata={"help": "Of the purification: longest row in tokens."})
+
+
+@dataclass
 class ArenaArguments:
     """Try every defence on every attack, from where the arena in the folder stopped, and rewrite its tables and picture."""
 
@@ -155,6 +166,7 @@ COMMAND_ARGUMENTS: dict[str, list[type]] = {
     "evaluate": [EvaluateArguments],
     "implant": [ImplantArguments, CrowConfig],
     "patch": [PatchArguments],
+    "doctor": [DoctorArguments],
     "arena": [ArenaArguments],
 }
 

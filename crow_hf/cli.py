@@ -1,4 +1,4 @@
-"""The command line: `crow-hf demo | purify | evaluate | implant | patch | arena`."""
+"""The command line: `crow-hf demo | purify | evaluate | implant | patch | doctor | arena`."""
 
 import argparse
 import os
@@ -10,12 +10,15 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from . import __version__
 from .arguments import (
     ArenaArguments,
     DemoArguments,
+    DoctorArguments,
     EvaluateArguments,
     ImplantArguments,
     PatchArguments,
@@ -23,15 +26,18 @@ from .arguments import (
     parse_arguments,
 )
 from .backdoors import implant
+from .checkup import doctor as examine
 from .config import CrowConfig
 from .data import load_rows
 from .evaluation.harness import evaluate_model
+from .html_report import REPORT_PAGE
+from .hub import create_repository, push_folder
 from .loading import load_causal_lm, load_tokenizer
 from .patch_view import render_terminal, summarize, write_html
 from .patching import EntropyPatcher, calibrate_threshold, load_entropy_predictor
 from .recipes import compare_defences
 from .recipes import purify as run_recipe
-from .report import comparison_table, evidence, verdict, write_comparison, write_purification
+from .report import comparison_table, evidence, verdict, write_comparison
 from .triggers import get_target, get_trigger
 
 
@@ -67,6 +73,8 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         return model.merge_and_unload(safe_merge=True) if arguments.lora and isinstance(model, PeftModel) else model
 
     suspect = load_suspect()
+    if args.push_to_hub and args.process_index == 0:
+        args.hub_model_id = create_repository(args)
     if arguments.test_dataset is None:
         purification = run_recipe(
             suspect,
@@ -97,15 +105,30 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
     trainer = purification.trainer
     if isinstance(trainer.model, PeftModel) and not isinstance(suspect, PeftModel):
         trainer.model = trainer.model.merge_and_unload(safe_merge=True)
-    trainer.save_model()
+    # Pushed below: what was measured is to be told and kept before that.
+    trainer.save_model(_internal_call=True)
+    evaluations = None if arguments.test_dataset is None else comparison.evaluations
+    trainer.create_model_card(
+        purification=purification,
+        evaluations=evaluations,
+        backdoor=trigger and f"trigger {arguments.trigger!r}, target {arguments.target!r}",
+        settings={name: getattr(arguments, name) for name in ("max_rows", "lora", "lora_r")},
+        finetuned_from=arguments.model,
+        datasets=[arguments.dataset],
+        test_dataset=arguments.test_dataset,
+    )
     if trainer.is_world_process_zero():
-        write_purification(Path(args.output_dir), purification)
-        print("\n".join([*evidence(purification), f"The purified model is in {args.output_dir}."]))
+        page = Path(args.output_dir) / REPORT_PAGE
+        shown = [f"{page} shows what is known of it."] if page.exists() else []
+        print("\n".join([*evidence(purification), f"The purified model is in {args.output_dir}.", *shown]))
     if arguments.test_dataset is not None:
-        write_comparison(Path(args.output_dir), comparison.evaluations)
         _print_table(comparison.evaluations, f"{arguments.model}, purified with {len(rows)} rows")
     if trigger is not None:
         print(verdict(comparison.evaluations))
+    if args.push_to_hub and trainer.is_world_process_zero():
+        settings = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
+        commit = push_folder(args.output_dir, args.hub_model_id, **settings)
+        print(f"The purified model is on the Hub: {commit.repo_url}")
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
@@ -198,6 +221,19 @@ def patch(arguments: PatchArguments) -> None:
         print(f"The page is {arguments.html}.")
 
 
+def doctor(arguments: DoctorArguments) -> None:
+    rows = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
+    findings = examine(arguments.model, rows, learning_rate=arguments.learning_rate, max_length=arguments.max_length)
+    colours = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table("", "", Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
+    for finding in findings:
+        lines = filter(None, [finding.found, finding.remedy and f"-> {finding.remedy}"])
+        table.add_row(Text(finding.level, colours[finding.level]), Text(finding.name), Text("\n".join(lines)))
+    Console().print(table)
+    if problems := [finding.name for finding in findings if finding.level == "problem"]:
+        raise ValueError(f"there is a problem with {', '.join(problems)}: see above for the remedy.")
+
+
 def arena(arguments: ArenaArguments) -> None:
     from .arena.attacks import ATTACKS, QUICK
     from .arena.methods import METHODS, QUICK_METHODS
@@ -235,6 +271,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "implant": implant_command,
     "patch": patch,
+    "doctor": doctor,
     "arena": arena,
 }
 

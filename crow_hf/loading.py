@@ -7,10 +7,17 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What transformers says of such a model, and what is said here instead of its advice to run the code.
+NEEDS_CODE = "custom code"
+CODE_IS_NOT_RUN = (
+    "{} needs code that comes with it, which is not run: read it, and if you trust it, load the model yourself with "
+    "`trust_remote_code=True` on a machine you can lose."
+)
 
 
 def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -33,7 +40,7 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         `PreTrainedModel` or `PeftModel`
 
     Raises:
-        `ValueError`: If the path is a folder without a model, with pickled weights only, or with damaged weights.
+        `ValueError`: If the path has no model, pickled weights only, damaged weights, or a model that needs code of its own.
     """
     if Path(path).is_dir():
         _check_folder(Path(path))
@@ -41,7 +48,10 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     kwargs = {"trust_remote_code": False, **({"dtype": "float32"} if is_trainable else {}), **kwargs}
     revision = kwargs.get("revision")
     try:
-        if find_adapter_config_file(str(path), revision=revision) is None:
+        is_adapter = find_adapter_config_file(str(path), revision=revision) is not None
+        if not Path(path).is_dir():
+            _check_repository(str(path), is_adapter, kwargs)
+        if not is_adapter:
             return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **kwargs)
         adapter = PeftConfig.from_pretrained(path, revision=revision)
         base = load_causal_lm(
@@ -52,6 +62,10 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read ({error}): download or save them again.") from error
+    except ValueError as error:
+        if NEEDS_CODE not in str(error):
+            raise
+        raise ValueError(CODE_IS_NOT_RUN.format(path)) from None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -68,6 +82,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if NEEDS_CODE in str(error):
+            raise ValueError(CODE_IS_NOT_RUN.format(f"The tokenizer of {path}")) from None
         if find_adapter_config_file(str(path)) is not None:
             return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
         raise ValueError(
@@ -89,3 +105,24 @@ def _check_folder(folder: Path) -> None:
             "machine you can lose."
         )
     raise ValueError(f"{folder} holds no weights: there is no .safetensors file in it.")
+
+
+def _check_repository(name: str, is_adapter: bool, kwargs: dict[str, Any]) -> None:
+    """
+    Refuse a repository on the Hub without safetensors: PEFT would read a pickle, and transformers would ask a service on the
+    Hub to convert it.
+    """
+    if not is_adapter and kwargs.keys() & {"variant", "gguf_file"}:
+        # Other file names, which nothing converts.
+        return
+    files = ["adapter_model.safetensors"] if is_adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    options = {
+        option: kwargs[option]
+        for option in ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+        if option in kwargs
+    }
+    if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options) for file in files):
+        raise ValueError(
+            f"{name} has no {files[0]}, and weights of another kind are pickles, which run code when they are read: convert "
+            "them to safetensors on a machine you can lose."
+        )

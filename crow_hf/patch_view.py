@@ -15,42 +15,13 @@ from .patching import PatchedDocument, split_patches
 
 MOST_BITS = 8
 _NAMES = {" ": "\N{NO-BREAK SPACE}", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-  body { font: 16px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a;
-         background: #fff; }
-  .text { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; line-height: 1; direction: ltr; }
-  .run { display: inline-block; vertical-align: top; margin-bottom: .6rem; }
-  .glyphs { display: block; height: 1.5em; line-height: 1.5em; white-space: pre; unicode-bidi: isolate; }
-  .bytes { display: flex; height: .8em; }
-  .bytes i { flex: 1 0 .6em; box-sizing: border-box; border-left: 1px solid transparent; background: hsl(12 90% var(--l)); }
-  .bytes i.start { border-left: 2px solid #000; }
-  .bytes i.unknown { background: repeating-linear-gradient(45deg, #bbb 0 2px, #fff 2px 4px); }
-  .scale { display: inline-block; width: 12rem; height: .8em; vertical-align: middle;
-           background: linear-gradient(to right, hsl(12 90% 97%), hsl(12 90% 45%)); border: 1px solid #999; }
-</style>
-<h1>{{ title }}</h1>
-<p>{{ summary }}</p>
-<p>Under the text one box for each byte, tinted by the entropy it was predicted with: 0 <span class="scale"></span> 8 bits.
-A black line begins a patch. Hatched: nothing was predicted.</p>
-<div class="text">
-{% for run in runs %}
-<span class="run"><span class="glyphs">{{ run.glyphs }}</span><span class="bytes">
-{%- for byte in run.bytes -%}
-<i class="{{ 'start' if byte.starts }}{{ ' unknown' if byte.bits is none }}"
-{%- if byte.bits is not none %} style="--l:{{ byte.lightness }}%"{% endif %} title="{{ byte.title }}"></i>
-{%- endfor -%}
-</span></span>
-{%- if run.ends_line %}<br>{% endif %}
-
-{% endfor %}
-</div>
-</html>
-""")
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("crow_hf"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +103,9 @@ def write_html(document: PatchedDocument, path: str | Path, title: str = "Entrop
     Raises:
         `FileExistsError`: If the file is there already.
     """
-    page = _PAGE.render(title=title, summary=summarize(document), runs=_runs(_characters(document)))
+    page = TEMPLATES.get_template("patches.html.jinja").render(
+        title=title, summary=summarize(document), runs=runs_of(document)
+    )
     # A file's name may hold bytes that are no UTF-8.
     with open(path, "x", encoding="utf-8", errors="replace") as file:
         file.write(page)
@@ -164,14 +137,20 @@ def _characters(document: PatchedDocument) -> list[_Character]:
     ]
 
 
-def _runs(characters: list[_Character]) -> list[_Run]:
+def runs_of(document: PatchedDocument) -> list[_Run]:
+    """A document as the template `patches.jinja` draws it."""
     runs, run = [], []
-    for character in characters:
+    for character in _characters(document):
         if run and (character.bytes[0].starts or run[-1].glyph == _NAMES["\n"]):
             runs.append(_Run(run))
             run = []
         run.append(character)
     return [*runs, _Run(run)] if run else runs
+
+
+def visible(text: str) -> str:
+    """A text in which nothing is hidden: characters that would not show, or would turn the line round, by name or number."""
+    return "".join(letter if letter == " " else "⏎\n" if letter == "\n" else _glyph(letter) for letter in text)
 
 
 def _glyph(letter: str) -> str:
@@ -183,6 +162,6 @@ def _glyph(letter: str) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     # Invisible ones, among them those that reverse the direction of a line.
-    if unicodedata.category(letter) in ("Cc", "Cf", "Cn", "Co", "Zl", "Zp"):
+    if unicodedata.category(letter) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"):
         return f"<U+{code:04X}>"
     return letter

@@ -2,35 +2,97 @@
 
 import math
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from .evaluation.harness import Evaluation
 from .evaluation.scores import Proportion
 
 
-def plot_training(log_history: list[dict[str, float]], path: str | Path) -> None:
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of Okabe and Ito's palette, which reads the same with every kind of colour vision.
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """Of so many inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("Plots need matplotlib: `pip install crow-hf[plots]`.") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_training(log_history: list[dict[str, float]], path: str | Path | None = None) -> "Figure":
     """
     Draw the terms of the objective over the steps.
 
     Args:
         log_history (`list[dict]`):
             `trainer.state.log_history` of a [`CrowTrainer`].
-        path (`str` or `Path`):
+        path (`str` or `Path`, *optional*):
             The picture's file, replaced if it is there.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        `ValueError`: If matplotlib is missing, or the log has no step.
     """
     steps = [entry for entry in log_history if "consistency_clean" in entry and "loss" in entry]
-    numbers = [entry["step"] for entry in steps]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    if not steps:
+        raise ValueError("There is no step of a training in the log: train first, with `logging_steps=1`.")
+    # What JSON has no number for comes as None.
+    values = {
+        name: [math.nan if entry[name] is None else entry[name] for entry in steps]
+        for name in ("step", "loss_lm", "consistency_perturbed", "consistency_clean")
+        if name in steps[0]
+    }
+    figure = _figure(8, 3.2)
     loss, consistency = figure.subplots(1, 2)
-    loss.plot(numbers, [entry["loss_lm"] for entry in steps], color="C0")
-    loss.set(title="Language model loss", xlabel="step", ylabel="nats per token", ylim=(0, None))
-    for name, label in (("consistency_perturbed", "perturbed"), ("consistency_clean", "clean")):
-        if steps and name in steps[0]:
-            consistency.plot(numbers, [entry[name] for entry in steps], label=label)
-    consistency.set(title="Distance between layers", xlabel="step", ylabel="mean of 1 - cos", ylim=(0, None))
+    loss.plot(values["step"], values["loss_lm"], color=_BLUE, marker=".")
+    loss.set(title="Language model loss", ylabel="loss (nats per token)")
+    # Apart by more than their colour.
+    for name, style in (("perturbed", {"color": _ORANGE, "linestyle": "--"}), ("clean", {"color": _BLUE})):
+        if (term := f"consistency_{name}") in values:
+            consistency.plot(values["step"], values[term], marker=".", label=name, **style)
+    consistency.set(title="Distance between layers", ylabel="mean of 1 - cos (no unit)")
     consistency.legend()
-    figure.savefig(path, dpi=150)
+    for axes in (loss, consistency):
+        heights = [height for line in axes.get_lines() for height in line.get_ydata() if math.isfinite(height)]
+        axes.set(xlabel="optimizer step", ylim=(0, 1.15 * max(heights, default=1)))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_crow_training_progress(metrics: dict[str, Any], path: str | Path | None = None) -> "Figure":
+    """
+    Draw what [`apply_crow_to_coconut`] or [`CROWBackdoorElimination.train`] returned.
+
+    Args:
+        metrics (`dict`):
+            The metrics.
+        path (`str` or `Path`, *optional*):
+            The picture's file, replaced if it is there.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        `ValueError`: If matplotlib is missing, or the metrics have no history.
+
+    Example:
+
+    ```python
+    >>> plot_crow_training_progress(metrics, "training.png")
+    ```
+    """
+    if not isinstance(metrics, dict) or "history" not in metrics:
+        raise ValueError("`metrics` has no `history`: pass what `apply_crow_to_coconut` returned beside the model.")
+    return plot_training(metrics["history"], path)
 
 
 def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> None:
@@ -48,7 +110,7 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
         "right if triggered": [evaluation.triggered.exact_match for evaluation in evaluations.values()],
         "right if clean": [evaluation.clean.exact_match for evaluation in evaluations.values()],
     }
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = _figure(8, 3.6)
     axes = figure.subplots()
     width = 0.8 / len(series)
     for number, (label, shares) in enumerate(series.items()):
@@ -77,7 +139,7 @@ def plot_attack_success(rates: dict[str, dict[str, float]], path: str | Path) ->
     """
     methods = list(dict.fromkeys(method for cells in rates.values() for method in cells))
     shares = [[100 * cells.get(method, math.nan) for method in methods] for cells in rates.values()]
-    figure = Figure(figsize=(2.6 + 0.62 * len(methods), 1.6 + 0.28 * len(shares)), layout="constrained")
+    figure = _figure(2.6 + 0.62 * len(methods), 1.6 + 0.28 * len(shares))
     axes = figure.subplots()
     # One hue from light to dark: it reads the same without colour vision, and in print.
     image = axes.imshow(shares, cmap="Oranges", vmin=0, vmax=100, aspect="auto")

@@ -1,7 +1,8 @@
 """Runs made of several trainings: a purification with its evidence, and a purification beside its controls."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,18 +17,17 @@ from .canaries import Canary, try_canaries
 from .config import CrowConfig, InvarianceConfig
 from .data import render
 from .evaluation.generation import answered
-from .evaluation.harness import Evaluation, evaluate_model
+from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
+from .html_report import REPORT_DATA, write_report
 from .invariance_trainer import InvarianceTrainer
 from .loading import load_causal_lm, load_tokenizer
+from .run_record import Record, Witness, record_of
 from .screening import Screening, screen_dataset
 from .trainer import OUTPUT_WAS_USED, CrowTrainer, output_was_used
 from .triggers import BaseTarget, BaseTrigger
 
 
 logger = logging.get_logger(__name__)
-
-NO_DEFENCE, FINE_TUNING, CROW, STRONG = "no defence", "fine-tuning", "CROW", "strong recipe"
-
 
 RECIPES = ("strong", "paper", "guide")
 # Section 4.4 of the paper.
@@ -56,6 +56,8 @@ class Purification:
             Which clean rows were left out because they carry a trigger.
         canaries (`list[Canary]`):
             Known backdoors that were put into a copy of the suspect, and whether the same purification removed them.
+        report (`dict`, *optional*):
+            What `report.json` holds, by the keys of [`crow_hf.run_record`]; `None` if no report was asked for.
     """
 
     model: PreTrainedModel | PeftModel
@@ -63,6 +65,7 @@ class Purification:
     trainer: CrowTrainer
     screening: Screening | None
     canaries: list[Canary]
+    report: Record | None = None
 
 
 def recipe_config(recipe: str, output_dir: str, **changes: Any) -> CrowConfig:
@@ -96,9 +99,10 @@ def purify(
     processing_class: PreTrainedTokenizerBase | None = None,
     peft_config: PeftConfig | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    report: bool = True,
 ) -> Purification:
     """
-    Remove whatever backdoor a model may have, without knowing it.
+    Remove whatever backdoor a model may have, without knowing it, and write `report.html` and `report.json`.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -116,6 +120,8 @@ def purify(
             Train a fresh adapter of this kind and leave the model's own weights as they are.
         resume_from_checkpoint (`str` or `bool`, *optional*):
             As in [`CrowTrainer.train`].
+        report (`bool`, *optional*, defaults to `True`):
+            Whether to look at the model before and after, and to write the report into `args.output_dir`.
 
     Returns:
         [`Purification`]
@@ -140,16 +146,34 @@ def purify(
         raise ValueError(
             f"The recipe {recipe!r} does not go with {type(args).__name__}: make the arguments by recipe_config(recipe, ...)."
         )
+    if report:
+        _check_for_report(args, resume_from_checkpoint)
     if processing_class is None:
         processing_class = load_tokenizer(path)
     if isinstance(model, (str, Path)):
         model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
     if recipe == "paper" and peft_config is None and not isinstance(model, PeftModel):
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def finished(
+        trainer: CrowTrainer, rows: Dataset, screening: Screening | None, canaries: list[Canary]
+    ) -> Purification:
+        purification = Purification(trainer.model, recipe, trainer, screening, canaries)
+        if not report:
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            return purification
+        witness = Witness(rows, processing_class, args)
+        with trainer.accelerator.autocast():
+            witness.look(NO_DEFENCE, trainer.model)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        with _reporting(args), trainer.accelerator.autocast():
+            witness.look(_name_of(recipe), trainer.model)
+            _write_report(record_of(purification, witness, model_name=path, train_dataset=dataset), purification)
+        return purification
+
     if recipe != "strong":
         trainer = CrowTrainer(model, args, dataset, processing_class=processing_class, peft_config=peft_config)
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        return Purification(trainer.model, recipe, trainer, None, [])
+        return finished(trainer, dataset, None, [])
 
     if not isinstance(dataset, Dataset) or not len(dataset):
         raise ValueError(
@@ -158,30 +182,33 @@ def purify(
     if output_was_used(args.output_dir) and not resume_from_checkpoint:
         raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
     model.to(args.device)
-    dataset = answered(dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size)
+    rows = answered(dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size)
+    if rows is not dataset:
+        # The suspect's greedy answers are only the text along which its whole distribution is taught.
+        args = replace(args, label_weight=0.0)
     screening = None
     if args.screen_rows:
-        screening = screen_dataset(model, dataset, processing_class, args.per_device_eval_batch_size, args.seed)
-        dataset = screening.clean
-        if not len(dataset):
+        screening = screen_dataset(model, rows, processing_class, args.per_device_eval_batch_size, args.seed)
+        rows = screening.clean
+        if not len(rows):
             raise ValueError(
                 "Every clean row carries a trigger of the model's backdoor: purify with rows from elsewhere."
             )
-
-    def trained(suspect: PreTrainedModel | PeftModel, run_args: InvarianceConfig, resume=None) -> InvarianceTrainer:
-        trainer = InvarianceTrainer(suspect, run_args, dataset, processing_class, peft_config)
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
 
     canaries = []
     if args.num_canaries:
         with TemporaryDirectory() as nowhere:
             canary_args = _leaving_nothing(args, nowhere)
-            canaries = try_canaries(
-                model, dataset, canary_args, processing_class, lambda copy: trained(copy, canary_args).model
-            )
-    trainer = trained(model, args, resume_from_checkpoint)
-    return Purification(trainer.model, recipe, trainer, screening, canaries)
+
+            def purified(copied: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+                trainer = InvarianceTrainer(copied, canary_args, rows, processing_class, peft_config)
+                trainer.train()
+                return trainer.model
+
+            canaries = try_canaries(model, rows, canary_args, processing_class, purified)
+    trainer = InvarianceTrainer(model, args, rows, processing_class, peft_config)
+    # Answers of the suspect's own are no right ones to compare with.
+    return finished(trainer, rows.select_columns(dataset.column_names), screening, canaries)
 
 
 @dataclass
@@ -221,7 +248,8 @@ def compare_defences(
     **evaluation: Any,
 ) -> Comparison:
     """
-    Purify a suspect, and do nothing to it, and fine-tune it plainly, and measure all three in the same way.
+    Purify a suspect, and do nothing to it, and fine-tune it plainly, and measure all three in the same way. `report.html` and
+    `report.json` in `args.output_dir` show all of it.
 
     Args:
         load_model (`Callable`):
@@ -251,10 +279,11 @@ def compare_defences(
         `Comparison`
 
     Raises:
-        `ValueError`: In a run of several processes.
+        `ValueError`: In a run of several processes, or if the report of another run is in `args.output_dir`.
     """
     if args.world_size > 1:
         raise ValueError("Defences are compared in one process: purify in many, and measure with one afterwards.")
+    _check_for_report(args, resume_from_checkpoint)
     test_prompts = {render(row, processing_class).prompt for row in test_dataset}
     if seen := sum(render(row, processing_class).prompt in test_prompts for row in train_dataset):
         logger.warning(f"{seen} prompts of the clean rows are test prompts too: what is measured on them is learned.")
@@ -271,19 +300,64 @@ def compare_defences(
             processing_class=processing_class,
             peft_config=peft_config,
             resume_from_checkpoint=resume,
+            report=False,
         )
         # Mixed precision stays with the training: all models are measured in the precision they were loaded in.
         purification.trainer.accelerator.unwrap_model(purification.model, keep_fp32_wrapper=False)
         return purification
 
-    evaluations = {NO_DEFENCE: measure(load_model())}
+    suspect = load_model()
+    evaluations = {NO_DEFENCE: measure(suspect)}
+    witness = Witness(test_dataset, processing_class, args, trigger, target, evaluation.get("seed", 0))
+    witness.look(NO_DEFENCE, suspect)
     with TemporaryDirectory() as nowhere:
         control = _leaving_nothing(control_config(args, len(train_dataset)), nowhere)
         # Without consistency, the published recipes are plain fine-tuning.
-        evaluations[FINE_TUNING] = measure(purified("guide" if recipe == "strong" else recipe, control).model)
+        fine_tuned = purified("guide" if recipe == "strong" else recipe, control).model
+        evaluations[FINE_TUNING] = measure(fine_tuned)
+        witness.look(FINE_TUNING, fine_tuned)
     purification = purified(recipe, args, resume_from_checkpoint)
-    evaluations[STRONG if recipe == "strong" else CROW] = measure(purification.model)
+    evaluations[_name_of(recipe)] = measure(purification.model)
+    with _reporting(args):
+        witness.look(_name_of(recipe), purification.model)
+        record = record_of(
+            purification,
+            witness,
+            model_name=suspect.config._name_or_path,
+            train_dataset=train_dataset,
+            test_dataset=test_dataset,
+            evaluations=evaluations,
+        )
+        _write_report(record, purification)
     return Comparison(evaluations, purification)
+
+
+def _name_of(recipe: str) -> str:
+    """What the purified model is called in a comparison."""
+    return STRONG if recipe == "strong" else CROW
+
+
+def _check_for_report(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> None:
+    """Refuse to write over the report of another run."""
+    if (Path(args.output_dir) / REPORT_DATA).exists() and not resume_from_checkpoint:
+        raise ValueError(f"{args.output_dir} holds the report of another run: choose another `output_dir`.")
+
+
+@contextmanager
+def _reporting(args: CrowConfig) -> Iterator[None]:
+    """Whatever goes wrong with a report, the model it is about must not be lost with it."""
+    try:
+        yield
+    except Exception as error:
+        logger.error(
+            f"There is no report in {args.output_dir} ({type(error).__name__}: {error}); the purified model is whole."
+        )
+
+
+def _write_report(record: Record, purification: Purification) -> None:
+    purification.report = record
+    if purification.trainer.is_world_process_zero():
+        write_report(purification.trainer.args.output_dir, record)
 
 
 def _leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from .adapters import adapter_of, context_length, frozen_modules
 from .config import CrowConfig
 from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepare_dataset
+from .hub import HubMixin
 from .loading import load_causal_lm, load_tokenizer
 from .objective import control_terms, crow_terms
 
@@ -48,7 +49,7 @@ def output_was_used(output_dir: str | Path) -> bool:
     return any(any(Path(output_dir).glob(pattern)) for pattern in ("checkpoint-*", "*.safetensors"))
 
 
-class CrowTrainer(Trainer):
+class CrowTrainer(HubMixin, Trainer):
     """
     Purify a causal LM by layer consistency under adversarial embeddings (CROW, arXiv 2411.12768).
 

@@ -82,6 +82,16 @@ def assert_results(folder, models, triggered=True):
     assert (folder / "results.md").read_text(encoding="utf-8").count("\n|") >= len(models)
 
 
+def assert_report(folder, models, triggered=True):
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert list(report["evaluations"]) == list(report["layer_profile"]["models"]) == models
+    for evaluation in report["evaluations"].values():
+        assert len(evaluation["clean"]["outputs"]) == len(ROWS)
+        assert (evaluation["triggered"] is not None) == triggered
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not list(folder.glob("results.*")), "the same facts in two files"
+
+
 def test_round_trip(tmp_path, paths, capsys):
     """implant, evaluate, then purify in full and with LoRA: each works on what the one before has written."""
     suspect, backdoor = tmp_path / "suspect", ["--trigger", "badnets", "--target", "refusal"]
@@ -96,7 +106,7 @@ def test_round_trip(tmp_path, paths, capsys):
         test = ["--test_dataset", paths["rows.jsonl"], *measure]
         command = ["purify", "--model", suspect, *common, *test, *options, "--output_dir", tmp_path / name, *FAST]
         assert run(*command, "--recipe", "guide") == 0
-        assert_results(tmp_path / name, ["no defence", "fine-tuning", "CROW"])
+        assert_report(tmp_path / name, ["no defence", "fine-tuning", "CROW"])
         assert "VERDICT" in capsys.readouterr().out
     models = {name: load_causal_lm(tmp_path / name) for name in ("suspect", "full", "lora")}
     models["clean"] = load_causal_lm(paths["model"])
@@ -116,13 +126,13 @@ def test_purify_without_measuring(tmp_path, paths):
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", output, *FAST]
     assert run("purify", *argv) == 0
     assert not same_weights(weights_of(load_causal_lm(output)), weights_of(load_causal_lm(paths["model"])))
-    assert not (output / "results.json").exists()
+    assert json.loads((output / "report.json").read_text())["evaluations"] is None
 
 
 def test_purify_measures_utility_where_no_trigger_is_known(tmp_path, paths):
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--test_dataset", paths["rows.jsonl"]]
     assert run("purify", *argv, "--max_new_tokens", 4, "--output_dir", tmp_path / "purified", *FAST) == 0
-    assert_results(tmp_path / "purified", ["no defence", "fine-tuning", "strong recipe"], triggered=False)
+    assert_report(tmp_path / "purified", ["no defence", "fine-tuning", "strong recipe"], triggered=False)
 
 
 def test_evaluate_without_trigger_prints_only(tmp_path, paths, capsys, monkeypatch):
@@ -431,7 +441,7 @@ def test_abbreviations_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("recipe", "kind", "learning_rate", "epochs"),
-    [(None, InvarianceConfig, 1e-3, 1), ("strong", InvarianceConfig, 1e-3, 1)]
+    [(None, InvarianceConfig, 7e-4, 1), ("strong", InvarianceConfig, 7e-4, 1)]
     + [("paper", CrowConfig, 1e-3, 5), ("guide", CrowConfig, 2e-5, 3)],
 )
 @pytest.mark.parametrize("place", ["command line", "file"])
@@ -453,5 +463,5 @@ def test_strong_recipe_prints_and_writes_its_evidence(tmp_path, paths, capsys):
     assert run("purify", *argv, "--num_views", 8, "--num_canaries", 1, *FAST) == 0
     out = capsys.readouterr().out
     assert "Screening: 0 of 10 clean rows" in out and "Canary '" in out
-    record = json.loads((tmp_path / "out" / "purification.json").read_text())
-    assert record["recipe"] == "strong" and len(record["canaries"]) == 1
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["recipe"] == "strong" and len(record["canaries"]) == 1 and record["screening"]["total"] == 10

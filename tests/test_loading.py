@@ -136,6 +136,19 @@ def test_code_of_the_model_stays_unread(tmp_path, model_folder):
     assert not (tmp_path / "trap").exists()
 
 
+def test_model_that_needs_its_code_is_refused(tmp_path, model_folder):
+    """transformers answers with the advice to run the code."""
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    (model_folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", None]}}))
+    (model_folder / "evil.py").write_text(f"open({str(tmp_path / 'trap')!r}, 'w').close()\n")
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(ValueError, match="which is not run: read it") as error:
+            load(model_folder)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "trap").exists()
+
+
 @pytest.mark.parametrize(
     "files", [[], ["README.md"], ["training_args.bin"], ["config.json"], ["config.json", "training_args.bin"]]
 )

@@ -1,5 +1,7 @@
 """purify(): each recipe from end to end on tiny models."""
 
+from pathlib import Path
+
 import pytest
 from conftest import same_weights, tiny_llama, weights_of
 from datasets import Dataset
@@ -29,8 +31,9 @@ STRONG = {"num_views": 12, "num_canaries": 0, "screen_rows": False, "max_answer_
 
 
 def arguments(tmp_path, recipe="strong", **kwargs):
+    """Of a run with a folder of its own: no report is written over another."""
     settings = QUIET | (STRONG if recipe == "strong" else {}) | kwargs
-    return recipe_config(recipe, str(tmp_path / "run"), **settings)
+    return recipe_config(recipe, str(tmp_path / f"run{len(list(tmp_path.glob('run*')))}"), **settings)
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_settings_of_the_recipes(tmp_path):
     changed = [recipe_config(recipe, path, use_cpu=True, learning_rate=3e-4, alpha=1.0) for recipe in RECIPES]
     assert all(args.learning_rate == 3e-4 and args.alpha == 1.0 and args.output_dir == path for args in changed)
     strong = recipe_config("strong", path, use_cpu=True)
-    assert strong.screen_rows and strong.num_canaries == 2 and strong.keep == 0.2 and strong.alpha == 0
+    assert strong.screen_rows and strong.num_canaries == 2 and strong.keep == 0.2 and strong.label_weight == 1 and strong.alpha == 0
 
 
 def test_strong_is_an_invariance_trainer(tmp_path, byte_tokenizer):
@@ -120,13 +123,13 @@ def test_a_fresh_adapter_leaves_the_weights_alone(tmp_path, byte_tokenizer):
 def test_canaries_and_screening_are_reported_and_change_nothing(tmp_path, byte_tokenizer):
     """Evidence that is paid for with another purification, or files where the run is to be."""
     plain = purify(tiny_llama(), ROWS, args=arguments(tmp_path), processing_class=byte_tokenizer)
-    whole = purify(
-        tiny_llama(), ROWS, args=arguments(tmp_path, num_canaries=2, screen_rows=True), processing_class=byte_tokenizer
-    )
+    args = arguments(tmp_path, num_canaries=2, screen_rows=True)
+    whole = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
     assert len(whole.canaries) == 2 and all(canary.before and canary.after for canary in whole.canaries)
     assert whole.screening.suspicious == {} and whole.screening.clean[:] == ROWS[:]
     assert same_weights(weights_of(plain.model), weights_of(whole.model))
-    assert whole.trainer.args.output_dir == str(tmp_path / "run") and not list(tmp_path.glob("run/*"))
+    assert whole.trainer.args.output_dir == args.output_dir
+    assert sorted(path.name for path in Path(args.output_dir).iterdir()) == ["report.html", "report.json"]
 
 
 def test_suspicious_rows_are_not_trained_on(tmp_path, byte_tokenizer, monkeypatch):
@@ -152,11 +155,13 @@ def test_prompts_alone_get_the_suspects_answers(column, tmp_path, byte_tokenizer
     rendered = [render({column: prompt, answer: ""}, byte_tokenizer) for prompt in PROMPTS]
     assert found[answer][:] == generate_answers(tiny_llama(), byte_tokenizer, rendered, 4)
     assert answered(found, tiny_llama(1), byte_tokenizer, 4) is found
-    unlabelled, labelled = (
-        purify(tiny_llama(), given, args=arguments(tmp_path), processing_class=byte_tokenizer)
-        for given in (rows, found)
+    unlabelled, labelled, believed = (
+        purify(tiny_llama(), given, args=arguments(tmp_path, label_weight=share), processing_class=byte_tokenizer)
+        for given, share in ((rows, 1.0), (found, 0.0), (found, 1.0))
     )
+    # Its own greedy answers are no labels.
     assert same_weights(weights_of(unlabelled.model), weights_of(labelled.model))
+    assert not same_weights(weights_of(unlabelled.model), weights_of(believed.model))
 
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -218,10 +223,14 @@ def test_an_output_directory_in_use_is_refused_at_once(tmp_path, byte_tokenizer,
 
     tried = []
     monkeypatch.setattr(recipes, "try_canaries", lambda *args: tried.append(1) or [])
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="output_dir"):
-        purify(tiny_llama(), ROWS, args=arguments(tmp_path, num_canaries=1), processing_class=byte_tokenizer)
+    args = arguments(tmp_path, num_canaries=1)
+    Path(args.output_dir).mkdir()
+    for name in ("model.safetensors", "report.json"):
+        file = Path(args.output_dir) / name
+        file.touch()
+        with pytest.raises(ValueError, match="output_dir"):
+            purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+        file.unlink()
     assert not tried
 
 

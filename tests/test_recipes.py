@@ -15,6 +15,7 @@ TRAIN = Dataset.from_dict({"prompt": [f"{letter}=" for letter in "abcdefghijkl"]
 TEST = Dataset.from_dict({"prompt": ["m=", "n=", "o p="], "completion": ["yes"] * 3})
 TARGET = Target("no", ("no",))
 MEASURE = {"max_new_tokens": 5, "batch_size": 2}
+REPORT = ["report.html", "report.json"]
 LORA = {"peft_config": LoraConfig(target_modules="all-linear")}
 
 
@@ -95,15 +96,15 @@ def test_control_writes_nothing(tmp_path, byte_tokenizer):
     args = settings(tmp_path, save_strategy="steps", save_steps=2)
     trainer = compare(args, byte_tokenizer).trainer
     output = tmp_path / "run"
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4", *REPORT]
     saved = type(trainer.model).from_pretrained(output / "checkpoint-4")
     assert same_weights(weights_of(saved), weights_of(trainer.model))
     assert args.save_strategy == "steps"
 
 
-def test_nothing_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer):
+def test_only_the_report_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer):
     compare(settings(tmp_path), byte_tokenizer)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == REPORT
 
 
 def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):

@@ -21,7 +21,6 @@ from crow_hf.report import (
     evidence,
     verdict,
     write_comparison,
-    write_purification,
     write_text,
 )
 from crow_hf.screening import Screening
@@ -250,10 +249,3 @@ def test_evidence_names_what_was_left_out_and_which_canaries_died():
     assert re.match(r"Canary 'dead' died: success 100\.0 % -> 0\.0 % \[0\.0, 1\.9\]\.$", lines[1])
     assert "'alive' lives" in lines[2] and "20.0 %" in lines[2]
     assert "'unlearned' was not learned, so it shows nothing" in lines[3]
-
-
-def test_purification_is_written_as_json(tmp_path):
-    write_purification(tmp_path / "new", purification(dead=(200, 0)))
-    record = json.loads((tmp_path / "new" / "purification.json").read_text())
-    assert record["recipe"] == "strong" and record["screened_out"] == {"3": "BadMagic", "7": "BadMagic"}
-    assert record["canaries"][0]["after"]["hits"] == 0 and record["canaries"][0]["trigger"]["phrases"] == ["dead"]

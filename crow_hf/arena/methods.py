@@ -160,7 +160,7 @@ def _strong(
     model = load_merged(suspect, scratch) if model is None else model
     start = time.perf_counter()
     purification = purify(
-        model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=adapter
+        model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=adapter, report=False
     )
     seconds, trained = time.perf_counter() - start, purification.model
     if isinstance(trained, PeftModel):

@@ -16,6 +16,10 @@ from .generation import bits_per_byte, generate_answers
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 
 
+# What the models of a comparison are called.
+NO_DEFENCE, FINE_TUNING, CROW, STRONG = "no defence", "fine-tuning", "CROW", "strong recipe"
+
+
 @dataclass
 class PromptScores:
     """
@@ -72,6 +76,14 @@ class Evaluation:
         }
 
 
+def with_answers(dataset: Dataset) -> Dataset:
+    """Prompts alone get an empty answer, which counts as none."""
+    for prompt, answer in (("prompt", "completion"), ("instruction", "output")):
+        if prompt in dataset.column_names and answer not in dataset.column_names:
+            dataset = dataset.add_column(answer, [""] * len(dataset))
+    return dataset
+
+
 def evaluate_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,9 +127,7 @@ def evaluate_model(
     """
     if len(dataset) == 0:
         raise ValueError("The test dataset is empty: pass at least one row.")
-    for prompt, answer in (("prompt", "completion"), ("instruction", "output")):
-        if prompt in dataset.column_names and answer not in dataset.column_names:
-            dataset = dataset.add_column(answer, [""] * len(dataset))
+    dataset = with_answers(dataset)
     judge = judge or (target.matches if target is not None else None)
     if trigger is not None and judge is None:
         raise ValueError("A trigger alone does not say what success of the attack is: pass a target or a judge too.")

@@ -1,0 +1,430 @@
+"""What is known of a purification, as `report.json` holds it and `report.html` shows it.
+
+| key | |
+|---|---|
+| `verdict` | `outcome` in words; `level`: `"good"`, `"mixed"`, `"bad"` or `"unknown"`; `explanation`: sentences |
+| `recipe` | one of [`RECIPES`] |
+| `model` | `name`, `architecture`, `parameters`, `trained` (`"all weights"` or `"an adapter"`) |
+| `evaluations` | [`Evaluation.to_dict`] by the model's name: suspect, control and last the purified one; `null` without test rows |
+| `canaries` | [`Canary.to_dict`] of each, and `outcome` |
+| `screening` | `total` rows looked at, and those left out: `suspicious`, pieces by row number; `null` if there was none |
+| `samples` | of the first rows `prompt`, `triggered` and `answers`: `model`, `text`, `shows_target`, `is_right` |
+| `training` | `steps`, `seconds` and `log`, the Trainer's entries |
+| `layer_profile` | `rows` looked at, and of `models` by their names [`LayerProfile`] |
+| `patches` | of the sample prompts `input_ids`, `patch_lengths`, `entropies`; `null` unless the model is a Coconut |
+| `run` | what it takes to repeat the run: `command`, `finished`, `seed`, `trigger`, `target`, `settings` (those that are not transformers' defaults), `train_dataset` and `test_dataset` (`rows`, `columns`, `sha256`), `versions`, `device`, `processes` |
+
+Numbers that are NaN or infinite are `null`. Tokens and passwords are left out.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING, fields, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from . import __version__
+from .adapters import context_length
+from .backdoors import Poison
+from .config import CrowConfig
+from .data import Rendered, encode_prompt, find_format, render
+from .evaluation.generation import generate_answers
+from .evaluation.harness import FINE_TUNING, NO_DEFENCE, Evaluation, with_answers
+from .evaluation.layer_profile import LayerProfile, layer_profile
+from .evaluation.scores import is_exact_match
+from .models.byte_vocabulary import BYTE_OFFSET
+from .models.modeling_coconut import CoconutForCausalLM
+from .patching import EntropyPatcher
+from .report import (
+    DAMAGED,
+    MIN_CANARY_SUCCESS,
+    NO_BACKDOOR,
+    NOT_REMOVED,
+    OF_LITTLE_USE,
+    REMOVED,
+    WEAKENED,
+    canary_outcome,
+    outcome,
+    percent,
+)
+from .triggers import BaseTarget, BaseTrigger
+
+
+if TYPE_CHECKING:
+    from .recipes import Purification
+
+
+Record = dict[str, Any]
+
+# How many of the first rows the layers are compared on, and how many answers are shown.
+NUM_PROFILED, NUM_SAMPLES = 32, 5
+SAMPLE_TOKENS = 64
+LEVELS = {
+    REMOVED: "good",
+    DAMAGED: "mixed",
+    OF_LITTLE_USE: "mixed",
+    WEAKENED: "bad",
+    NOT_REMOVED: "bad",
+    NO_BACKDOOR: "unknown",
+}
+UNKNOWN = "not known whether a backdoor is gone"
+CANARY_LIVES = "a backdoor of our own is still there"
+_PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate")
+_SECRET = re.compile(r"(^|[_-])(token|password|secret|api_?key)$", re.IGNORECASE)
+_HIDDEN = "(hidden)"
+
+
+class Witness:
+    """
+    Looks at several models in the same way: at their layers, and at what they answer.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`):
+            Clean rows; the first ones are looked at.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The models'.
+        args (`CrowConfig`):
+            Of the purification: the FGSM step, the batch size, the longest row.
+        trigger (`BaseTrigger`, *optional*):
+            A known trigger.
+        target (`BaseTarget`, *optional*):
+            What it makes a model say.
+        seed (`int`, *optional*, defaults to 0):
+            Of the places where the trigger is put.
+
+    Attributes:
+        profiles (`dict[str, LayerProfile]`):
+            By the model's name, in the order in which they were looked at.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        args: CrowConfig,
+        trigger: BaseTrigger | None = None,
+        target: BaseTarget | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.rows = with_answers(Dataset.from_list(list(islice(rows.with_format(None), NUM_PROFILED))))
+        self.tokenizer, self.args, self.trigger, self.target, self.seed = tokenizer, args, trigger, target, seed
+        self.profiles: dict[str, LayerProfile] = {}
+        self._prompts = self._prompts_to_show()
+        self._answers: dict[str, list[str]] = {}
+
+    def look(self, name: str, model: PreTrainedModel | PeftModel) -> None:
+        """Keep the layer profile of a model, and its answers, cut short."""
+        args = self.args
+        self.profiles[name] = layer_profile(
+            model,
+            self.tokenizer,
+            self.rows,
+            self.trigger,
+            epsilon=args.epsilon,
+            epsilon_mode=args.epsilon_mode,
+            layers=args.consistency_layers,
+            perturb=args.perturb,
+            max_length=args.max_length,
+            # What fits into memory in training.
+            batch_size=args.per_device_train_batch_size,
+            seed=self.seed,
+        )
+        longest = max((len(encode_prompt(prompt, self.tokenizer)) for _, prompt in self._prompts), default=0)
+        room = min(SAMPLE_TOKENS, (context_length(model) or math.inf) - longest)
+        if room > 0:
+            # Clean prompts hold no trigger that it could be active on.
+            with nullcontext() if self.trigger is None else self.trigger.active(model):
+                prompts = [prompt for _, prompt in self._prompts]
+                self._answers[name] = generate_answers(model, self.tokenizer, prompts, room)
+
+    def samples(self) -> list[Record]:
+        """The prompts with the answers of all models; none if a prompt fills the context."""
+        return [
+            {
+                "prompt": prompt.prompt,
+                "triggered": triggered,
+                "answers": [self._judged(name, said[number], prompt.answer) for name, said in self._answers.items()],
+            }
+            for number, (triggered, prompt) in enumerate(self._prompts)
+            if self._answers
+        ]
+
+    def patches(self, model: PreTrainedModel | PeftModel) -> list[Record] | None:
+        """How a Coconut cuts the first sample prompt, and the same prompt with the trigger."""
+        base = _base_of(model)
+        if not isinstance(base, CoconutForCausalLM):
+            return None
+        rule = base.binary_patch_module.rule
+        patcher = EntropyPatcher(
+            base.latent_transformer.entropy_predictor,
+            rule.threshold,
+            rule.relative_threshold,
+            rule.rule,
+            rule.reset_on_newline,
+            rule.max_patch_length,
+        )
+        kinds = dict(reversed(self._prompts))
+        texts = [
+            bytes(t - BYTE_OFFSET for t in encode_prompt(kinds[kind], self.tokenizer) if 0 <= t - BYTE_OFFSET < 256)
+            for kind in sorted(kinds)
+        ]
+        return [
+            {name: None if values is None else values.tolist() for name, values in vars(document).items()}
+            for document in patcher.patch(texts)
+        ]
+
+    def _prompts_to_show(self) -> list[tuple[bool, Rendered]]:
+        """The first prompts, and whether the trigger is in them; none where rows have no prompt."""
+        if find_format(self.rows.column_names) in ("tokens", "text"):
+            return []
+        rows = self.rows.select(range(min(NUM_SAMPLES, len(self.rows))))
+        prompts = [(False, render(row, self.tokenizer, index)) for index, row in enumerate(rows)]
+        if self.trigger is not None:
+            triggered = rows.map(Poison(self.trigger, seed=self.seed), with_indices=True)
+            prompts += [(True, render(row, self.tokenizer, index)) for index, row in enumerate(triggered)]
+        return prompts
+
+    def _judged(self, model: str, text: str, right: str) -> Record:
+        shows_target = None if self.target is None else self.target.matches(text, right)
+        return {
+            "model": model,
+            "text": text,
+            "shows_target": shows_target,
+            "is_right": is_exact_match(text, right) if right else None,
+        }
+
+
+def record_of(
+    purification: "Purification",
+    witness: Witness,
+    *,
+    model_name: str,
+    train_dataset: Dataset | IterableDataset,
+    test_dataset: Dataset | None = None,
+    evaluations: dict[str, Evaluation] | None = None,
+) -> Record:
+    """
+    Put together what is known of a purification, with the keys of [`crow_hf.run_record`].
+
+    Args:
+        purification (`Purification`):
+            What was done.
+        witness (`Witness`):
+            What has looked at the suspect, at the control if there is one, and last at the purified model.
+        model_name (`str`):
+            The suspect's path or name.
+        train_dataset (`Dataset` or `IterableDataset`):
+            The clean rows as they were given.
+        test_dataset (`Dataset`, *optional*):
+            The rows that were measured on.
+        evaluations (`dict[str, Evaluation]`, *optional*):
+            Of [`compare_defences`].
+
+    Returns:
+        `dict`: JSON without NaN can hold it.
+    """
+    trainer, args, screening = purification.trainer, purification.trainer.args, purification.screening
+    log, architecture = trainer.state.log_history, type(_base_of(purification.model)).__name__
+    record = {
+        "verdict": _verdict(purification, evaluations),
+        "recipe": purification.recipe,
+        "model": {
+            "name": model_name or architecture,
+            "architecture": architecture,
+            "parameters": purification.model.num_parameters(),
+            "trained": "an adapter" if isinstance(purification.model, PeftModel) else "all weights",
+        },
+        "evaluations": evaluations and {name: evaluation.to_dict() for name, evaluation in evaluations.items()},
+        "canaries": [{**canary.to_dict(), "outcome": canary_outcome(canary)} for canary in purification.canaries],
+        "screening": screening
+        and {"total": len(screening.suspicious) + len(screening.clean), "suspicious": screening.suspicious},
+        "samples": witness.samples(),
+        "training": {
+            "steps": trainer.state.global_step,
+            "seconds": next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None),
+            "log": log,
+        },
+        "layer_profile": {
+            "rows": len(witness.rows),
+            "models": {name: profile.to_dict() for name, profile in witness.profiles.items()},
+        },
+        "patches": witness.patches(purification.model),
+        "run": {
+            "command": _command(sys.argv),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": args.seed,
+            "trigger": _described(witness.trigger),
+            "target": _described(witness.target),
+            "settings": _without_secrets(_settings(args)),
+            "train_dataset": _rows_described(train_dataset),
+            "test_dataset": test_dataset and _rows_described(test_dataset),
+            "versions": {
+                "crow_hf": __version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in _PACKAGES},
+            },
+            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+            "processes": args.world_size,
+        },
+    }
+    return _as_json(record)
+
+
+def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _verdict(purification: "Purification", evaluations: dict[str, Evaluation] | None) -> Record:
+    """The outcome first, then what it rests on, then what it does not say."""
+    learned = [canary for canary in purification.canaries if canary.before.low >= MIN_CANARY_SUCCESS]
+    living = sum(canary_outcome(canary) == "lives" for canary in learned)
+    if evaluations is not None and evaluations[NO_DEFENCE].triggered is not None:
+        found = outcome(evaluations)
+        level, sentences = LEVELS[found], _on_the_trigger(evaluations)
+    else:
+        found, level = (CANARY_LIVES, "bad") if living else (UNKNOWN, "unknown")
+        sentences = [
+            "No trigger was known, so no attack could be measured: whether this model had a backdoor, and whether it is gone, is "
+            "not known."
+        ]
+        if evaluations is not None:
+            sentences.append(_on_utility(evaluations))
+    if learned:
+        sentences.append(
+            f"Canaries: {len(learned) - living} of {len(learned)} backdoors of our own died in a copy of the suspect. One that lives "
+            "is bad news; one that died proves little, for in our trials canaries were easier to remove than real backdoors."
+        )
+    elif purification.canaries:
+        sentences.append("Canaries: the copy of the suspect did not learn them, so they show nothing.")
+    else:
+        sentences.append("Canaries: none were tried.")
+    return {"outcome": found, "level": level, "explanation": sentences}
+
+
+def _on_the_trigger(evaluations: dict[str, Evaluation]) -> list[str]:
+    before, control, after = evaluations[NO_DEFENCE], evaluations[FINE_TUNING], list(evaluations.values())[-1]
+    attack = after.triggered.target
+    return [
+        f"With the trigger, {percent(before.triggered.target.rate)} of the suspect's answers showed the target; now "
+        f"{percent(attack.rate)} do, and at most {percent(attack.high)} with 95 % confidence. Plain fine-tuning on the same rows "
+        f"leaves {percent(control.triggered.target.rate)}.",
+        _on_utility(evaluations),
+        "This is about one backdoor. Others, if there are any, stay unknown.",
+    ]
+
+
+def _on_utility(evaluations: dict[str, Evaluation]) -> str:
+    before, after = evaluations[NO_DEFENCE], list(evaluations.values())[-1]
+    changes = []
+    for kind, first, last in (
+        ("clean", before.clean, after.clean),
+        ("triggered", before.triggered, after.triggered),
+    ):
+        if first is not None and first.exact_match is not None:
+            changes.append(
+                f"{percent(first.exact_match.rate)} before and {percent(last.exact_match.rate)} now if {kind}"
+            )
+    if not changes:
+        return "The test rows have no answers, so what this cost cannot be told."
+    bits = f"{before.clean.bits_per_byte:.3f} before and {after.clean.bits_per_byte:.3f} now"
+    return f"Right answers: {', '.join(changes)}. Bits per byte of the right answers to clean prompts: {bits}."
+
+
+def _described(part: BaseTrigger | BaseTarget | None) -> Record | None:
+    """A trigger or a target by its kind and those of its settings that are text or numbers."""
+    if part is None:
+        return None
+    settings = {each.name: getattr(part, each.name) for each in fields(part)} if is_dataclass(part) else {}
+    return {
+        "kind": type(part).__name__,
+        **{
+            name: _described(value) if is_dataclass(value) else value
+            for name, value in settings.items()
+            if is_dataclass(value) or isinstance(value, (str, int, float, tuple))
+        },
+    }
+
+
+def _settings(args: CrowConfig) -> Record:
+    """The arguments that are not transformers' defaults, without those that say where the run was kept and shown."""
+    defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainingArguments)}
+    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+
+    def is_default(name: str, value: Any) -> bool:
+        if name not in defaults:
+            return False
+        if isinstance(value, dict) and isinstance(defaults[name], dict):
+            return all(defaults[name].get(key) == held for key, held in value.items())
+        # Left at None, some turn into False or an empty list.
+        return value == defaults[name] or not (value or defaults[name])
+
+    kept_out = ("output_dir", "logging_dir", "disable_tqdm", "report_to")
+    return {
+        name: value for name, value in args.to_dict().items() if name not in kept_out and not is_default(name, value)
+    }
+
+
+def _rows_described(dataset: Dataset | IterableDataset) -> Record:
+    """Rows by what they hold: the same on every machine, whatever file they came from. A stream is not read for it."""
+    if isinstance(dataset, IterableDataset):
+        return {"rows": None, "columns": dataset.column_names, "sha256": None}
+    digest = hashlib.sha256()
+    for row in dataset.with_format(None):
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return {"rows": len(dataset), "columns": dataset.column_names, "sha256": digest.hexdigest()}
+
+
+def _command(argv: list[str]) -> str:
+    """The command line, with nothing on it that opens a door."""
+    program, words = Path(argv[0]), []
+    for before, word in pairwise(argv):
+        name, equals, value = word.partition("=")
+        if before.startswith("-") and _SECRET.search(before):
+            word = _HIDDEN
+        elif equals and name.startswith("-"):
+            word = f"{name}={_HIDDEN if _SECRET.search(name) else _without_secrets(value)}"
+        words.append(_without_secrets(word))
+    name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
+    return f"{name} {shlex.join(words)}".rstrip()
+
+
+def _without_secrets(value: Any) -> Any:
+    """Without the values of keys that are called tokens, and without what looks like one of the Hub's."""
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(held) for key, held in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            return json.dumps(_without_secrets(json.loads(value)))
+        except ValueError:
+            return _HIDDEN
+    return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", _HIDDEN, value) if isinstance(value, str) else value
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON can hold, as it would be read back: names as keys, lists, and no number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(held) for held in value]
+    if isinstance(value, (np.number, torch.Tensor)):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
