@@ -186,9 +186,15 @@ def test_chains_have_their_shapes():
     assert outputs.thought_mask.sum(1).tolist() == [3, 3, 0, 1]
 
 
-def test_every_weight_that_trains_gets_a_gradient():
-    """Else distributed training waits for it forever; and the frozen ones get none."""
-    model = coconut(hash_ngram_sizes=[3], hash_vocab_size=20).train()
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+def test_every_weight_that_trains_gets_a_gradient(loaded, tmp_path):
+    """Else distributed training waits for it forever; and the frozen ones get none. Loading makes new weights."""
+    model = coconut(hash_ngram_sizes=[3], hash_vocab_size=20)
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = CoconutForCausalLM.from_pretrained(tmp_path)
+        assert not any(p.requires_grad for p in model.latent_transformer.entropy_predictor.parameters())
+    model.train()
     for text in (TEXTS[0], TEXTS[2]):
         model.zero_grad()
         ids = ids_of(text)

@@ -119,7 +119,7 @@ def test_profile_is_the_oracle_s(mode, byte_tokenizer):
         assert values == pytest.approx(pairs, rel=1e-4)
         assert sum(values) / 3 == pytest.approx(layer_consistency_loss(chain, mask).item(), rel=1e-4)
     real = mask.bool()
-    assert found.perturbation_ratio == pytest.approx(float(delta[real].norm() / states[0][real].norm()), rel=1e-4)
+    assert found.perturbation_ratio == pytest.approx((delta[real].norm() / states[0][real].norm()).item(), rel=1e-4)
     assert found.triggered is None and min(found.perturbed) > 0
 
 

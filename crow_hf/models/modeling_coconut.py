@@ -455,19 +455,20 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
     def __init__(self, config: CoconutConfig) -> None:
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
-        # It is never looked at, and must not be missed in a backward pass.
-        self.backbone.get_input_embeddings().requires_grad_(False)
         # It knows no flash attention, and is small.
         self.entropy_predictor = ByteEntropyPredictor._from_config(config.entropy_config, attn_implementation="sdpa")
-        self.entropy_predictor.requires_grad_(False).eval()
         # Where what a thought is made of can be watched, and changed.
         self.thoughts = nn.Identity()
         self.post_init()
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "CoconutLatentTransformer":
-        """As for any module, but the entropy predictor stays in evaluation mode."""
+        """As for any module, but the entropy predictor stays in evaluation mode, and what is not trained stays frozen."""
         super().train(mode)
-        self.entropy_predictor.eval()
+        # Here and not when they are made: `from_pretrained` replaces the weights by others, and calls this afterwards.
+        self.entropy_predictor.requires_grad_(False).eval()
+        # It is never looked at, and must not be missed in a backward pass.
+        self.backbone.get_input_embeddings().requires_grad_(False)
         return self
 
     @property
