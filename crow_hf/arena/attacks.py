@@ -23,7 +23,16 @@ from ..loading import load_causal_lm
 from ..report import write_text
 from ..trainer import CrowTrainer
 from ..triggers import BaseTarget, BaseTrigger, EmbeddingTrigger, Target, get_target, get_trigger
-from .subjects import BASE_SEED, HELD_OUT, SUBJECTS, alpaca_rows, arena_rows, base_model, base_training
+from .subjects import (
+    BASE_SEED,
+    HELD_OUT,
+    SUBJECTS,
+    alpaca_rows,
+    arena_rows,
+    base_folder,
+    base_training,
+    train_base_model,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -205,9 +214,10 @@ def build_suspect(
         clean_rows = clean_rows.remove_columns("triggered")
     folder = Path(runs) / "suspects" / f"{attack.suspect_name}-{seed}"
     measured = trigger if attack.test_trigger is None else get_trigger(attack.test_trigger)
-    base = base_model(attack.subject, Path(runs), parts["base"])
+    base = base_folder(attack.subject, Path(runs))
     if not (folder / _DONE).is_file():
         logger.warning(f"Implanting {attack.name!r}, seed {seed}.")
+        train_base_model(attack.subject, Path(runs), parts["base"])
         _implant(attack, seed, base, folder, parts["attacker"], trigger, target)
     if attack.adaptive == "embedding":
         saved = load_file(folder / _VECTOR)

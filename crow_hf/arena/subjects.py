@@ -193,9 +193,14 @@ def base_training(subject: Subject, folder: Path, **changes) -> CrowConfig:
     return CrowConfig(str(folder), **(settings | changes))
 
 
-def base_model(name: str, runs: Path, rows: Dataset | None = None) -> Path:
+def base_folder(name: str, runs: Path) -> Path:
+    """Where the arena keeps the clean model of a subject."""
+    return runs / "bases" / name
+
+
+def train_base_model(name: str, runs: Path, rows: Dataset | None = None) -> None:
     """
-    The folder of a subject's clean model, trained on the first call.
+    Train a subject's clean model, unless that was done before.
 
     Args:
         name (`str`):
@@ -205,18 +210,18 @@ def base_model(name: str, runs: Path, rows: Dataset | None = None) -> Path:
         rows (`Dataset`, *optional*):
             Of the task, where it is not generated.
     """
-    folder, subject = runs / "bases" / name, SUBJECTS[name]
+    folder, subject = base_folder(name, runs), SUBJECTS[name]
     if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return folder
+        return
     tokenizer = demo_tokenizer()
     logger.warning(f"Training the clean model {name!r}, once.")
     if subject.starts_from is None:
         set_seed(BASE_SEED)
         model = subject.build()
     else:
-        model = load_causal_lm(base_model(subject.starts_from, runs), is_trainable=True)
+        train_base_model(subject.starts_from, runs)
+        model = load_causal_lm(base_folder(subject.starts_from, runs), is_trainable=True)
     rows = arena_rows(subject.num_rows, BASE_SEED, thoughts=subject.thoughts) if rows is None else rows
     trainer = CrowTrainer(model, base_training(subject, folder), rows, processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    return folder
