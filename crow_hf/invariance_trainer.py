@@ -23,10 +23,10 @@ logger = logging.get_logger(__name__)
 
 class InvarianceTrainer(CrowTrainer):
     """
-    Purify a causal LM by teaching it to answer as it does, whatever is inserted into the prompt ([`crow_hf.invariance`]).
+    Purify a causal LM by teaching it to give the same answers, whatever is inserted into the prompt ([`crow_hf.invariance`]).
 
-    The suspect is its own teacher. With a fresh adapter (`peft_config`) that is the model without it; otherwise a frozen copy,
-    which takes the memory of a second model.
+    The suspect, frozen, is what the adversary attacks, and teaches what the rows do not. With a fresh adapter (`peft_config`) that is
+    the model without it; otherwise a copy, which takes the memory of a second model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):

@@ -223,7 +223,7 @@ def _results(evaluation: Evaluation, test_dataset: str | None) -> list[EvalResul
 def _origin(trainer: "CrowTrainer", suspect: str) -> str:
     """What was done, and to which model."""
     if isinstance(trainer.args, InvarianceConfig):
-        method = 'the recipe "strong" of `crow_hf`: it answers as before, whatever is inserted into the prompt'
+        method = 'the recipe "strong" of `crow_hf`: it gives the same answers, whatever is inserted into the prompt'
     elif trainer.args.alpha > 0:
         method = "CROW ([paper](https://huggingface.co/papers/2411.12768)), a loss that keeps consecutive layers in agreement"
     else:

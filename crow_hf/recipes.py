@@ -158,17 +158,16 @@ def purify(
     def finished(
         trainer: CrowTrainer, rows: Dataset, screening: Screening | None, canaries: list[Canary]
     ) -> Purification:
-        purification = Purification(trainer.model, recipe, trainer, screening, canaries)
-        if not report:
-            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-            return purification
-        witness = Witness(rows, processing_class, args)
-        with trainer.accelerator.autocast():
-            witness.look(NO_DEFENCE, trainer.model)
+        witness = Witness(rows, processing_class, args) if report else None
+        if report:
+            with trainer.accelerator.autocast():
+                witness.look(NO_DEFENCE, trainer.model)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        with _reporting(args), trainer.accelerator.autocast():
-            witness.look(_name_of(recipe), trainer.model)
-            _write_report(record_of(purification, witness, model_name=path, train_dataset=dataset), purification)
+        purification = Purification(trainer.model, recipe, trainer, screening, canaries)
+        if report:
+            with _reporting(args), trainer.accelerator.autocast():
+                witness.look(_name_of(recipe), purification.model)
+                _write_report(record_of(purification, witness, model_name=path, train_dataset=dataset), purification)
         return purification
 
     if recipe != "strong":

@@ -179,6 +179,10 @@ def test_purify_writes_both_files(recipe, tmp_path, byte_tokenizer):
     assert len(record["samples"]) == 5 and not any(sample["triggered"] for sample in record["samples"])
     assert record["training"]["steps"] == 2 and record["model"]["name"] == "LlamaForCausalLM"
     assert record["verdict"]["outcome"] == UNKNOWN
+    # What the suspect was like can only be seen before the training, which changes it.
+    for name, model in (("no defence", tiny_llama()), (record["samples"][0]["answers"][1]["model"], found.model)):
+        wanted = layer_profile(model, byte_tokenizer, ROWS)
+        assert record["layer_profile"]["models"][name]["clean"] == pytest.approx(wanted.clean, rel=1e-5), name
 
 
 @pytest.mark.parametrize("recipe", ["strong", "guide"])
@@ -319,7 +323,7 @@ def test_a_report_that_fails_loses_no_model(tmp_path, byte_tokenizer, monkeypatc
         raise OSError("no space left")
 
     monkeypatch.setattr(recipes, "write_report", fail)
-    logging.getLogger("crow_hf").addHandler(caplog.handler)
+    monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     found = purify(tiny_llama(), ROWS, "guide", arguments(tmp_path), processing_class=byte_tokenizer)
     assert not same_weights(weights_of(found.model), weights_of(tiny_llama()))
     assert "no space left" in caplog.text and found.report["recipe"] == "guide"

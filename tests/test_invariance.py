@@ -47,6 +47,7 @@ def config(tmp_path, **kwargs):
         "per_device_train_batch_size": 4,
         "num_views": 12,
         "keep": 0.0,
+        "label_weight": 0.0,
         "warmup_steps": 0,
     }
     return InvarianceConfig(str(tmp_path / "run"), **(defaults | kwargs))

@@ -93,7 +93,8 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
     (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     metric = "crow_hf/evaluation/metrics/attack_success_rate/attack_success_rate.py"
     predictor = {f"crow_hf/models/default_entropy_predictor/{name}" for name in ("config.json", "model.safetensors")}
-    sources = {path.relative_to(ROOT.parent).as_posix() for path in ROOT.rglob("*.py")}
+    files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.jinja")]
+    sources = {path.relative_to(ROOT.parent).as_posix() for path in files}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"crow_hf/py.typed", metric} | predictor | sources <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]

@@ -89,7 +89,13 @@ def test_settings_of_the_recipes(tmp_path):
     changed = [recipe_config(recipe, path, use_cpu=True, learning_rate=3e-4, alpha=1.0) for recipe in RECIPES]
     assert all(args.learning_rate == 3e-4 and args.alpha == 1.0 and args.output_dir == path for args in changed)
     strong = recipe_config("strong", path, use_cpu=True)
-    assert strong.screen_rows and strong.num_canaries == 2 and strong.keep == 0.2 and strong.label_weight == 1 and strong.alpha == 0
+    assert (
+        strong.screen_rows
+        and strong.num_canaries == 2
+        and strong.keep == 0.2
+        and strong.label_weight == 1
+        and strong.alpha == 0
+    )
 
 
 def test_strong_is_an_invariance_trainer(tmp_path, byte_tokenizer):

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
+from crow_hf.html_report import write_report
 from crow_hf.recipes import Comparison, purify
 
 
@@ -102,8 +103,14 @@ def test_control_writes_nothing(tmp_path, byte_tokenizer):
     assert args.save_strategy == "steps"
 
 
-def test_only_the_report_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer):
+def test_only_the_report_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer, monkeypatch):
+    """Checkpoints, or a report of the control or of the purification alone before the one of both."""
+    from crow_hf import recipes
+
+    written = []
+    monkeypatch.setattr(recipes, "write_report", lambda *args: written.append(write_report(*args)))
     compare(settings(tmp_path), byte_tokenizer)
+    assert len(written) == 1
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == REPORT
 
 
@@ -135,9 +142,9 @@ def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
     assert all(same_weights(weights_of(model), weights_of(suspect())) for model in loaded)
 
 
-def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog):
+def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, monkeypatch):
     """Utility measured on what was learned."""
-    logging.getLogger("crow_hf").addHandler(caplog.handler)
+    monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     leaking = Dataset.from_list([TRAIN[0], TRAIN[1], *TEST])
     compare_defences(
         suspect,

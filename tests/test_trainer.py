@@ -885,8 +885,8 @@ def test_compiled_models_are_refused(tmp_path):
         crow_args(tmp_path, torch_compile=True)
 
 
-def test_half_precision_weights_are_pointed_out(tmp_path, rows, tiny_llama, caplog):
-    logging.getLogger("crow_hf").addHandler(caplog.handler)
+def test_half_precision_weights_are_pointed_out(tmp_path, rows, tiny_llama, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     build(tmp_path, tiny_llama().bfloat16(), rows)
     assert "half precision" in caplog.text
 
