@@ -26,7 +26,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice, pairwise
@@ -171,15 +171,8 @@ class Witness:
         base = _base_of(model)
         if not isinstance(base, CoconutForCausalLM):
             return None
-        rule = base.binary_patch_module.rule
-        patcher = EntropyPatcher(
-            base.latent_transformer.entropy_predictor,
-            rule.threshold,
-            rule.relative_threshold,
-            rule.rule,
-            rule.reset_on_newline,
-            rule.max_patch_length,
-        )
+        rule = asdict(base.binary_patch_module.rule)
+        patcher = EntropyPatcher(base.latent_transformer.entropy_predictor, **rule)
         kinds = dict(reversed(self._prompts))
         texts = [
             bytes(t - BYTE_OFFSET for t in encode_prompt(kinds[kind], self.tokenizer) if 0 <= t - BYTE_OFFSET < 256)
