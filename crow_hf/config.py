@@ -151,7 +151,7 @@ class InvarianceConfig(CrowConfig):
     > Defaults that differ from [`CrowConfig`]
 
     `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
-    with a tenth of warm-up.
+    with a tenth of warm-up, `train_sampling_strategy="group_by_length"` (decoys differ much in length).
     """
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
@@ -160,6 +160,13 @@ class InvarianceConfig(CrowConfig):
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over all views of the rows."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of all steps below 1."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Order of the views: those of one length together saves padding.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
+    )
 
     decoy_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with decoys."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with adversarial decoys."})

@@ -84,8 +84,8 @@ class ViewRow:
             Of the draw.
 
     Returns:
-        `dict`: `prompts`, the token ids of x, x + d and x + d'; `completion`, those of the answer; `inserted`, where d' begins
-        and ends in its prompt.
+        `dict`: `prompts`, the token ids of x, x + d and x + d'; `completion`, those of the answer; `length`, of the longest
+        view; `inserted`, where d' begins and ends in its prompt.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -102,10 +102,12 @@ class ViewRow:
         prompts = [encode_prompt(view, self.tokenizer) for view in rendered]
         if not prompts[0]:
             raise ValueError(f"Row {index}: the prompt is empty, so there is nothing to answer: fill or drop the row.")
-        room = max(0, self.max_length - max(len(prompt) for prompt in prompts))
+        longest = max(len(prompt) for prompt in prompts)
+        completion = encode_completion(rendered[0], self.tokenizer)[: max(0, self.max_length - longest)]
         return {
             "prompts": prompts,
-            "completion": encode_completion(rendered[0], self.tokenizer)[:room],
+            "completion": completion,
+            "length": longest + len(completion),
             "inserted": inserted_span(prompts[0], prompts[2]),
         }
 

@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from .adapters import adapter_of
@@ -19,6 +21,19 @@ from .trainer import CrowTrainer
 
 
 logger = logging.get_logger(__name__)
+
+
+class _LengthGroupedSampler(LengthGroupedSampler):
+    """That of transformers, but the order depends on the seed and the epoch alone, so that a resumed run goes on with it."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called at the beginning of every epoch."""
+        self.generator.manual_seed(self._seed + epoch)
 
 
 class InvarianceTrainer(CrowTrainer):
@@ -128,6 +143,15 @@ class InvarianceTrainer(CrowTrainer):
     def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """As in [`CrowTrainer`], of the attacked view: all views have the same answers, and it alone has a consistency term."""
         return super()._count(view(batch, 2))
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """As in [`~transformers.Trainer`]; batches of one length are the same in any number of processes."""
+        args = self.args
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        # The optimizer step's rows, whoever has them.
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return _LengthGroupedSampler(batch_size, list(self.train_dataset["length"]), args.data_seed or args.seed)
 
     @torch.no_grad()
     def _mix_in_suspect(self) -> None:

@@ -375,8 +375,11 @@ def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
             How many clean rows there are.
     """
     shared = {each.name: getattr(args, each.name) for each in fields(CrowConfig) if each.init}
-    if isinstance(args, InvarianceConfig) and args.max_steps <= 0:
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps
-        batches = math.ceil(max(args.num_views, num_rows) / batch_size)
-        shared["max_steps"] = math.ceil(args.num_train_epochs * batches)
+    if isinstance(args, InvarianceConfig):
+        # Rows without decoys are of much the same length: the control sees them in any order, as fine-tuning does.
+        shared["train_sampling_strategy"] = "random"
+        if args.max_steps <= 0:
+            batch_size = args.train_batch_size * args.gradient_accumulation_steps
+            batches = math.ceil(max(args.num_views, num_rows) / batch_size)
+            shared["max_steps"] = math.ceil(args.num_train_epochs * batches)
     return CrowConfig(**shared | {"alpha": 0.0})

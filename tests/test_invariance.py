@@ -480,6 +480,47 @@ def test_each_row_comes_as_often_as_the_views_take(tmp_path):
     assert len(build(tmp_path, tiny_llama(), num_views=1).train_dataset) == 12
 
 
+def padded_size(trainer):
+    return sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
+
+
+def test_views_of_one_length_share_a_batch(tmp_path):
+    """Rows in the order they came in, rows lost or doubled, and the length of another view than the longest."""
+    grouped = build(tmp_path, tiny_llama(), num_views=240)
+    drawn = build(tmp_path, tiny_llama(), num_views=240, train_sampling_strategy="random")
+    assert padded_size(grouped) < 0.85 * padded_size(drawn)
+    order = list(grouped._get_train_sampler())
+    assert sorted(order) == list(range(240)) and order != sorted(order)
+    batches = [[grouped.train_dataset[number] for number in order[start : start + 4]] for start in range(0, 240, 4)]
+    assert all(
+        row["length"] == max(len(prompt) + len(row["completion"]) for prompt in row["prompts"])
+        for batch in batches
+        for row in batch
+    )
+
+
+def test_the_order_depends_on_the_seed_and_the_epoch_alone(tmp_path):
+    """An order drawn from the global generator, which a resumed run and another rank find in another state."""
+
+    def orders(**kwargs):
+        sampler = build(tmp_path, tiny_llama(), num_views=60, **kwargs)._get_train_sampler()
+        drawn = []
+        for epoch in (0, 1):
+            torch.rand(3)
+            sampler.set_epoch(epoch)
+            drawn.append(list(sampler))
+        return drawn
+
+    first, second = orders()
+    assert first != second
+    sampler = build(tmp_path, tiny_llama(), num_views=60)._get_train_sampler()
+    sampler.set_epoch(1)
+    assert list(sampler) == second
+    assert orders(data_seed=7)[0] != first
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert orders(**split) == [first, second]
+
+
 def test_training_makes_the_answers_invariant(tmp_path):
     trainer = build(tmp_path, tiny_llama(initializer_range=0.1), max_steps=60, learning_rate=3e-3, num_views=240)
     trainer.train()
