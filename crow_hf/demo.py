@@ -149,8 +149,8 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
 
     Args:
         output_dir (`str` or `Path`):
-            Gets the folders `clean`, `backdoored` (the adapter) and `purified` (merged), and `results.json`,
-            `results.md`, `training.png` and `comparison.png`.
+            Gets the folders `clean`, `backdoored` (the adapter) and `purified` (merged, with `report.html`), and
+            `results.json`, `results.md`, `training.png` and `comparison.png`.
         seed (`int`, *optional*, defaults to 0):
             Of the weights and the rows.
 

@@ -21,7 +21,7 @@ from crow_hf import CoconutForCausalLM, demo, load_causal_lm, load_entropy_predi
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FAST = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
 # Elsewhere, with the server it needs.
-TESTED_BY_ITS_OWN_FILE = {"push_to_hub.py"}
+TESTED_BY_ITS_OWN_FILE = {"push_to_hub.py", "patch_at_scale.py"}
 
 
 @pytest.fixture(autouse=True)
