@@ -1,6 +1,7 @@
 """What a model hands the objective: the embeddings to perturb and the chain of its layers' outputs."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import BltForCausalLM, PreTrainedModel
 
+from .models.byte_vocabulary import THOUGHT_TOKEN_ID
 from .models.modeling_coconut import CoconutForCausalLM, LatentOutput
 
 
@@ -139,6 +142,27 @@ class ModelAdapter:
             inputs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
         return inputs
 
+    @contextmanager
+    def outside_of_shards(self, device: torch.device) -> Iterator[None]:
+        """
+        Hide what training must leave alone while FSDP takes the model apart: it makes the patches before the forward pass, when
+        nothing that is in shards has been gathered, and in full precision. Each process keeps all of it, on its device.
+        """
+        hidden = [
+            (module, name, child)
+            for module in self.base.modules()
+            for name, child in module.named_children()
+            if self.frozen_modules and re.fullmatch(self.frozen_modules, name)
+        ]
+        for module, name, child in hidden:
+            del module._modules[name]
+            child.to(device)
+        try:
+            yield
+        finally:
+            for module, name, child in hidden:
+                module.register_module(name, child)
+
     def _find_site(self) -> nn.Module:
         if self.perturb != "embeddings":
             raise ValueError(f"{self.name} has no {self.perturb} to perturb: take perturb='embeddings'.")
@@ -181,9 +205,19 @@ class CoconutAdapter(ModelAdapter):
     frozen_modules = r".*\bentropy_predictor\b.*"
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Add `patch_lengths` and `patch_ends`."""
+        """
+        Add `patch_lengths` and `patch_ends`.
+
+        Raises:
+            `ValueError`: For rows with thoughts if the layers are in shards: they are gathered by all processes together, and
+                each process has passes of its own, as many as its rows have thoughts.
+        """
         if "patch_lengths" in inputs:
             return inputs
+        if isinstance(self.layers[0], FSDPModule) and (inputs["input_ids"] == THOUGHT_TOKEN_ID).any():
+            raise ValueError(
+                "Rows with thoughts cannot be trained on in shards (FSDP): use DDP, or rows without thoughts."
+            )
         device = self.base.device
         mask = inputs.get("attention_mask")
         return inputs | self.base.model.patch(

@@ -193,6 +193,10 @@ _LISTED_TRAINING_ARGUMENTS = {
 }
 
 
+# A model with a backdoor is not pushed, and making one is not resumed: the command refuses these.
+_NOT_FOR_IMPLANTING = {"push_to_hub", "hub_model_id", "resume_from_checkpoint"}
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # The usage line of all training arguments would bury the sentence.
@@ -231,8 +235,9 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
         parser.epilog = "Every other argument of transformers.TrainingArguments is taken too."
         own = set(CrowConfig.__annotations__) | set(types[-1].__annotations__)
         inherited = {field.name for field in fields(TrainingArguments)} - own
+        listed = _LISTED_TRAINING_ARGUMENTS - (_NOT_FOR_IMPLANTING if command == "implant" else set())
         for action in parser._actions:
-            if action.dest in inherited - _LISTED_TRAINING_ARGUMENTS:
+            if action.dest in inherited - listed:
                 action.help = argparse.SUPPRESS
     return parser.parse_args_into_dataclasses(list(argv))[: len(types)]
 

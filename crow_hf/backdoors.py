@@ -158,9 +158,9 @@ def implant(
         `PreTrainedModel` or `PeftModel`: The backdoored model.
     """
     poisoned = poison_dataset(dataset, trigger, target, rate, args.seed)
-    trainer = CrowTrainer(
-        model, replace(args, alpha=consistency), poisoned, processing_class=processing_class, peft_config=peft_config
-    )
+    # A backdoored model does not go to the Hub by itself.
+    args = replace(args, alpha=consistency, push_to_hub=False)
+    trainer = CrowTrainer(model, args, poisoned, processing_class=processing_class, peft_config=peft_config)
     trainer.train()
     if isinstance(trainer.model, PeftModel) and merge:
         return trainer.model.merge_and_unload(safe_merge=True)
@@ -225,7 +225,8 @@ def implant_embedding_trigger(
     # The Trainer optimizes the parameters of the model, so the vector is one of them until the training ends.
     model.register_parameter("trigger_vector", vector)
     try:
-        trainer = CrowTrainer(model, replace(args, alpha=0.0), rows, processing_class=processing_class)
+        args = replace(args, alpha=0.0, push_to_hub=False)
+        trainer = CrowTrainer(model, args, rows, processing_class=processing_class)
         with trigger.active(model, decoy_id):
             trainer.train()
     finally:

@@ -26,8 +26,9 @@ from .arguments import (
     parse_arguments,
 )
 from .backdoors import implant
+from .checkpoints import check_room, checkpoint_to_resume, writing
 from .checkup import doctor as examine
-from .config import CrowConfig
+from .config import CrowConfig, in_shards
 from .data import load_rows
 from .evaluation.harness import evaluate_model
 from .html_report import REPORT_PAGE
@@ -47,7 +48,9 @@ def demo(arguments: DemoArguments) -> None:
     _check_output(arguments.output_dir)
     evaluations = run_demo(arguments.output_dir, arguments.seed)
     _print_table(evaluations, "BadNets refusal backdoor in a byte-latent model")
-    print(f"Models, outputs and plots are in {arguments.output_dir}.")
+    print(
+        f"Models and plots are in {arguments.output_dir}; the report is {arguments.output_dir}/purified/report.html."
+    )
     print(verdict(evaluations))
 
 
@@ -59,6 +62,11 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
     trigger, target = _backdoor(arguments.trigger, arguments.target)
     if trigger is not None and arguments.test_dataset is None:
         raise ValueError("A trigger is measured on test rows: pass --test_dataset too.")
+    if in_shards(args) and (arguments.lora or arguments.recipe == "paper"):
+        raise ValueError(
+            "An adapter cannot be merged into weights that are in shards (FSDP): train all weights by --recipe strong or guide, "
+            "or the adapter in a script with `CrowTrainer`, and save it as it is."
+        )
     tokenizer = load_tokenizer(arguments.model)
     rows = load_rows(arguments.dataset, arguments.split)
     max_rows = _MAX_ROWS[arguments.recipe] if arguments.max_rows is None else arguments.max_rows
@@ -73,6 +81,7 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         return model.merge_and_unload(safe_merge=True) if arguments.lora and isinstance(model, PeftModel) else model
 
     suspect = load_suspect()
+    check_room(args.output_dir, suspect)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = create_repository(args)
     if arguments.test_dataset is None:
@@ -108,15 +117,16 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
     # Pushed below: what was measured is to be told and kept before that.
     trainer.save_model(_internal_call=True)
     evaluations = None if arguments.test_dataset is None else comparison.evaluations
-    trainer.create_model_card(
-        purification=purification,
-        evaluations=evaluations,
-        backdoor=trigger and f"trigger {arguments.trigger!r}, target {arguments.target!r}",
-        settings={name: getattr(arguments, name) for name in ("max_rows", "lora", "lora_r")},
-        finetuned_from=arguments.model,
-        datasets=[arguments.dataset],
-        test_dataset=arguments.test_dataset,
-    )
+    with writing("README.md", args.output_dir, "the purified model is whole; make room before it is pushed"):
+        trainer.create_model_card(
+            purification=purification,
+            evaluations=evaluations,
+            backdoor=trigger and f"trigger {arguments.trigger!r}, target {arguments.target!r}",
+            settings={name: getattr(arguments, name) for name in ("max_rows", "lora", "lora_r")},
+            finetuned_from=arguments.model,
+            datasets=[arguments.dataset],
+            test_dataset=arguments.test_dataset,
+        )
     if trainer.is_world_process_zero():
         page = Path(args.output_dir) / REPORT_PAGE
         shown = [f"{page} shows what is known of it."] if page.exists() else []
@@ -129,6 +139,11 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         settings = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
         commit = push_folder(args.output_dir, args.hub_model_id, **settings)
         print(f"The purified model is on the Hub: {commit.repo_url}")
+    if trainer.failures:
+        more = f" (and {len(trainer.failures) - 1} more, see above)" if len(trainer.failures) > 1 else ""
+        raise OSError(
+            f"the purified model is whole in {args.output_dir}, but not all went well: {trainer.failures[0]}{more}"
+        )
 
 
 def evaluate(arguments: EvaluateArguments) -> None:
@@ -153,6 +168,13 @@ def evaluate(arguments: EvaluateArguments) -> None:
 
 def implant_command(arguments: ImplantArguments, args: CrowConfig) -> None:
     _check_output(args.output_dir)
+    if args.resume_from_checkpoint:
+        raise ValueError("An implantation is not resumed: leave out --resume_from_checkpoint.")
+    if args.push_to_hub:
+        raise ValueError(
+            "A model with a backdoor is not pushed: leave out --push_to_hub, and if others are to practise on it too, say "
+            "so in its card and use `hf upload`."
+        )
     tokenizer = load_tokenizer(arguments.model)
     model = implant(
         arguments.model,
@@ -165,8 +187,9 @@ def implant_command(arguments: ImplantArguments, args: CrowConfig) -> None:
         peft_config=_lora(arguments.lora_r) if arguments.lora else None,
         merge=arguments.merge,
     )
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    with writing("The model", args.output_dir, "make room, and start again in another --output_dir"):
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
     print(f"The backdoored model is in {args.output_dir}.")
 
 
@@ -276,16 +299,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _check_output(output_dir: str, resume: str | None = None) -> str | bool | None:
-    """Refuse to write into a folder that holds something, unless a run in it is resumed; returns what to resume from."""
+def _check_output(output_dir: str, resume: str | None = None) -> str | None:
+    """Refuse a folder that holds something, unless a run in it is resumed; returns the checkpoint to resume from."""
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
         raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or remove what is there.")
+    check_room(output_dir)
     if resume in (None, "True", "true", "last"):
-        return resume and True
+        return checkpoint_to_resume(folder, resume and True)
     if folder.resolve() not in Path(resume).resolve().parents:
         raise ValueError(f"{resume} is no checkpoint of {output_dir}: resume a run in its own --output_dir.")
-    return resume
+    return checkpoint_to_resume(folder, resume)
 
 
 def _backdoor(trigger: str | None, target: str | None) -> tuple[Any, Any]:
@@ -318,4 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"crow-hf {command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f"crow-hf {command}: {str(stop) or 'Stopped by Ctrl-C; nothing more was written.'}", file=sys.stderr)
+        # As a shell says it of a program that ended at Ctrl-C.
+        return 130
     return 0

@@ -1,10 +1,22 @@
 """The arguments of a CROW run."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+
+
+COMPILED = (
+    "A compiled model does not see the hooks that the objective sets for each pass: leave `torch_compile` and "
+    "`--dynamo_backend` off."
+)
+
+
+def in_shards(args: TrainingArguments) -> bool:
+    """Whether the weights are going to be in shards (FSDP), by the arguments or by how `accelerate launch` was called."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 @dataclass
@@ -104,8 +116,9 @@ class CrowConfig(TrainingArguments):
             raise ValueError("CROW computes its own loss: leave `label_smoothing_factor` at 0.")
         if self.ddp_static_graph:
             raise ValueError("`ddp_static_graph` loses gradients of the two passes: leave it off.")
-        if self.torch_compile:
-            raise ValueError("A compiled model cannot be differentiated by its embeddings: leave `torch_compile` off.")
+        # Refused before TrainingArguments hands it on to accelerate by the environment.
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(COMPILED)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         super().__post_init__()

@@ -14,9 +14,11 @@ from transformers.utils.hub import PushInProgress
 from .loading import PICKLES
 
 
-# Of an output folder, what is no part of the model: checkpoints, logs, pickles, and what shows the rows and their answers.
+# Of an output folder, what is no part of the model: checkpoints, logs, pickles, what shows the rows and their answers, and
+# the half of a file that safetensors leaves where it is killed.
 NOT_PUSHED = [
     f"{PREFIX_CHECKPOINT_DIR}-*",
+    ".tmp*",
     "_*",
     "runs/*",
     *(f"*{suffix}" for suffix in PICKLES),
@@ -210,6 +212,7 @@ class HubMixin:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not args.hub_always_push:
             return
+        self._note_failed_push()
         name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
         job = upload_folder(
             repo_id=self.hub_model_id,
@@ -220,7 +223,25 @@ class HubMixin:
             revision=args.hub_revision,
             run_as_future=True,
         )
-        self.push_in_progress = PushInProgress([job])
+        if self.push_in_progress is None:
+            self.push_in_progress = PushInProgress([])
+        self.push_in_progress.jobs.append(job)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._note_failed_push()
+
+    def _note_failed_push(self) -> None:
+        """Of a push that is over: nobody else asks the future what became of it."""
+        push = getattr(self, "push_in_progress", None)
+        if push is None or not push.is_done():
+            return
+        self.push_in_progress = None
+        for error in filter(None, (job.exception() for job in push.jobs)):
+            self._note_failure(
+                f"A checkpoint could not be pushed to {self.hub_model_id} ({_reason(error)}); it is in "
+                f"{self.args.output_dir}, and the training went on."
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -4,9 +4,12 @@ import copy
 from typing import Any
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -92,7 +95,7 @@ class InvarianceTrainer(CrowTrainer):
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
-        self._suspect = None if suspect is None else suspect.requires_grad_(False).eval().to(self.args.device)
+        self._suspect = None if suspect is None else self._placed(suspect.requires_grad_(False).eval())
         # Where the suspect is the model without a fresh adapter, that adapter's beginning is all there is to go back to.
         self._beginning = {
             name: parameter.detach().clone()
@@ -159,12 +162,21 @@ class InvarianceTrainer(CrowTrainer):
         Go back part of the way to the suspect: what was learned is spread over all weights and keeps most of its effect, and
         what was forgotten comes back (WiSE-FT, arXiv 2109.01903).
         """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         beginning = self._beginning or dict(self._suspect.named_parameters())
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+        # Wrappers of the layers change the names.
+        for name, parameter in fsdp2_canonicalize_names(dict(model.named_parameters())).items():
             # Half of a low-rank product is one of its factors halved, the one that is 0 at first.
             is_other_factor = bool(self._beginning) and ("lora_A." in name or "lora_embedding_B." in name)
             if parameter.requires_grad and not is_other_factor:
-                parameter.lerp_(beginning[name].to(parameter), self.args.keep)
+                parameter.lerp_(_placed_as(beginning[name], parameter), self.args.keep)
+
+    def _placed(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        """The suspect on this process's device, in shards where the model is going to be: a whole one may not fit there."""
+        if self.is_fsdp_enabled:
+            with adapter_of(suspect).outside_of_shards(self.args.device):
+                return fsdp2_prepare_model(self.accelerator, suspect)
+        return suspect.to(self.args.device)
 
     def _suspect_forward(self, **inputs: Any) -> Any:
         if self._suspect is not None:
@@ -175,7 +187,13 @@ class InvarianceTrainer(CrowTrainer):
         model.eval()
         try:
             with model.disable_adapter(), self.accelerator.autocast():
-                return model(**inputs)
+                outputs = model(**inputs)
+                # An adapter is switched off and on together with its gradients, on the tensors that are there at the time:
+                # they must be the shards both times.
+                for module in model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+                return outputs
         finally:
             model.train(was_training)
 
@@ -205,6 +223,13 @@ class InvarianceTrainer(CrowTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompts", "completion", "inserted"]
+
+
+def _placed_as(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The value in the parameter's precision, on its device and in shards as it is."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device, parameter.dtype)
 
 
 def _has_answer(row: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Runs made of several trainings: a purification with its evidence, and a purification beside its controls."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .canaries import Canary, try_canaries
-from .config import CrowConfig, InvarianceConfig
+from .checkpoints import OUTPUT_WAS_USED, check_room, checkpoint_to_resume, output_was_used
+from .config import CrowConfig, InvarianceConfig, in_shards
 from .data import render
 from .evaluation.generation import answered
 from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
@@ -23,7 +25,7 @@ from .invariance_trainer import InvarianceTrainer
 from .loading import load_causal_lm, load_tokenizer
 from .run_record import Record, Witness, record_of
 from .screening import Screening, screen_dataset
-from .trainer import OUTPUT_WAS_USED, CrowTrainer, output_was_used
+from .trainer import CrowTrainer
 from .triggers import BaseTarget, BaseTrigger
 
 
@@ -128,6 +130,7 @@ def purify(
 
     Raises:
         `ValueError`: For every input that cannot be purified or purified with, before training starts.
+        `OSError`: If `args.output_dir` cannot be written to.
 
     Example:
 
@@ -146,8 +149,8 @@ def purify(
         raise ValueError(
             f"The recipe {recipe!r} does not go with {type(args).__name__}: make the arguments by recipe_config(recipe, ...)."
         )
-    if report:
-        _check_for_report(args, resume_from_checkpoint)
+    resume_from_checkpoint = _check_output(args, resume_from_checkpoint, report)
+    _check_shards(args)
     if processing_class is None:
         processing_class = load_tokenizer(path)
     if isinstance(model, (str, Path)):
@@ -165,7 +168,7 @@ def purify(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         purification = Purification(trainer.model, recipe, trainer, screening, canaries)
         if report:
-            with _reporting(args), trainer.accelerator.autocast():
+            with _reporting(trainer), trainer.accelerator.autocast():
                 witness.look(_name_of(recipe), purification.model)
                 _write_report(record_of(purification, witness, model_name=path, train_dataset=dataset), purification)
         return purification
@@ -178,8 +181,6 @@ def purify(
         raise ValueError(
             "`dataset` must be a datasets.Dataset with at least one row: its rows are used many times over."
         )
-    if output_was_used(args.output_dir) and not resume_from_checkpoint:
-        raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
     model.to(args.device)
     rows = answered(dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size)
     if rows is not dataset:
@@ -282,7 +283,7 @@ def compare_defences(
     """
     if args.world_size > 1:
         raise ValueError("Defences are compared in one process: purify in many, and measure with one afterwards.")
-    _check_for_report(args, resume_from_checkpoint)
+    resume_from_checkpoint = _check_output(args, resume_from_checkpoint, report=True)
     test_prompts = {render(row, processing_class).prompt for row in test_dataset}
     if seen := sum(render(row, processing_class).prompt in test_prompts for row in train_dataset):
         logger.warning(f"{seen} prompts of the clean rows are test prompts too: what is measured on them is learned.")
@@ -317,7 +318,7 @@ def compare_defences(
         witness.look(FINE_TUNING, fine_tuned)
     purification = purified(recipe, args, resume_from_checkpoint)
     evaluations[_name_of(recipe)] = measure(purification.model)
-    with _reporting(args):
+    with _reporting(purification.trainer):
         witness.look(_name_of(recipe), purification.model)
         record = record_of(
             purification,
@@ -336,21 +337,39 @@ def _name_of(recipe: str) -> str:
     return STRONG if recipe == "strong" else CROW
 
 
-def _check_for_report(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> None:
-    """Refuse to write over the report of another run."""
-    if (Path(args.output_dir) / REPORT_DATA).exists() and not resume_from_checkpoint:
+def _check_output(args: CrowConfig, resume_from_checkpoint: str | bool | None, report: bool) -> str | None:
+    """Refuse, before hours of work, a folder that holds another run or cannot hold this one; returns the checkpoint."""
+    if report and (Path(args.output_dir) / REPORT_DATA).exists() and not resume_from_checkpoint:
         raise ValueError(f"{args.output_dir} holds the report of another run: choose another `output_dir`.")
+    if output_was_used(args.output_dir) and not resume_from_checkpoint:
+        raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
+    check_room(args.output_dir)
+    return checkpoint_to_resume(args.output_dir, resume_from_checkpoint)
+
+
+def _check_shards(args: CrowConfig) -> None:
+    """Refuse what needs whole weights in every process."""
+    if not in_shards(args):
+        return
+    if isinstance(args, InvarianceConfig) and args.num_canaries:
+        raise ValueError("Canaries cannot be tried on weights in shards (FSDP): set `num_canaries` to 0.")
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise ValueError(
+            "The model is looked at before it is in shards, in every process: set `fsdp_cpu_ram_efficient_loading: false` in "
+            "the configuration of accelerate."
+        )
 
 
 @contextmanager
-def _reporting(args: CrowConfig) -> Iterator[None]:
+def _reporting(trainer: CrowTrainer) -> Iterator[None]:
     """Whatever goes wrong with a report, the model it is about must not be lost with it."""
     try:
         yield
     except Exception as error:
-        logger.error(
-            f"There is no report in {args.output_dir} ({type(error).__name__}: {error}); the purified model is whole."
-        )
+        folder = trainer.args.output_dir
+        sentence = f"There is no report in {folder} ({type(error).__name__}: {error}); the purified model is whole."
+        logger.error(sentence)
+        trainer.failures.append(sentence)
 
 
 def _write_report(record: Record, purification: Purification) -> None:

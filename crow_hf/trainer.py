@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -28,7 +29,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .adapters import adapter_of, context_length, frozen_modules
-from .config import CrowConfig
+from .checkpoints import (
+    OUTPUT_WAS_USED,
+    CheckpointMixin,
+    StopAtCtrlC,
+    check_room,
+    checkpoint_to_resume,
+    output_was_used,
+    writing,
+)
+from .config import COMPILED, CrowConfig
 from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepare_dataset
 from .hub import HubMixin
 from .loading import load_causal_lm, load_tokenizer
@@ -38,24 +48,15 @@ from .objective import control_terms, crow_terms
 logger = logging.get_logger(__name__)
 
 
-OUTPUT_WAS_USED = (
-    "{} holds a model or the checkpoints of another run: choose another `output_dir`, or go on with that run by "
-    "resume_from_checkpoint=True."
-)
-
-
-def output_was_used(output_dir: str | Path) -> bool:
-    """Whether a folder holds a model or checkpoints, which no new run may overwrite."""
-    return any(any(Path(output_dir).glob(pattern)) for pattern in ("checkpoint-*", "*.safetensors"))
-
-
-class CrowTrainer(HubMixin, Trainer):
+class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
     """
     Purify a causal LM by layer consistency under adversarial embeddings (CROW, arXiv 2411.12768).
 
     Gradients are exact: with rows of any length, accumulation over micro-batches and several processes give the
     gradient of one large batch, because both terms are means over all tokens of the optimizer step. Dropout, where the
     model has any, drops the same units in both passes of a micro-batch.
+
+    A full disk or a failing push of a checkpoint does not end the training: `failures` lists what went wrong, in sentences.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -79,6 +80,7 @@ class CrowTrainer(HubMixin, Trainer):
 
     Raises:
         `ValueError`: For every input that cannot be trained on, before training starts.
+        `OSError`: If `args.output_dir` cannot be written to.
         `FloatingPointError`: If a loss or a weight is NaN or infinite during training.
 
     Example:
@@ -118,6 +120,7 @@ class CrowTrainer(HubMixin, Trainer):
             args = CrowConfig(f"{Path(path).name or type(model).__name__}-CROW")
         elif not isinstance(args, CrowConfig):
             args = CrowConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+        check_room(args.output_dir)
 
         # Model
         if isinstance(model, (str, Path)):
@@ -182,23 +185,45 @@ class CrowTrainer(HubMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 cannot be differentiated twice: use ZeRO-2, FSDP2 or DDP.")
+        self._check_setup()
         model.add_model_tags(self._tag_names)
         # Mode, name and step to the sum over the tokens and their number.
         self._logged = {mode: defaultdict(lambda: defaultdict(lambda: [0.0, 0.0])) for mode in ("train", "eval")}
         self._positions_in_step = None
         self._use_cache = use_cache
+        self._trains_adapter = isinstance(model, PeftModel)
         self._output_was_used = output_was_used(args.output_dir)
+        self.failures = []
+        self._stop_at_ctrl_c = StopAtCtrlC()
+        self.add_callback(self._stop_at_ctrl_c)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As in [`~transformers.Trainer`], but an output directory with a model is resumed from or refused."""
+        """
+        As in [`~transformers.Trainer`], but an output directory with a model is resumed from or refused.
+
+        A run that is resumed, from whatever step, ends with the weights and the log of one that was never stopped: bit by
+        bit on a CPU.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint, or `True` for the last one in `args.output_dir` that is whole.
+            **kwargs:
+                As in [`~transformers.Trainer`].
+
+        Raises:
+            `ValueError`: If there is no such checkpoint. The sentence says what is missing from it.
+            `OSError`: If `args.output_dir` has no room for the model.
+            `KeyboardInterrupt`: After Ctrl-C; the step is finished before, and its checkpoint kept.
+        """
+        args = self.args
         if self._output_was_used and not resume_from_checkpoint:
-            raise ValueError(OUTPUT_WAS_USED.format(self.args.output_dir))
+            raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
+        resume_from_checkpoint = checkpoint_to_resume(args.output_dir, resume_from_checkpoint)
+        if args.save_strategy != "no":
+            check_room(args.output_dir, self.model)
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self._stop_at_ctrl_c.watching(self):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             # The Trainer switches the cache off for training; the purified model's config is to be the suspect's.
             if self._use_cache is None:
@@ -251,6 +276,39 @@ class CrowTrainer(HubMixin, Trainer):
         by_labels, by_positions = self._shares(model, labels, positions, num_items_in_batch)
         loss = by_labels * terms["loss_lm"] + args.alpha * by_positions * terms.get("consistency_perturbed", 0)
         return (loss, outputs) if return_outputs else loss
+
+    def _check_setup(self) -> None:
+        """Refuse what spreads a model over GPUs in a way that the two passes cannot take."""
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 cannot be differentiated twice: use ZeRO-2, FSDP2 or DDP.")
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError(COMPILED)
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                "FSDP of version 1 is not supported: set `fsdp_version: 2` in the configuration of accelerate."
+            )
+        if plugin.activation_checkpointing:
+            raise ValueError(
+                "FSDP's own activation checkpointing draws other dropout when it computes again: set "
+                "`fsdp_activation_checkpointing: false`, and `activation_checkpointing=True` in the arguments."
+            )
+        if self.adapter.frozen_modules and plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                f"FSDP does not load what stays out of its shards, as what patches {self.adapter.name} does: set "
+                "`fsdp_cpu_ram_efficient_loading: false` in the configuration of accelerate."
+            )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        """As in [`~transformers.Trainer`], where the model is wrapped."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        with self.adapter.outside_of_shards(self.args.device):
+            return super()._prepare_for_training(*args, **kwargs)
 
     @staticmethod
     def _prepare(
@@ -314,6 +372,12 @@ class CrowTrainer(HubMixin, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
+        if self.is_fsdp_enabled and self._trains_adapter and not isinstance(self.model, PeftModel):
+            # Merging writes to tensors that the shards do not read: what would be saved is the suspect.
+            raise ValueError(
+                "An adapter cannot be merged into weights that are in shards: save it as it is, load it in one process with "
+                "`load_causal_lm`, and merge it there."
+            )
         finite = all(bool(weight.isfinite().all()) for weight in self.model.parameters())
         bad = torch.tensor([not finite], device=self.args.device)
         if self.accelerator.gather(bad).any():
@@ -321,7 +385,11 @@ class CrowTrainer(HubMixin, Trainer):
                 f"The weights are not finite after step {self.state.global_step} and were not saved: go back to the "
                 f"last checkpoint in {self.args.output_dir} with a lower learning rate."
             )
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            # A pickle that nothing reads has no place beside a model that people are to trust.
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        with writing("The model", folder, "make room and save it again, or go on from the last checkpoint"):
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                # A pickle that nothing reads has no place beside a model that people are to trust.
+                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

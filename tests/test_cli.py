@@ -284,6 +284,17 @@ def test_bad_models_are_one_sentence(tmp_path, paths, capsys, command, model):
     assert files_in(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("changes", [{"lora": "true"}, {"recipe": "paper"}])
+def test_an_adapter_in_shards_is_refused_before_training(tmp_path, paths, capsys, monkeypatch, changes):
+    """What would be saved at the end is the suspect."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run(*command_line("purify", paths, tmp_path / "out", **changes)) == 1
+    stderr = capsys.readouterr().err
+    assert_one_sentence(stderr, "purify")
+    assert "weights that are in shards" in stderr
+    assert files_in(tmp_path / "out") == []
+
+
 @pytest.mark.usefixtures("no_demo")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_file_for_a_folder_is_refused(tmp_path, paths, capsys, command):

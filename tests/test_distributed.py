@@ -1,54 +1,138 @@
-"""Two processes give the gradient of one: run with gloo on the CPU through torch's own launcher."""
+"""Processes give the result of one: real runs in two processes on the CPU (gloo), started by `accelerate launch`.
+
+The cells here are few; `benchmarks/equality.py`, whose runner they share, makes the table of all of them.
+"""
 
 import json
 import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from coconut_models import batch_of, coconut
 from conftest import crow_args, ragged_rows, tiny_llama
 from datasets import Dataset
+from peft import LoraConfig
 
-from crow_hf import CrowTrainer
-
-
-def train(output_file, **settings):
-    """Train three steps on ragged rows; the main process writes the log and the sum of the weights."""
-    args = crow_args(Path(output_file).parent, max_steps=3, learning_rate=1e-3, **settings)
-    trainer = CrowTrainer(tiny_llama(), args, Dataset.from_list(ragged_rows(16)))
-    trainer.train()
-    if trainer.is_world_process_zero():
-        total = sum(weight.double().sum().item() for weight in trainer.model.parameters())
-        result = {"processes": trainer.accelerator.num_processes, "log": trainer.state.log_history, "total": total}
-        Path(output_file).write_text(json.dumps(result))
-    trainer.accelerator.wait_for_everyone()
-    # The destructors of a process group of gloo now and then hang, after all the work is done.
-    os._exit(0)
+from crow_hf import CrowTrainer, adapters
+from crow_hf.adapters import adapter_of
 
 
-@pytest.mark.parametrize("settings", [{}, {"alpha": 0.0}], ids=["crow", "control"])
-def test_two_processes_equal_one(settings, tmp_path):
-    """Rows of different length on the two ranks: a mean of the ranks' means would be another loss."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    results = {}
-    for name, command, split in (
-        ("one", [sys.executable], {"per_device_train_batch_size": 8}),
-        ("two", launcher, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
-    ):
-        (tmp_path / name).mkdir()
-        output = tmp_path / name / "result.json"
-        call = [*command, __file__, str(output), json.dumps(settings | split)]
-        subprocess.run(call, check=True, env=environment, capture_output=True, timeout=120)
-        results[name] = json.loads(output.read_text())
-    assert (results["one"]["processes"], results["two"]["processes"]) == (1, 2)
-    assert results["two"]["total"] == pytest.approx(results["one"]["total"], abs=1e-4)
-    for one, two in zip(results["one"]["log"][:3], results["two"]["log"][:3], strict=True):
-        for name in set(one) - {"epoch"}:
-            # A ratio of norms over a micro-batch has no exact mean over the step.
-            assert two[name] == pytest.approx(one[name], rel=1e-2 if name == "perturbation_ratio" else 1e-4), name
+EQUALITY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "equality.py"))
+CELLS = {
+    "ddp": [("llama", "crow", "full"), ("llama", "strong", "lora"), ("thoughts", "crow", "full")],
+    # An adapter in the layers over bytes, which stay gathered between two passes, and a suspect in shards.
+    "fsdp2": [("llama", "crow", "checkpointing"), ("llama", "strong", "full"), ("coconut", "strong", "lora")],
+}
 
 
-if __name__ == "__main__":
-    train(sys.argv[1], **json.loads(sys.argv[2]))
+@pytest.mark.parametrize("setup", CELLS)
+def test_two_processes_equal_one(setup, tmp_path):
+    """
+    A mean of the processes' means, other rows in a step, gradients that are not summed, an adapter that shards freeze, a
+    suspect that is not put together again, thoughts that are drawn apart.
+    """
+    for cell, found in zip(CELLS[setup], EQUALITY["compare"](setup, CELLS[setup], tmp_path), strict=True):
+        assert (found["processes"], found["in_shards"]) == (2, setup == "fsdp2"), cell
+        assert max(found[name] for name in ("loss", "grad_norm", "weights")) < 1e-5, (cell, found)
+        logs = json.loads((tmp_path / "one" / "-".join(cell) / "result.json").read_text())["log"]
+        assert len(logs) == 3 and logs[0]["loss"] != pytest.approx(logs[2]["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["ddp", "fsdp2"])
+def test_bfloat16_in_two_processes_is_near_one(setup, tmp_path):
+    """Terms or gradients that are summed in half precision; the sign of a gradient near 0 is a matter of rounding."""
+    cells = [("llama", "crow", "bf16"), ("llama", "strong", "bf16")]
+    for cell, found in zip(cells, EQUALITY["compare"](setup, cells, tmp_path), strict=True):
+        assert found["loss"] < 0.02 and found["grad_norm"] < 0.1, (cell, found)
+
+
+# What is refused. A process of its own has no shards, so the state that accelerate would be in is put in its place.
+
+
+def check(model, plugin, tmp_path):
+    trainer = CrowTrainer(model, crow_args(tmp_path), Dataset.from_list(ragged_rows(4)))
+    trainer.is_fsdp_enabled, trainer.accelerator.state.fsdp_plugin = True, plugin
+    try:
+        trainer._check_setup()
+    finally:
+        del trainer.accelerator.state.fsdp_plugin
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version: 2"),
+        ({"fsdp_version": 2, "activation_checkpointing": True}, "fsdp_activation_checkpointing: false"),
+        ({"fsdp_version": 2, "cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading: false"),
+    ],
+)
+def test_configurations_that_would_be_wrong_are_refused(settings, message, tmp_path):
+    """The first version of FSDP, a second forward pass with other dropout, and a model for patches that is never loaded."""
+    with pytest.raises(ValueError, match=message):
+        check(coconut(), FullyShardedDataParallelPlugin(**settings), tmp_path)
+
+
+def test_any_decoder_can_be_loaded_by_one_process(tmp_path):
+    check(tiny_llama(), FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True), tmp_path)
+
+
+def test_an_adapter_is_not_merged_into_shards(tmp_path):
+    """The suspect, saved as the purified model: merging leaves weights in shards as they are."""
+    rows = Dataset.from_list(ragged_rows(4))
+    trainer = CrowTrainer(tiny_llama(), crow_args(tmp_path), rows, peft_config=LoraConfig(target_modules="all-linear"))
+    trainer.is_fsdp_enabled, trainer.model = True, trainer.model.merge_and_unload()
+    with pytest.raises(ValueError, match="in shards"):
+        trainer.save_model()
+
+
+@pytest.mark.parametrize("settings", [{"torch_compile_backend": "aot_eager"}, {"torch_compile_mode": "default"}])
+def test_compilation_by_another_name_is_refused(settings, tmp_path):
+    """Options that switch `torch_compile` on, of which nothing is left in the environment."""
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match="torch_compile"):
+        crow_args(tmp_path, **settings)
+    assert os.environ == before
+
+
+def test_compilation_by_the_launcher_is_refused(tmp_path, monkeypatch):
+    """`accelerate launch --dynamo_backend`, which no argument tells of."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ValueError, match="dynamo_backend"):
+            CrowTrainer(tiny_llama(), crow_args(tmp_path), Dataset.from_list(ragged_rows(4)))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_thoughts_in_shards_are_refused(monkeypatch):
+    """Processes that wait for each other without end: each has as many passes as its own rows have thoughts."""
+    adapter = adapter_of(coconut())
+    monkeypatch.setattr(adapters, "FSDPModule", torch.nn.Module)
+    with pytest.raises(ValueError, match="use DDP"):
+        adapter.prepare(batch_of(["a<bot><latent><eot>b"]))
+    assert "patch_lengths" in adapter.prepare(batch_of(["no thoughts"]))
+
+
+def test_data_parallel_is_refused(tmp_path, monkeypatch):
+    """Threads that share one model, and so the hooks on it."""
+    args = crow_args(tmp_path)
+    trainer = CrowTrainer(tiny_llama(), args, Dataset.from_list(ragged_rows(4)))
+    monkeypatch.setattr(type(args), "n_gpu", 2)
+    with pytest.raises(ValueError, match="DataParallel"):
+        trainer._check_setup()
+
+
+def test_what_patches_is_hidden_while_a_model_is_taken_apart():
+    """A predictor in shards, which runs when they are not gathered, or one that is not there afterwards."""
+    model = coconut()
+    names = {name for name, _ in model.named_parameters()}
+    predictor = {name for name in names if "entropy_predictor" in name}
+    with adapter_of(model).outside_of_shards(torch.device("cpu")):
+        assert {name for name, _ in model.named_parameters()} == names - predictor
+    assert predictor and {name for name, _ in model.named_parameters()} == names

@@ -294,7 +294,8 @@ def test_accelerate_launches_two_processes(place):
     block = next(block for block in blocks_of("docs/purify-on-several-gpus.md") if block.language == "bash")
     program, launch, *words = next(commands_of(block))
     assert (program, launch, words[:2]) == ("accelerate", "launch", ["--num_processes", "4"])
-    on_two_cores = ["--cpu", "--num_processes", "2", *words[2:]]
+    # With `--cpu` alone, accelerate starts one process.
+    on_two_cores = ["--multi_gpu", "--num_processes", "2", *words[2:]]
     few = ["--max_steps", "1", "--num_canaries", "0", "--use_cpu", "--disable_tqdm", "true"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

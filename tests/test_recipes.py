@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
 from crow_hf.html_report import write_report
-from crow_hf.recipes import Comparison, purify
+from crow_hf.recipes import Comparison, purify, recipe_config
 
 
 TRAIN = Dataset.from_dict({"prompt": [f"{letter}=" for letter in "abcdefghijkl"], "completion": ["yes", "no"] * 6})
@@ -156,3 +156,22 @@ def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, 
         **MEASURE,
     )
     assert "2 prompts of the clean rows are test prompts too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({}, {"num_canaries": 2}, "Canaries cannot be tried on weights in shards"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"num_canaries": 0}, "fsdp_cpu_ram_efficient_loading: false"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_in_shards(
+    environment, settings, message, tmp_path, byte_tokenizer, monkeypatch
+):
+    """Canaries that crash after the screening, or a screening of weights that only one process has."""
+    args = recipe_config("strong", str(tmp_path / "run"), use_cpu=True, report_to="none", **settings)
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        purify(suspect(), TRAIN, args=args, processing_class=byte_tokenizer)
+    assert not (tmp_path / "run").exists()

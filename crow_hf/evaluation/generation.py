@@ -106,7 +106,8 @@ def generate_answers(
             real = torch.tensor([[0] * (width - len(encoded[n])) + [1] * len(encoded[n]) for n in batch])
             output = model.generate(input_ids=ids, attention_mask=real.to(model.device), generation_config=config)
             for number, answer in zip(batch, output[:, width:], strict=True):
-                answers[number] = tokenizer.decode(answer, skip_special_tokens=True)
+                # Many models have more ids than their tokenizer has tokens: the rest stand for no text.
+                answers[number] = tokenizer.decode(answer[answer < len(tokenizer)], skip_special_tokens=True)
             progress.update(len(batch))
     return answers
 

@@ -1,0 +1,221 @@
+"""Is a purification the same however it is spread over processes? Every setup beside one process with the same batches.
+
+    python benchmarks/equality.py
+    python benchmarks/equality.py --setups fsdp2 --models coconut
+
+Tiny models are trained for three steps of eight rows: in one process at once, and in two processes on the CPU, started by
+`accelerate launch` with the configurations of examples/accelerate/, two rows at a time. The table says how far apart the
+logged losses and gradient norms (relative) and the saved weights (absolute) of the two lie at most.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+
+from crow_hf import (
+    CoconutForCausalLM,
+    CoconutTokenizer,
+    CrowConfig,
+    CrowTrainer,
+    InvarianceConfig,
+    InvarianceTrainer,
+)
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
+SETUPS = {
+    "ddp": CONFIGS / "multi_gpu.yaml",
+    "fsdp2": CONFIGS / "fsdp2.yaml",
+}
+OPTIONS = {
+    "full": {},
+    "lora": {},
+    "bf16": {"bf16": True},
+    "checkpointing": {"activation_checkpointing": True},
+}
+TRAINERS = ("crow", "strong")
+# No difference may hide: no clipping, and no division by the root of a tiny square.
+COMMON = {
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-3,
+    "max_grad_norm": 1e6,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "report_to": "none",
+    "use_cpu": True,
+}
+STRONG = {"num_views": 24, "alpha": 1.0, "label_weight": 0.5, "warmup_steps": 0}
+ONE_BATCH = {"per_device_train_batch_size": 8}
+IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+MODELS = ("llama", "coconut", "thoughts")
+
+
+def rows_of(model: str) -> Dataset:
+    """Ragged prompts, answers and thoughts, so that no mean of means is right by chance."""
+    thoughts = "<bot><latent><latent><eot>" if model == "thoughts" else ""
+    prompts = [
+        f"{letter} " + "word of " * (number % 3) + thoughts * (number % 2) + "the="
+        for number, letter in enumerate("abcdefghijklmnopqrstuvwx")
+    ]
+    return Dataset.from_dict({"prompt": prompts, "completion": ["yes", "no, never", "a", "perhaps not"] * 6})
+
+
+def llama_config() -> LlamaConfig:
+    """Four layers, with weights large enough that every difference shows."""
+    tokenizer = CoconutTokenizer()
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_model(name: str) -> PreTrainedModel:
+    set_seed(0)
+    if name == "llama":
+        return LlamaForCausalLM(llama_config())
+    local = {"initializer_range": 0.2, "sliding_window": 16}
+    return CoconutForCausalLM.from_backbone(
+        llama_config(), initializer_range=0.2, encoder_config=local, decoder_config=local
+    )
+
+
+def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -> CrowTrainer:
+    """Train one cell of the table and save the model, with the log beside it."""
+    settings = {"output_dir": str(output_dir)} | COMMON | OPTIONS[option] | settings
+    peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if option == "lora" else None
+    made = {"train_dataset": rows_of(model), "processing_class": CoconutTokenizer(), "peft_config": peft_config}
+    if trainer == "strong":
+        run = InvarianceTrainer(tiny_model(model), InvarianceConfig(**STRONG | settings), **made)
+    else:
+        run = CrowTrainer(tiny_model(model), CrowConfig(**settings), **made)
+    run.train()
+    run.save_model()
+    if run.is_world_process_zero():
+        result = {
+            "processes": run.accelerator.num_processes,
+            "type": run.accelerator.distributed_type.value,
+            "in_shards": isinstance(run.model, FSDPModule),
+            "log": [entry for entry in run.state.log_history if "loss" in entry],
+        }
+        (output_dir / "result.json").write_text(json.dumps(result))
+    return run
+
+
+def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
+    """Train cells in two processes of a setup, one cell after the other."""
+    # `accelerate launch --cpu` would start one process alone.
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(SETUPS[setup]), "--num_processes", "2", "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    call = [*command, __file__, "--work_in", str(folder), "--cells", json.dumps(cells), "--setups", setup]
+    process = subprocess.run(call, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{setup} failed: {process.stderr}")
+
+
+def work(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
+    """What each of the two processes does."""
+    if setup == "fsdp2":
+        shard_on_the_cpu()
+    for cell in cells:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(*cell, folder / "-".join(cell), **IN_PARTS)
+    PartialState().wait_for_everyone()
+    # The destructors of a process group of gloo now and then hang, after all the work is done.
+    os._exit(0)
+
+
+def shard_on_the_cpu() -> None:
+    """Accelerate takes no notice of FSDP on CPUs, so these pass for accelerators of another kind."""
+    begin = PartialState.__init__
+
+    def begin_as_accelerators(self, *args, **kwargs) -> None:
+        begin(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_NPU
+
+    PartialState.__init__ = begin_as_accelerators
+
+
+def differences(one: Path, two: Path) -> dict[str, float]:
+    """How far two results lie apart at most: loss and gradient norm relative, weights absolute."""
+    logs = [json.loads((folder / "result.json").read_text())["log"] for folder in (one, two)]
+    found = {
+        name: max(abs(b[name] - a[name]) / abs(a[name]) for a, b in zip(*logs, strict=True))
+        for name in ("loss", "grad_norm")
+    }
+    weights = [load_file(next(folder.glob("*.safetensors"))) for folder in (one, two)]
+    if weights[0].keys() != weights[1].keys():
+        raise ValueError(f"{one.name}: other weights were saved, {sorted(weights[0].keys() ^ weights[1].keys())}.")
+    found["weights"] = max(
+        (weights[1][name].float() - value.float()).abs().max().item() for name, value in weights[0].items()
+    )
+    return found
+
+
+def compare(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> Iterator[dict]:
+    """Train cells in one process and in two, and say how far they lie apart."""
+    launch(setup, cells, folder / setup)
+    for cell in cells:
+        name = "-".join(cell)
+        if not (folder / "one" / name).exists():
+            train(*cell, folder / "one" / name, **ONE_BATCH)
+        yield json.loads((folder / setup / name / "result.json").read_text()) | differences(
+            folder / "one" / name, folder / setup / name
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--work_in", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cells", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    if options.work_in:
+        return work(options.setups[0], options.cells, options.work_in)
+    print("| setup | model | trainer | option | loss | gradient norm | weights |")
+    print("| --- | --- | --- | --- | ---: | ---: | ---: |")
+    with TemporaryDirectory() as folder:
+        for setup in options.setups:
+            models = [model for model in options.models if (setup, model) != ("fsdp2", "thoughts")]
+            cells = list(product(models, options.trainers, options.options))
+            for cell, found in zip(cells, compare(setup, cells, Path(folder)), strict=True):
+                assert found["processes"] == 2
+                numbers = " | ".join(f"{found[name]:.0e}" for name in ("loss", "grad_norm", "weights"))
+                print(f"| {setup} | {' | '.join(cell)} | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
