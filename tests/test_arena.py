@@ -168,7 +168,7 @@ def test_control_and_recipe_share_their_settings_and_steps(tmp_path):
     suspect = tiny_suspect(tmp_path / "suspect", Attack("tiny"))
     strong, control = strong_config(tmp_path, 0), control_config(strong_config(tmp_path, 0), len(ROWS))
     differing = {f.name for f in fields(CrowConfig) if getattr(strong, f.name) != getattr(control, f.name)}
-    assert differing - {"accelerator_config", "logging_dir", "run_name"} == {"max_steps"}
+    assert differing - {"accelerator_config", "logging_dir", "run_name"} == {"max_steps", "train_sampling_strategy"}
     assert control.alpha == strong.alpha == 0
     assert (
         METHODS["fine-tuning"](suspect, 0, tmp_path / "a").steps == METHODS["strong"](suspect, 0, tmp_path / "b").steps
