@@ -153,25 +153,26 @@ def bare_loop(setting: Setting, steps: int) -> list[float]:
 
 def trained_by(trainer_type: type[Trainer], setting: Setting, steps: int, **settings) -> list[float]:
     """The same by a Trainer."""
-    args = CrowConfig(
-        tempfile.mkdtemp(),
-        max_steps=steps,
-        per_device_train_batch_size=setting.batch,
-        learning_rate=1e-5,
-        lr_scheduler_type="constant",
-        activation_checkpointing=setting.checkpointing,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **settings,
-    )
-    rows, collator = setting.rows(), CrowDataCollator(pad_token_id=0)
-    trainer = trainer_type(setting.model(), args, train_dataset=rows, data_collator=collator)
-    stopwatch = Stopwatch()
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(stopwatch)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        args = CrowConfig(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=setting.batch,
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            activation_checkpointing=setting.checkpointing,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        )
+        rows, collator = setting.rows(), CrowDataCollator(pad_token_id=0)
+        trainer = trainer_type(setting.model(), args, train_dataset=rows, data_collator=collator)
+        stopwatch = Stopwatch()
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(stopwatch)
+        trainer.train()
     return stopwatch.ends
 
 

@@ -186,7 +186,7 @@ class CheckpointMixin:
 
     failures: list[str]
 
-    def _note_failure(self, sentence: str) -> None:
+    def note_failure(self, sentence: str) -> None:
         """Tell of something that went wrong beside the training, and remember it."""
         logger.error(sentence)
         self.failures.append(sentence)
@@ -210,7 +210,7 @@ class CheckpointMixin:
                 # The other processes wait for this one in the middle of saving.
                 raise OSError(f"{sentence}: make room, and go on from the checkpoint before it.") from error
             shutil.rmtree(folder, ignore_errors=True)
-            self._note_failure(f"{sentence} and was removed; the training went on without it.")
+            self.note_failure(f"{sentence} and was removed; the training went on without it.")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As in [`~transformers.Trainer`], and the checkpoint's record: only `trainer_state.json` comes after it."""

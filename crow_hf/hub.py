@@ -238,7 +238,7 @@ class HubMixin:
             return
         self.push_in_progress = None
         for error in filter(None, (job.exception() for job in push.jobs)):
-            self._note_failure(
+            self.note_failure(
                 f"A checkpoint could not be pushed to {self.hub_model_id} ({_reason(error)}); it is in "
                 f"{self.args.output_dir}, and the training went on."
             )

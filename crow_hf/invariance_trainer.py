@@ -154,7 +154,9 @@ class InvarianceTrainer(CrowTrainer):
             return super()._get_train_sampler(train_dataset)
         # The optimizer step's rows, whoever has them.
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return _LengthGroupedSampler(batch_size, list(self.train_dataset["length"]), args.data_seed or args.seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        # The rows that are passed here have lost the column.
+        return _LengthGroupedSampler(batch_size, list(self.train_dataset["length"]), seed)
 
     @torch.no_grad()
     def _mix_in_suspect(self) -> None:
@@ -162,7 +164,7 @@ class InvarianceTrainer(CrowTrainer):
         Go back part of the way to the suspect: what was learned is spread over all weights and keeps most of its effect, and
         what was forgotten comes back (WiSE-FT, arXiv 2109.01903).
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.accelerator.unwrap_model(self.model)
         beginning = self._beginning or dict(self._suspect.named_parameters())
         # Wrappers of the layers change the names.
         for name, parameter in fsdp2_canonicalize_names(dict(model.named_parameters())).items():

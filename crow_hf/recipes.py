@@ -1,7 +1,6 @@
 """Runs made of several trainings: a purification with its evidence, and a purification beside its controls."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -353,7 +353,7 @@ def _check_shards(args: CrowConfig) -> None:
         return
     if isinstance(args, InvarianceConfig) and args.num_canaries:
         raise ValueError("Canaries cannot be tried on weights in shards (FSDP): set `num_canaries` to 0.")
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "The model is looked at before it is in shards, in every process: set `fsdp_cpu_ram_efficient_loading: false` in "
             "the configuration of accelerate."
@@ -366,10 +366,9 @@ def _reporting(trainer: CrowTrainer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        folder = trainer.args.output_dir
-        sentence = f"There is no report in {folder} ({type(error).__name__}: {error}); the purified model is whole."
-        logger.error(sentence)
-        trainer.failures.append(sentence)
+        trainer.note_failure(
+            f"There is no report in {trainer.args.output_dir} ({type(error).__name__}: {error}); the purified model is whole."
+        )
 
 
 def _write_report(record: Record, purification: Purification) -> None:
