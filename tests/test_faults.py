@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ragged_rows, same_weights, tiny_gpt2, tiny_llama, weights_of
 from datasets import Dataset
-from huggingface_hub import hf_api
+from huggingface_hub import constants, hf_api
 from loopback_hub import TOKEN, LoopbackHub
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -598,6 +598,9 @@ def hub(monkeypatch):
     """The Hub on this machine, for this process."""
     with LoopbackHub() as hub:
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        # The tests are run offline, which this machine is not meant by.
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield hub
 
 
