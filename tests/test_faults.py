@@ -78,6 +78,15 @@ def steps_kept(folder):
     return [sorted(step for step in found if found[step] == whole) for whole in (True, False)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that are killed: bits depend on how many threads add up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def run(request, tmp_path_factory):
     """The kind, the folder, and the outcome of a run that was never stopped: a checkpoint at each step."""
