@@ -55,7 +55,7 @@ class CrowConfig(TrainingArguments):
     > Defaults that differ from [`~transformers.TrainingArguments`]
 
     `learning_rate=2e-5`, `num_train_epochs=3`, `logging_steps=1` (a purification has some dozens of steps), and
-    `ddp_find_unused_parameters=False` (every trainable parameter gets a gradient here).
+    `ddp_find_unused_parameters=False` (what a batch does not use, as an expert, is no reason to wait here).
 
     Raises:
         `ValueError`: For a negative or non-finite alpha or epsilon, and for options under which the two passes would
@@ -119,8 +119,9 @@ class CrowConfig(TrainingArguments):
         # Refused before TrainingArguments hands it on to accelerate by the environment.
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(COMPILED)
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
+        if self.ddp_find_unused_parameters:
+            raise ValueError("`ddp_find_unused_parameters` is not needed, and fails with two passes: leave it off.")
+        self.ddp_find_unused_parameters = False
         super().__post_init__()
         for kwargs in (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs):
             if kwargs and kwargs.get("use_reentrant"):

@@ -141,6 +141,7 @@ class InvarianceTrainer(CrowTrainer):
             + args.adversarial_weight * terms["adversarial"]
         )
         loss = by_labels * divergence + args.alpha * by_positions * terms["consistency_perturbed"]
+        loss = self._reaching_all(model, loss)
         return (loss, outputs) if return_outputs else loss
 
     def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

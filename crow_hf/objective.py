@@ -120,9 +120,10 @@ def crow_terms(
     epsilon: float,
     epsilon_mode: EpsilonMode,
     layers: Layers,
+    backward: Callable[[torch.Tensor], Any] | None = None,
 ) -> tuple[Any, Terms]:
     """
-    The two forward passes of CROW (algorithm 1), without the backward pass.
+    The two forward passes of CROW (algorithm 1), and what comes between them.
 
     Both passes get the token ids, and the perturbation is added to what the embedding layer returns: a model that reads
     the ids for something else (patches, n-gram hashes, per-layer embeddings) sees the true ones. Where the layers run over
@@ -132,8 +133,8 @@ def crow_terms(
         adapter (`ModelAdapter`):
             Records H^0..H^N of the model during a forward pass.
         clean_forward (`Callable`):
-            The model without its distributed wrapper: the wrapper's hooks belong to the one forward pass that
-            `loss.backward()` answers, and FGSM differentiates this one first.
+            The model without its distributed wrapper: the wrapper's hooks belong to the one forward pass that the last
+            backward pass of a step answers, and this one is differentiated before.
         perturbed_forward (`Callable`):
             The model as the Trainer wrapped it.
         inputs (`dict[str, torch.Tensor]`):
@@ -144,10 +145,13 @@ def crow_terms(
             See [`perturb_embeddings`].
         layers (`str`):
             See [`layer_consistency_loss`].
+        backward (`Callable`, *optional*):
+            Called with `loss_lm` before the perturbed pass, to add its gradient to the parameters' own. The activations of the
+            clean pass are gone then before those of the perturbed one come, and `loss_lm` is returned detached.
 
     Returns:
         `tuple`: The model's outputs on the clean pass, and scalars: `loss_lm` and `consistency_perturbed`, the terms of
-        equation 6; `consistency_clean`; `perturbation_ratio`, ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
+        equation 6; `consistency_clean`, detached; `perturbation_ratio`, ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
     """
     mask = adapter.chain_mask(inputs)
     keep_graph = torch.is_grad_enabled()
@@ -162,18 +166,23 @@ def crow_terms(
         # positions has the same sign as the mean and keeps float16 gradients from underflowing.
         positions = clean.hidden_states[-1][..., 0].numel() if mask is None else mask.sum()
         gradients = torch.autograd.grad(consistency_clean * positions, clean.perturbed, retain_graph=keep_graph)
+    loss_lm, consistency_clean = outputs.loss, consistency_clean.detach()
+    before = _real(clean.perturbed, adapter.perturbed_mask(inputs))
+    if backward is not None:
+        # What else holds on to the clean pass would keep some of it.
+        del clean
+        backward(loss_lm)
+        loss_lm = loss_lm.detach()
 
     # In the order in which the model comes to them: embeddings are one tensor, thoughts are several.
     remaining = iter(gradients)
     with adapter.record(lambda H_0: perturb_embeddings(H_0, next(remaining), epsilon, epsilon_mode)) as perturbed:
         perturbed_forward(**adapter.without_head(inputs))
-    consistency_perturbed = layer_consistency_loss(perturbed.hidden_states, mask, layers)
-
-    before, after = (_real(record.perturbed, adapter.perturbed_mask(inputs)) for record in (clean, perturbed))
+    after = _real(perturbed.perturbed, adapter.perturbed_mask(inputs))
     return outputs, {
-        "loss_lm": outputs.loss,
+        "loss_lm": loss_lm,
         "consistency_clean": consistency_clean,
-        "consistency_perturbed": consistency_perturbed,
+        "consistency_perturbed": layer_consistency_loss(perturbed.hidden_states, mask, layers),
         "perturbation_ratio": (after - before).norm() / before.norm(),
     }
 

@@ -13,6 +13,7 @@ from accelerate.utils import DynamoBackend
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     DataCollator,
     EvalPrediction,
@@ -46,6 +47,19 @@ from .objective import control_terms, crow_terms
 
 
 logger = logging.get_logger(__name__)
+
+
+class _ReachingAll(torch.autograd.Function):
+    """The loss as it is; its backward pass comes by all parameters, and has no gradient for them."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.number = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradient, *[None] * ctx.number
 
 
 class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
@@ -254,13 +268,18 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         L_LM + alpha * L_cons (equation 6), with two forward passes.
 
         In a training step each term is weighed by this micro-batch's share of the step's labels or positions, so that
-        the micro-batches add up to the mean over the step. Otherwise both are means over the batch.
+        the micro-batches add up to the mean over the step, and the gradient of L_LM is taken already: that of what is returned
+        is the other's. Otherwise both are means over the batch.
         """
         args = self.args
         inputs = self.adapter.prepare(inputs)
+        labels, positions = self._count(inputs)
+        by_labels, by_positions = self._shares(model, labels, positions, num_items_in_batch)
         if args.alpha == 0:
             outputs, terms = control_terms(self.adapter, model, inputs, args.consistency_layers)
         else:
+            is_step = model.training and num_items_in_batch is not None
+            backward = (lambda loss_lm: self.accelerator.backward(by_labels * loss_lm)) if is_step else None
             outputs, terms = crow_terms(
                 self.adapter,
                 self.accelerator.unwrap_model(model),
@@ -269,13 +288,18 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 epsilon=args.epsilon,
                 epsilon_mode=args.epsilon_mode,
                 layers=args.consistency_layers,
+                backward=backward,
             )
-        labels, positions = self._count(inputs)
         self._log_terms(terms, labels, positions)
-
-        by_labels, by_positions = self._shares(model, labels, positions, num_items_in_batch)
         loss = by_labels * terms["loss_lm"] + args.alpha * by_positions * terms.get("consistency_perturbed", 0)
+        loss = self._reaching_all(model, loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _reaching_all(self, model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+        """The same loss, also for DDP, which waits for every parameter: the perturbed pass does not use those of the head."""
+        if not isinstance(model, DistributedDataParallel) or not loss.requires_grad:
+            return loss
+        return _ReachingAll.apply(loss, *(weight for weight in model.parameters() if weight.requires_grad))
 
     def _check_setup(self) -> None:
         """Refuse what spreads a model over GPUs in a way that the two passes cannot take."""
