@@ -55,7 +55,7 @@ class CrowConfig(TrainingArguments):
     > Defaults that differ from [`~transformers.TrainingArguments`]
 
     `learning_rate=2e-5`, `num_train_epochs=3`, `logging_steps=1` (a purification has some dozens of steps), and
-    `ddp_find_unused_parameters=False` (what a batch does not use, as an expert, is no reason to wait here).
+    `ddp_find_unused_parameters=False` (parameters that a batch does not use are nothing to wait for here).
 
     Raises:
         `ValueError`: For a negative or non-finite alpha or epsilon, and for options under which the two passes would

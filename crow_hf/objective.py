@@ -10,12 +10,13 @@ Notation: H^0 are the input embeddings, H^l the output of layer l = 1..N, B rows
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from .adapters import ModelAdapter
+from .cosine import summed_cosine_distance
 
 
 Layers = Literal["paper", "reference"]
@@ -66,14 +67,7 @@ def layer_consistency_loss(
             f"dimensions {tuple(chain[0].shape[:2])}: pass a mask of that shape."
         )
 
-    # Ones at the masked positions keep whatever padding holds, NaN included, out of the value and of the gradient.
-    # The cosine is taken in float32: in bfloat16, 1 - cos of neighbouring layers is all rounding.
-    chain_BSD = (torch.where(mask[..., None], hidden.float(), 1.0) for hidden in chain)
-    previous_BSD = next(chain_BSD)
-    total = previous_BSD.new_zeros(())
-    for current_BSD in chain_BSD:
-        total = total + (1 - F.cosine_similarity(current_BSD, previous_BSD, dim=-1)).sum()
-        previous_BSD = current_BSD
+    total = sum(summed_cosine_distance(previous, current, mask) for previous, current in pairwise(chain))
     return total / ((len(chain) - 1) * mask.sum().clamp(min=1))
 
 
@@ -147,7 +141,7 @@ def crow_terms(
             See [`layer_consistency_loss`].
         backward (`Callable`, *optional*):
             Called with `loss_lm` before the perturbed pass, to add its gradient to the parameters' own. The activations of the
-            clean pass are gone then before those of the perturbed one come, and `loss_lm` is returned detached.
+            clean pass are gone then before those of the perturbed one come; `loss_lm` is returned detached, and no outputs.
 
     Returns:
         `tuple`: The model's outputs on the clean pass, and scalars: `loss_lm` and `consistency_perturbed`, the terms of
@@ -169,8 +163,8 @@ def crow_terms(
     loss_lm, consistency_clean = outputs.loss, consistency_clean.detach()
     before = _real(clean.perturbed, adapter.perturbed_mask(inputs))
     if backward is not None:
-        # What else holds on to the clean pass would keep some of it.
-        del clean
+        # The logits are as large as anything, and nothing else may hold on to the clean pass.
+        outputs = clean = None
         backward(loss_lm)
         loss_lm = loss_lm.detach()
 

@@ -278,7 +278,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         if args.alpha == 0:
             outputs, terms = control_terms(self.adapter, model, inputs, args.consistency_layers)
         else:
-            is_step = model.training and num_items_in_batch is not None
+            is_step = model.training and num_items_in_batch is not None and not return_outputs
             backward = (lambda loss_lm: self.accelerator.backward(by_labels * loss_lm)) if is_step else None
             outputs, terms = crow_terms(
                 self.adapter,

@@ -1,10 +1,12 @@
 """CrowTrainer against slow oracles, against transformers.Trainer and against itself."""
 
 import copy
+import gc
 import json
 import logging
 import math
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,29 @@ def test_order_of_micro_batches_within_a_step_does_not_matter(tmp_path, tiny_lla
         return [loss.item() for loss in seen]
 
     assert losses([0, 1, 2, 3]) == losses([3, 2, 1, 0])[::-1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_of_the_clean_pass_lies_beside_the_perturbed_one(checkpointing, tmp_path, rows, tiny_llama):
+    """The clean pass's logits and hidden states are freed before the second forward pass of a step begins."""
+    passes, alive = [], []
+
+    def before(module, args, kwargs):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in passes))
+
+    def after(module, args, kwargs, output):
+        passes.extend(weakref.ref(tensor) for tensor in (output.logits, *seen))
+        seen.clear()
+
+    model, seen = tiny_llama(), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True)
+    build(tmp_path, model, rows, max_steps=2, activation_checkpointing=checkpointing).train()
+    assert alive == [0, 0, 0, 0]
+    assert len(passes) >= 4 * (1 + len(model.model.layers))
 
 
 # Training
@@ -770,6 +795,7 @@ def test_bad_train_dataset(dataset, tmp_path, byte_tokenizer, tiny_llama):
         {"consistency_layers": "all"},
         {"label_smoothing_factor": 0.1},
         {"ddp_static_graph": True},
+        {"ddp_find_unused_parameters": True},
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=str,
