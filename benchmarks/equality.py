@@ -6,6 +6,8 @@
 Tiny models are trained for three steps of eight rows: in one process at once, and in two processes on the CPU, started by
 `accelerate launch` with the configurations of examples/accelerate/, two rows at a time. The table says how far apart the
 logged losses and gradient norms (relative) and the saved weights (absolute) of the two lie at most.
+
+DeepSpeed is optional: `DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install --no-build-isolation deepspeed`.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_deepspeed_available
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
@@ -43,6 +45,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
 SETUPS = {
     "ddp": CONFIGS / "multi_gpu.yaml",
     "fsdp2": CONFIGS / "fsdp2.yaml",
+    "deepspeed": CONFIGS / "deepspeed_zero2.yaml",
 }
 OPTIONS = {
     "full": {},
@@ -67,6 +70,8 @@ ONE_BATCH = {"per_device_train_batch_size": 8}
 IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 MODELS = ("llama", "coconut", "thoughts")
+# Refused; and DeepSpeed's own bfloat16, which keeps the weights in it.
+NOT_COMPARED = (("fsdp2", "thoughts"), ("deepspeed", "bf16"))
 
 
 def rows_of(model: str) -> Dataset:
@@ -134,6 +139,8 @@ def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> N
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(SETUPS[setup]), "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if setup == "deepspeed":
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     call = [*command, __file__, "--work_in", str(folder), "--cells", json.dumps(cells), "--setups", setup]
     process = subprocess.run(call, env=environment, capture_output=True, text=True)
     if process.returncode:
@@ -144,6 +151,8 @@ def work(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> Non
     """What each of the two processes does."""
     if setup == "fsdp2":
         shard_on_the_cpu()
+    if setup == "deepspeed":
+        communicate_by_gloo()
     for cell in cells:
         AcceleratorState._reset_state(reset_partial_state=True)
         train(*cell, folder / "-".join(cell), **IN_PARTS)
@@ -162,6 +171,13 @@ def shard_on_the_cpu() -> None:
             self.distributed_type = DistributedType.MULTI_NPU
 
     PartialState.__init__ = begin_as_accelerators
+
+
+def communicate_by_gloo() -> None:
+    """DeepSpeed would compile an operation of its own for processes that share their memory."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def differences(one: Path, two: Path) -> dict[str, float]:
@@ -205,12 +221,18 @@ def main() -> None:
     disable_progress_bar()
     if options.work_in:
         return work(options.setups[0], options.cells, options.work_in)
+    if "deepspeed" in options.setups and not is_deepspeed_available():
+        print("The setup deepspeed is skipped: the package is not installed.", file=sys.stderr)
+        options.setups.remove("deepspeed")
     print("| setup | model | trainer | option | loss | gradient norm | weights |")
     print("| --- | --- | --- | --- | ---: | ---: | ---: |")
     with TemporaryDirectory() as folder:
         for setup in options.setups:
-            models = [model for model in options.models if (setup, model) != ("fsdp2", "thoughts")]
-            cells = list(product(models, options.trainers, options.options))
+            cells = [
+                cell
+                for cell in product(options.models, options.trainers, options.options)
+                if not any((setup, name) in NOT_COMPARED for name in cell)
+            ]
             for cell, found in zip(cells, compare(setup, cells, Path(folder)), strict=True):
                 assert found["processes"] == 2
                 numbers = " | ".join(f"{found[name]:.0e}" for name in ("loss", "grad_norm", "weights"))

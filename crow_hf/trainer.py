@@ -268,8 +268,8 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         L_LM + alpha * L_cons (equation 6), with two forward passes.
 
         In a training step each term is weighed by this micro-batch's share of the step's labels or positions, so that
-        the micro-batches add up to the mean over the step, and the gradient of L_LM is taken already: that of what is returned
-        is the other's. Otherwise both are means over the batch.
+        the micro-batches add up to the mean over the step. But for DeepSpeed, the gradient of L_LM is taken already
+        then: that of what is returned is the other's. Otherwise both are means over the batch.
         """
         args = self.args
         inputs = self.adapter.prepare(inputs)
@@ -279,7 +279,10 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
             outputs, terms = control_terms(self.adapter, model, inputs, args.consistency_layers)
         else:
             is_step = model.training and num_items_in_batch is not None and not return_outputs
-            backward = (lambda loss_lm: self.accelerator.backward(by_labels * loss_lm)) if is_step else None
+            # Not under DeepSpeed: accelerate ends the step with any backward pass there, and each process sums those
+            # gradients that it has, which in one term alone are not the same ones where rows differ in their thoughts.
+            in_two = is_step and not self.is_deepspeed_enabled
+            backward = (lambda loss_lm: self.accelerator.backward(by_labels * loss_lm)) if in_two else None
             outputs, terms = crow_terms(
                 self.adapter,
                 self.accelerator.unwrap_model(model),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
 from coconut_models import batch_of, coconut
 from conftest import crow_args, ragged_rows, tiny_llama
 from datasets import Dataset
@@ -49,6 +49,16 @@ def test_bfloat16_in_two_processes_is_near_one(setup, tmp_path):
     cells = [("llama", "crow", "bf16"), ("llama", "strong", "bf16")]
     for cell, found in zip(cells, EQUALITY["compare"](setup, cells, tmp_path), strict=True):
         assert found["loss"] < 0.02 and found["grad_norm"] < 0.1, (cell, found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+def test_two_processes_of_deepspeed_equal_one(tmp_path):
+    """A step that ends with the first of two backward passes, or gradients that one of the processes alone has."""
+    cells = [("llama", "crow", "full"), ("thoughts", "crow", "full"), ("coconut", "strong", "lora")]
+    for cell, found in zip(cells, EQUALITY["compare"]("deepspeed", cells, tmp_path), strict=True):
+        assert (found["processes"], found["type"]) == (2, "DEEPSPEED"), cell
+        assert max(found[name] for name in ("loss", "grad_norm", "weights")) < 1e-5, (cell, found)
 
 
 # What is refused. A process of its own has no shards, so the state that accelerate would be in is put in its place.
