@@ -29,7 +29,7 @@ from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 from crow_hf import (
     CoconutForCausalLM,
@@ -50,6 +50,7 @@ SETUPS = {
 OPTIONS = {
     "full": {},
     "lora": {},
+    "qlora": {},
     "bf16": {"bf16": True},
     "checkpointing": {"activation_checkpointing": True},
 }
@@ -84,13 +85,13 @@ def rows_of(model: str) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "completion": ["yes", "no, never", "a", "perhaps not"] * 6})
 
 
-def llama_config() -> LlamaConfig:
+def llama_config(hidden_size: int = 32, intermediate_size: int = 48) -> LlamaConfig:
     """Four layers, with weights large enough that every difference shows."""
     tokenizer = CoconutTokenizer()
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=2,
         max_position_embeddings=128,
@@ -101,8 +102,13 @@ def llama_config() -> LlamaConfig:
     )
 
 
-def tiny_model(name: str) -> PreTrainedModel:
+def tiny_model(name: str, option: str = "full") -> PreTrainedModel:
     set_seed(0)
+    if option == "qlora":
+        if name != "llama":
+            raise ValueError("4-bit weights are compared in a Llama alone.")
+        # Blocks of 64 weights must not go over the end of a row: bitsandbytes reads such ones wrongly on a CPU.
+        return in_four_bits(LlamaForCausalLM(llama_config(64, 128)))
     if name == "llama":
         return LlamaForCausalLM(llama_config())
     local = {"initializer_range": 0.2, "sliding_window": 16}
@@ -111,15 +117,23 @@ def tiny_model(name: str) -> PreTrainedModel:
     )
 
 
+def in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with 4-bit weights, which are made when it is loaded."""
+    kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return type(model).from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), quantization_config=kind, dtype=torch.float32
+    )
+
+
 def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -> CrowTrainer:
     """Train one cell of the table and save the model, with the log beside it."""
     settings = {"output_dir": str(output_dir)} | COMMON | OPTIONS[option] | settings
-    peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if option == "lora" else None
+    peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if "lora" in option else None
     made = {"train_dataset": rows_of(model), "processing_class": CoconutTokenizer(), "peft_config": peft_config}
     if trainer == "strong":
-        run = InvarianceTrainer(tiny_model(model), InvarianceConfig(**STRONG | settings), **made)
+        run = InvarianceTrainer(tiny_model(model, option), InvarianceConfig(**STRONG | settings), **made)
     else:
-        run = CrowTrainer(tiny_model(model), CrowConfig(**settings), **made)
+        run = CrowTrainer(tiny_model(model, option), CrowConfig(**settings), **made)
     run.train()
     run.save_model()
     if run.is_world_process_zero():
@@ -213,7 +227,8 @@ def main() -> None:
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    everywhere = [option for option in OPTIONS if option != "qlora"]
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=everywhere)
     parser.add_argument("--work_in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cells", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -55,8 +55,8 @@ class ModelAdapter:
             What the perturbation is added to; other families than [`CoconutForCausalLM`] have nothing but embeddings.
 
     Raises:
-        `ValueError`: If the model is an encoder-decoder, has fewer than 3 layers, its layers cannot be told, or it has not what
-            is to be perturbed.
+        `ValueError`: If the model is an encoder-decoder, has fewer than 3 layers, its layers cannot be told, it has not what is
+            to be perturbed, or its 4-bit weights let no gradient through.
     """
 
     #: Modules that training must leave alone, as a regular expression for PEFT's `exclude_modules`.
@@ -75,6 +75,7 @@ class ModelAdapter:
                 f"{self.name} has {len(self.layers)} decoder layers, but CROW compares consecutive layers and needs at "
                 f"least {MIN_LAYERS}: use a deeper model."
             )
+        _keep_differentiable(self.base)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.base.forward).parameters
 
     def prepare(self, inputs: Inputs) -> Inputs:
@@ -322,6 +323,21 @@ def _base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """The model's longest sequence in tokens, or `None` where its positions have no end."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """
+    On CPUs with bfloat16, bitsandbytes packs 4-bit weights anew in the first pass in evaluation mode that needs no gradient. From
+    then on no gradient passes through them, in training neither, and their scales are rounded for good.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    "The model's 4-bit weights were packed for inference when it was evaluated on the CPU, and let no "
+                    "gradient through any more: load the model again, and evaluate it after the training."
+                )
+            module.support_avx512bf16_for_cpu = False
 
 
 def _decoder_layers(decoder: PreTrainedModel, name: str) -> nn.ModuleList:
