@@ -33,7 +33,7 @@ from .data import load_rows
 from .evaluation.harness import evaluate_model
 from .html_report import REPORT_PAGE
 from .hub import create_repository, push_folder
-from .loading import load_causal_lm, load_tokenizer
+from .loading import is_quantized, load_causal_lm, load_tokenizer
 from .patch_view import render_terminal, summarize, write_html
 from .patching import EntropyPatcher, calibrate_threshold, load_entropy_predictor
 from .recipes import compare_defences
@@ -78,7 +78,11 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
 
     def load_suspect() -> PreTrainedModel | PeftModel:
         model = load_causal_lm(arguments.model, is_trainable=True, **(args.model_init_kwargs or {}))
-        return model.merge_and_unload(safe_merge=True) if arguments.lora and isinstance(model, PeftModel) else model
+        if not (arguments.lora and isinstance(model, PeftModel)):
+            return model
+        if is_quantized(model):
+            raise ValueError("An adapter is not merged into quantized weights: leave out --lora to train it further.")
+        return model.merge_and_unload(safe_merge=True)
 
     suspect = load_suspect()
     check_room(args.output_dir, suspect)
@@ -112,7 +116,8 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         )
         purification = comparison.purification
     trainer = purification.trainer
-    if isinstance(trainer.model, PeftModel) and not isinstance(suspect, PeftModel):
+    # Merged into weights of 4 or 8 bits, most of what was learned would be rounded away: there the adapter is the result.
+    if isinstance(trainer.model, PeftModel) and not isinstance(suspect, PeftModel) and not is_quantized(suspect):
         trainer.model = trainer.model.merge_and_unload(safe_merge=True)
     # Pushed below: what was measured is to be told and kept before that.
     trainer.save_model(_internal_call=True)

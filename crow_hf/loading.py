@@ -68,6 +68,11 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         raise ValueError(CODE_IS_NOT_RUN.format(path)) from None
 
 
+def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a model was loaded with weights of few bits, as for QLoRA."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     Load a model's tokenizer, or that of its base if the path is an adapter saved without one.

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .adapters import adapter_of
 from .canaries import Canary, try_canaries
 from .checkpoints import OUTPUT_WAS_USED, check_room, checkpoint_to_resume, output_was_used
 from .config import CrowConfig, InvarianceConfig, in_shards
@@ -155,6 +156,8 @@ def purify(
         processing_class = load_tokenizer(path)
     if isinstance(model, (str, Path)):
         model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
+    # A model that cannot be purified is refused before it is looked at, and 4-bit weights are kept from being packed then.
+    adapter_of(model, args.perturb)
     if recipe == "paper" and peft_config is None and not isinstance(model, PeftModel):
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 

@@ -11,7 +11,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from crow_hf import CrowTrainer, InvarianceConfig, InvarianceTrainer, load_causal_lm
+from crow_hf import CrowTrainer, InvarianceConfig, InvarianceTrainer, load_causal_lm, purify
+from crow_hf.cli import main
 
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -193,3 +194,37 @@ def test_two_processes_equal_one(tmp_path):
         assert max(found[name] for name in ("loss", "grad_norm", "weights")) < 1e-5, (cell, found)
         logs = json.loads((tmp_path / "one" / "-".join(cell) / "result.json").read_text())["log"]
         assert len(logs) == 3 and logs[0]["loss"] != pytest.approx(logs[2]["loss"], rel=1e-3)
+
+
+def test_purify_looks_at_the_suspect_first(suspect, tmp_path):
+    """Weights that screening has packed for inference, so that nothing can be trained any more."""
+    settings = {"num_views": 48, "num_canaries": 0, "warmup_steps": 0, "use_cpu": True, "report_to": "none"}
+    args, tokenizer = InvarianceConfig(str(tmp_path / "out"), **settings), ByT5Tokenizer(extra_ids=0)
+    purification = purify(
+        quantised(suspect), TEXT_ROWS, "strong", args, processing_class=tokenizer, peft_config=lora()
+    )
+    assert any(value.any() for name, value in trainable(purification.model).items() if "lora_B" in name)
+
+
+def test_the_command_keeps_the_adapter(suspect, tmp_path):
+    """An adapter that is merged into 4-bit weights, and mostly rounded away."""
+    ByT5Tokenizer(extra_ids=0).save_pretrained(suspect)
+    TEXT_ROWS.to_json(tmp_path / "clean.jsonl")
+    bits = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})
+    command = ["purify", "--model", str(suspect), "--dataset", str(tmp_path / "clean.jsonl"), "--output_dir"]
+    command += [
+        str(tmp_path / "out"),
+        "--lora",
+        "--model_init_kwargs",
+        bits,
+        "--num_views",
+        "16",
+        "--num_canaries",
+        "0",
+    ]
+    command += ["--use_cpu", "--report_to", "none"]
+    assert main(command) in (0, None)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    command[2], command[6] = str(tmp_path / "out"), str(tmp_path / "again")
+    assert main(command) == 1
