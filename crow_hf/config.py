@@ -8,12 +8,6 @@ from typing import Any
 from transformers import TrainingArguments
 
 
-COMPILED = (
-    "A compiled model does not see the hooks that the objective sets for each pass: leave `torch_compile` and "
-    "`--dynamo_backend` off."
-)
-
-
 def in_shards(args: TrainingArguments) -> bool:
     """Whether the weights are going to be in shards (FSDP), by the arguments or by how `accelerate launch` was called."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -59,8 +53,7 @@ class CrowConfig(TrainingArguments):
 
     Raises:
         `ValueError`: For a negative or non-finite alpha or epsilon, and for options under which the two passes would
-            silently be wrong: label smoothing, a static DDP graph, reentrant checkpointing,
-            compilation.
+            silently be wrong: label smoothing, a static DDP graph, reentrant checkpointing.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -116,9 +109,6 @@ class CrowConfig(TrainingArguments):
             raise ValueError("CROW computes its own loss: leave `label_smoothing_factor` at 0.")
         if self.ddp_static_graph:
             raise ValueError("`ddp_static_graph` loses gradients of the two passes: leave it off.")
-        # Refused before TrainingArguments hands it on to accelerate by the environment.
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise ValueError(COMPILED)
         if self.ddp_find_unused_parameters:
             raise ValueError("`ddp_find_unused_parameters` is not needed, and fails with two passes: leave it off.")
         self.ddp_find_unused_parameters = False

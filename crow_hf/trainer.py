@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -39,7 +39,8 @@ from .checkpoints import (
     output_was_used,
     writing,
 )
-from .config import COMPILED, CrowConfig
+from .compilation import compiled_layers
+from .config import CrowConfig
 from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepare_dataset
 from .hub import HubMixin
 from .loading import load_causal_lm, load_tokenizer
@@ -236,7 +237,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         if args.save_strategy != "no":
             check_room(args.output_dir, self.model)
         try:
-            with self._stop_at_ctrl_c.watching(self):
+            with compiled_layers(self.adapter.layers, args), self._stop_at_ctrl_c.watching(self):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             # The Trainer switches the cache off for training; the purified model's config is to be the suspect's.
@@ -311,9 +312,14 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         if is_deepspeed_zero3_enabled():
             raise ValueError("DeepSpeed ZeRO-3 cannot be differentiated twice: use ZeRO-2, FSDP2 or DDP.")
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise ValueError(COMPILED)
+            raise ValueError(
+                "Compiled as a whole, the model does not let the objective differentiate what its hooks record: leave "
+                "`--dynamo_backend` off and set `torch_compile=True`, which compiles each layer by itself."
+            )
         if not self.is_fsdp_enabled:
             return
+        if self.args.torch_compile:
+            raise ValueError("Layers in shards (FSDP) are not compiled: leave `torch_compile` off.")
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
@@ -329,6 +335,10 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 f"FSDP does not load what stays out of its shards, as what patches {self.adapter.name} does: set "
                 "`fsdp_cpu_ram_efficient_loading: false` in the configuration of accelerate."
             )
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As in [`~transformers.Trainer`], but accelerate is not told to compile: it would compile the model as a whole."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin()}
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
         """As in [`~transformers.Trainer`], where the model is wrapped."""

@@ -4,7 +4,6 @@ The cells here are few; `benchmarks/equality.py`, whose runner they share, makes
 """
 
 import json
-import os
 import runpy
 from pathlib import Path
 
@@ -87,6 +86,15 @@ def test_configurations_that_would_be_wrong_are_refused(settings, message, tmp_p
         check(coconut(), FullyShardedDataParallelPlugin(**settings), tmp_path)
 
 
+def test_layers_in_shards_are_not_compiled(tmp_path):
+    trainer = CrowTrainer(
+        tiny_llama(), crow_args(tmp_path, torch_compile_backend="aot_eager"), Dataset.from_list(ragged_rows(4))
+    )
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="torch_compile"):
+        trainer._check_setup()
+
+
 def test_any_decoder_can_be_loaded_by_one_process(tmp_path):
     check(tiny_llama(), FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True), tmp_path)
 
@@ -98,15 +106,6 @@ def test_an_adapter_is_not_merged_into_shards(tmp_path):
     trainer.is_fsdp_enabled, trainer.model = True, trainer.model.merge_and_unload()
     with pytest.raises(ValueError, match="in shards"):
         trainer.save_model()
-
-
-@pytest.mark.parametrize("settings", [{"torch_compile_backend": "aot_eager"}, {"torch_compile_mode": "default"}])
-def test_compilation_by_another_name_is_refused(settings, tmp_path):
-    """Options that switch `torch_compile` on, of which nothing is left in the environment."""
-    before = dict(os.environ)
-    with pytest.raises(ValueError, match="torch_compile"):
-        crow_args(tmp_path, **settings)
-    assert os.environ == before
 
 
 def test_compilation_by_the_launcher_is_refused(tmp_path, monkeypatch):

@@ -906,11 +906,6 @@ def test_adapter_inside_a_plain_model(tmp_path, rows, tiny_llama):
         build(tmp_path, model, rows, peft_config=LoraConfig(target_modules="all-linear"))
 
 
-def test_compiled_models_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="torch_compile"):
-        crow_args(tmp_path, torch_compile=True)
-
-
 def test_half_precision_weights_are_pointed_out(tmp_path, rows, tiny_llama, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     build(tmp_path, tiny_llama().bfloat16(), rows)
