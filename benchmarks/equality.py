@@ -53,6 +53,7 @@ OPTIONS = {
     "qlora": {},
     "bf16": {"bf16": True},
     "checkpointing": {"activation_checkpointing": True},
+    "compiled": {"torch_compile_backend": "aot_eager"},
 }
 TRAINERS = ("crow", "strong")
 # No difference may hide: no clipping, and no division by the root of a tiny square.
@@ -72,7 +73,7 @@ IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 MODELS = ("llama", "coconut", "thoughts")
 # Refused; and DeepSpeed's own bfloat16, which keeps the weights in it.
-NOT_COMPARED = (("fsdp2", "thoughts"), ("deepspeed", "bf16"))
+NOT_COMPARED = (("fsdp2", "thoughts"), ("fsdp2", "compiled"), ("deepspeed", "bf16"))
 
 
 def rows_of(model: str) -> Dataset:
