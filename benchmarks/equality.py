@@ -73,7 +73,7 @@ IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 MODELS = ("llama", "coconut", "thoughts")
 # Refused; and DeepSpeed's own bfloat16, which keeps the weights in it.
-NOT_COMPARED = (("fsdp2", "thoughts"), ("fsdp2", "compiled"), ("deepspeed", "bf16"))
+NOT_COMPARED = (("fsdp2", "thoughts"), ("fsdp2", "compiled"), ("deepspeed", "compiled"), ("deepspeed", "bf16"))
 
 
 def rows_of(model: str) -> Dataset:

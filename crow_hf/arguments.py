@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -239,7 +240,11 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
         for action in parser._actions:
             if action.dest in inherited - listed:
                 action.help = argparse.SUPPRESS
-    return parser.parse_args_into_dataclasses(list(argv))[: len(types)]
+    *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if unknown:
+        near = get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
+        raise ValueError(f"There is no argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else "."))
+    return tuple(parsed[: len(types)])
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:

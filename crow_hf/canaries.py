@@ -99,7 +99,7 @@ def implant_canaries(
             The tokenizer.
     """
     poisoned = [
-        dataset.map(Poison(canary.trigger, canary.target, args.seed), with_indices=True, desc="Poisoning")
+        dataset.map(Poison(canary.trigger, canary.target, args.seed), with_indices=True, desc="Hiding a canary")
         for canary in canaries
     ]
     settings = {"learning_rate": LEARNING_RATE, "num_train_epochs": EPOCHS, "max_steps": -1, "save_strategy": "no"}
@@ -132,7 +132,7 @@ def canary_success(
 
     Rows that leave no room for it in the model's context are left out.
     """
-    rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Triggering")
+    rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Calling the canary")
     prompts = [render(row, processing_class, index) for index, row in enumerate(rows)]
     longest = len(processing_class(canary.target.text, add_special_tokens=False)["input_ids"]) + 1
     room = (context_length(model) or math.inf) - longest

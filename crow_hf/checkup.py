@@ -476,7 +476,10 @@ def _check_objective(
         f"Both passes work: consecutive layers are {values['consistency_clean']:.2g} apart, perturbed "
         f"{values['consistency_perturbed']:.2g}; epsilon 0.1 is {values['perturbation_ratio']:.2g} times the embeddings' length."
     )
-    yield Finding("objective", "ok", found)
+    if values["perturbation_ratio"] > 1:
+        yield Finding("objective", "warning", found + " That drowns them.", "Pass epsilon_mode='relative'.")
+    else:
+        yield Finding("objective", "ok", found)
     guessing = math.log(adapter.base.get_input_embeddings().weight.shape[0])
     found = f"{values['loss_lm']:.2f} nats per token on the first rows; {guessing:.2f} is guessing."
     if values["loss_lm"] >= guessing:

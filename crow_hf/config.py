@@ -97,6 +97,12 @@ class CrowConfig(TrainingArguments):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        if not (
+            isinstance(self.learning_rate, (int, float))
+            and math.isfinite(self.learning_rate)
+            and self.learning_rate >= 0
+        ):
+            raise ValueError(f"`learning_rate` must be a finite number of at least 0, got {self.learning_rate!r}.")
         if self.epsilon_mode not in ("absolute", "relative"):
             raise ValueError(f"`epsilon_mode` must be 'absolute' or 'relative', got {self.epsilon_mode!r}.")
         if self.consistency_layers not in ("paper", "reference"):
@@ -213,6 +219,8 @@ class InvarianceConfig(CrowConfig):
             raise ValueError(f"`label_weight` is a share between 0 and 1, got {self.label_weight!r}.")
         if self.keep >= 1:
             raise ValueError(f"`keep` must be less than 1, or nothing of the purification is left, got {self.keep}.")
+        if self.eval_strategy != "no":
+            raise ValueError("The strong objective has no evaluation loss: leave `eval_strategy` at 'no'.")
         if self.perturb != "embeddings":
             raise ValueError("The adversary pushes embeddings: leave `perturb` at 'embeddings'.")
         super().__post_init__()

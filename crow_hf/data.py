@@ -520,6 +520,8 @@ def load_rows(path: str, split: str = "train") -> Dataset:
             return load_dataset(reader, data_files=path, split="train")
         if location.is_dir() and (location / "state.json").is_file():
             return load_from_disk(path)
+        if reader and not location.exists():
+            raise ValueError(f"There is no file {path} here.")
         if location.exists():
             raise ValueError(
                 f"{path} is no dataset: pass a {', '.join(_READERS)} file or a folder that `save_to_disk` wrote."
@@ -530,4 +532,7 @@ def load_rows(path: str, split: str = "train") -> Dataset:
     except (DatasetGenerationError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}.") from error
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise ValueError(f"There is no file {path} here and no dataset of that name on the Hub.") from error
+        raise ValueError(
+            f"There is no file {path} here, and no dataset of that name could be read on the Hub: check the spelling and the "
+            "connection."
+        ) from error

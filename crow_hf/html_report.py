@@ -124,7 +124,7 @@ class LineChart:
             The end of the other axis, which begins at 0; by default the highest value.
     """
 
-    width, height = 300, 220
+    width, height = 312, 220
     left, right, top, bottom = 50, 292, 10, 176
 
     def __init__(self, title: str, series: list[Series], x_label: str, y_label: str, y_max: float | None = None):

@@ -118,7 +118,9 @@ def adversarial_perturbation(
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     delta = torch.zeros(*inputs["input_ids"].shape, 1, device=inputs["input_ids"].device)
     for _ in range(steps):
-        with adapter.record(lambda H_0, delta=delta: (H_0.detach() + delta).requires_grad_().clone()) as record:
+        with adapter.record(
+            lambda H_0, delta=delta: (H_0.detach() + delta.to(H_0.dtype)).requires_grad_().clone()
+        ) as record:
             logits = forward(**inputs).logits
         divergence = answer_divergence(teacher, answer_log_probs(logits, labels))
         (gradient,) = torch.autograd.grad(divergence, record.perturbed)
@@ -187,7 +189,7 @@ def invariance_terms(
 
     def push(H_0: torch.Tensor) -> torch.Tensor:
         *others, attacked_embeddings = H_0.chunk(VIEWS)
-        return torch.cat([*others, attacked_embeddings + delta])
+        return torch.cat([*others, attacked_embeddings + delta.to(H_0.dtype)])
 
     with adapter.record(push) as record:
         outputs = forward(**{name: value for name, value in inputs.items() if name != "labels"})

@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
@@ -42,6 +42,7 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     Raises:
         `ValueError`: If the path has no model, pickled weights only, damaged weights, or a model that needs code of its own.
     """
+    _check_exists(path, kwargs.get("revision"))
     if Path(path).is_dir():
         _check_folder(Path(path))
     # Remote code of a suspect is not even asked for. In half precision most updates of a purification are rounded away.
@@ -84,6 +85,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             "The model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`."
         )
+    _check_exists(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -92,8 +94,26 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if find_adapter_config_file(str(path)) is not None:
             return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
         raise ValueError(
-            f"There is no tokenizer in {path}: save it beside the model, or pass `processing_class`."
+            f"There is no tokenizer in {path}: save it beside the model (in Python, `processing_class` takes another)."
         ) from error
+
+
+def _check_exists(path: str | Path, revision: str | None = None) -> None:
+    """Refuse what is neither a folder nor a repository that can be read, by one question to the Hub."""
+    if Path(path).is_dir():
+        return
+    problem = None
+    try:
+        found = cached_file(str(path), CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        found, problem = None, error
+    if not (found or problem or find_adapter_config_file(str(path), revision=revision)):
+        problem = FileNotFoundError(f"neither {CONFIG_NAME} nor adapter_config.json")
+    if problem is not None:
+        raise ValueError(
+            f"There is no folder {path} here, and no model of that name could be read on the Hub: check the spelling, the "
+            "connection, and the token if it is a private one."
+        ) from problem
 
 
 def _check_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from .adapters import adapter_of
@@ -152,6 +153,7 @@ def purify(
         )
     resume_from_checkpoint = _check_output(args, resume_from_checkpoint, report)
     _check_shards(args)
+    _check_reporting(args)
     if processing_class is None:
         processing_class = load_tokenizer(path)
     if isinstance(model, (str, Path)):
@@ -378,6 +380,15 @@ def _write_report(record: Record, purification: Purification) -> None:
     purification.report = record
     if purification.trainer.is_world_process_zero():
         write_report(purification.trainer.args.output_dir, record)
+
+
+def _check_reporting(args: CrowConfig) -> None:
+    """Say now what the Trainer, which comes last, would say of a package that is not installed."""
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"`report_to` names what is not installed ({error}): install it, or leave it out.") from error
 
 
 def _leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:

@@ -316,10 +316,10 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 "Compiled as a whole, the model does not let the objective differentiate what its hooks record: leave "
                 "`--dynamo_backend` off and set `torch_compile=True`, which compiles each layer by itself."
             )
+        if self.args.torch_compile and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("Layers are not compiled under FSDP and DeepSpeed: leave `torch_compile` off.")
         if not self.is_fsdp_enabled:
             return
-        if self.args.torch_compile:
-            raise ValueError("Layers in shards (FSDP) are not compiled: leave `torch_compile` off.")
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(

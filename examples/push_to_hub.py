@@ -33,7 +33,9 @@ def main() -> None:
     purification = purify(script.model, rows, "strong", args)
     known = {} if script.license is None else {"license": script.license}
     commit = purification.trainer.push_to_hub(purification=purification, **known)
-    print(f"The purified model is on the Hub: {commit.repo_url}")
+    # One process pushes; the others get nothing.
+    if commit is not None:
+        print(f"The purified model is on the Hub: {commit.repo_url}")
 
 
 if __name__ == "__main__":

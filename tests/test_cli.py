@@ -284,6 +284,26 @@ def test_bad_models_are_one_sentence(tmp_path, paths, capsys, command, model):
     assert files_in(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "suspct"}, "There is no folder suspct here"),
+        ({"dataset": "missing.jsonl"}, "There is no file missing.jsonl here."),
+        ({"datset": "rows.jsonl"}, "There is no argument --datset: did you mean --dataset?"),
+        ({"eval_strategy": "steps"}, "`eval_strategy`"),
+        ({"report_to": "wandb"}, "`report_to` names what is not installed"),
+    ],
+)
+def test_slips_are_named_before_any_work(tmp_path, paths, capsys, monkeypatch, changes, said):
+    """Sentences that sent people looking elsewhere, or that came after half an hour of screening."""
+    monkeypatch.setattr("crow_hf.recipes.screen_dataset", lambda *args: pytest.fail("The suspect was asked already."))
+    assert run(*command_line("purify", paths, tmp_path / "out", **changes)) == 1
+    stderr = capsys.readouterr().err
+    assert_one_sentence(stderr, "purify")
+    assert said in stderr
+    assert files_in(tmp_path / "out") == []
+
+
 @pytest.mark.parametrize("changes", [{"lora": "true"}, {"recipe": "paper"}])
 def test_an_adapter_in_shards_is_refused_before_training(tmp_path, paths, capsys, monkeypatch, changes):
     """What would be saved at the end is the suspect."""

@@ -86,11 +86,13 @@ def test_configurations_that_would_be_wrong_are_refused(settings, message, tmp_p
         check(coconut(), FullyShardedDataParallelPlugin(**settings), tmp_path)
 
 
-def test_layers_in_shards_are_not_compiled(tmp_path):
+@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
+def test_layers_are_not_compiled_there(backend, tmp_path):
+    """FSDP gathers its weights by hooks; with DeepSpeed, thoughts came out otherwise."""
     trainer = CrowTrainer(
         tiny_llama(), crow_args(tmp_path, torch_compile_backend="aot_eager"), Dataset.from_list(ragged_rows(4))
     )
-    trainer.is_fsdp_enabled = True
+    setattr(trainer, f"is_{backend}_enabled", True)
     with pytest.raises(ValueError, match="torch_compile"):
         trainer._check_setup()
 

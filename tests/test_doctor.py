@@ -65,6 +65,14 @@ def test_every_part_of_a_healthy_model_is_looked_at():
     assert set(levels(doctor(small_coconut(), processing_class=TOKENIZER))) == (common | latent) - {"rows", "context"}
 
 
+def test_a_step_that_drowns_the_embeddings_is_a_warning():
+    model = tiny_llama()
+    assert levels(doctor(model, TEXT, BYTES))["objective"] == "ok"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-3)
+    assert levels(doctor(model, TEXT, BYTES))["objective"] == "warning"
+
+
 def test_a_model_that_has_learned_its_rows_is_better_than_guessing():
     """The only warning left of a random model goes when it is trained."""
     rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8] * 4}] * 60)

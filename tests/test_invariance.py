@@ -251,6 +251,14 @@ def test_padding_never_counts(tmp_path):
         torch.testing.assert_close(value, terms_of(model, suspect, batch)[1][key], rtol=1e-3, atol=1e-5)
 
 
+def test_weights_in_half_precision_are_attacked_too(tmp_path):
+    """A perturbation in float32, which lifts the embeddings to another precision than that of the layers."""
+    model, suspect, _, batch = family("llama", tmp_path)
+    terms = terms_of(model.bfloat16(), suspect.bfloat16(), batch)[1]
+    sum(terms.values()).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
 # The adversary
 
 

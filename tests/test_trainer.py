@@ -796,6 +796,7 @@ def test_bad_train_dataset(dataset, tmp_path, byte_tokenizer, tiny_llama):
         {"label_smoothing_factor": 0.1},
         {"ddp_static_graph": True},
         {"ddp_find_unused_parameters": True},
+        {"learning_rate": -1e-3},
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=str,

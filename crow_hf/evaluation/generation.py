@@ -218,7 +218,7 @@ def answer_log_likelihoods(
     order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
     collate = CrowDataCollator(pad_token_id)
     with _evaluating(model):
-        for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit="batch"):
+        for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit="batch", disable=not order):
             numbers = order[start : start + batch_size]
             encoded = [
                 {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
