@@ -244,7 +244,7 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
     if unknown:
         near = get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
         raise ValueError(f"There is no argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else "."))
-    return tuple(parsed[: len(types)])
+    return parsed[: len(types)]
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:

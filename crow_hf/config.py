@@ -13,6 +13,13 @@ def in_shards(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def _check_amounts(args: TrainingArguments, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+
+
 @dataclass
 class CrowConfig(TrainingArguments):
     r"""
@@ -93,16 +100,7 @@ class CrowConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("alpha", "epsilon"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-        if not (
-            isinstance(self.learning_rate, (int, float))
-            and math.isfinite(self.learning_rate)
-            and self.learning_rate >= 0
-        ):
-            raise ValueError(f"`learning_rate` must be a finite number of at least 0, got {self.learning_rate!r}.")
+        _check_amounts(self, "alpha", "epsilon", "learning_rate")
         if self.epsilon_mode not in ("absolute", "relative"):
             raise ValueError(f"`epsilon_mode` must be 'absolute' or 'relative', got {self.epsilon_mode!r}.")
         if self.consistency_layers not in ("paper", "reference"):
@@ -202,10 +200,9 @@ class InvarianceConfig(CrowConfig):
     )
 
     def __post_init__(self):
-        for name in ("distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+        _check_amounts(
+            self, "distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"
+        )
         for name, least in {
             "adversarial_steps": 0,
             "num_views": 1,

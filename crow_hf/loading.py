@@ -6,9 +6,10 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -42,9 +43,10 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     Raises:
         `ValueError`: If the path has no model, pickled weights only, damaged weights, or a model that needs code of its own.
     """
-    _check_exists(path, kwargs.get("revision"))
     if Path(path).is_dir():
         _check_folder(Path(path))
+    elif "gguf_file" not in kwargs:
+        _check_exists(path, **_hub_options(kwargs))
     # Remote code of a suspect is not even asked for. In half precision most updates of a purification are rounded away.
     kwargs = {"trust_remote_code": False, **({"dtype": "float32"} if is_trainable else {}), **kwargs}
     revision = kwargs.get("revision")
@@ -98,22 +100,26 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _check_exists(path: str | Path, revision: str | None = None) -> None:
-    """Refuse what is neither a folder nor a repository that can be read, by one question to the Hub."""
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where its files are."""
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _check_exists(path: str | Path, **options: Any) -> None:
+    """Refuse what is neither a folder nor a repository that can be read: one question to the Hub where there is a model."""
     if Path(path).is_dir():
         return
-    problem = None
+    signs = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
     try:
-        found = cached_file(str(path), CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if any(cached_file(str(path), sign, _raise_exceptions_for_missing_entries=False, **options) for sign in signs):
+            return
+        raise FileNotFoundError(f"none of {', '.join(signs)}")
     except (OSError, ValueError) as error:
-        found, problem = None, error
-    if not (found or problem or find_adapter_config_file(str(path), revision=revision)):
-        problem = FileNotFoundError(f"neither {CONFIG_NAME} nor adapter_config.json")
-    if problem is not None:
         raise ValueError(
             f"There is no folder {path} here, and no model of that name could be read on the Hub: check the spelling, the "
             "connection, and the token if it is a private one."
-        ) from problem
+        ) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -141,11 +147,7 @@ def _check_repository(name: str, is_adapter: bool, kwargs: dict[str, Any]) -> No
         # Other file names, which nothing converts.
         return
     files = ["adapter_model.safetensors"] if is_adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    options = {
-        option: kwargs[option]
-        for option in ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-        if option in kwargs
-    }
+    options = _hub_options(kwargs)
     if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options) for file in files):
         raise ValueError(
             f"{name} has no {files[0]}, and weights of another kind are pickles, which run code when they are read: convert "

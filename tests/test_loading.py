@@ -184,3 +184,14 @@ def test_training_is_in_float32(model_folder):
     assert load_causal_lm(model_folder).dtype == torch.bfloat16
     assert load_causal_lm(model_folder, is_trainable=True).dtype == torch.float32
     assert load_causal_lm(model_folder, is_trainable=True, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_repository_is_looked_for_where_its_files_are(tmp_path):
+    """A name that is in no other place than the cache it is loaded from."""
+    repository = tmp_path / "models--me--model"
+    tiny_llama().save_pretrained(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    with pytest.raises(ValueError, match="no model of that name"):
+        load_causal_lm("me/model", local_files_only=True)
+    assert load_causal_lm("me/model", cache_dir=tmp_path, local_files_only=True).config.model_type == "llama"

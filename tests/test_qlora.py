@@ -212,17 +212,8 @@ def test_the_command_keeps_the_adapter(suspect, tmp_path):
     TEXT_ROWS.to_json(tmp_path / "clean.jsonl")
     bits = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})
     command = ["purify", "--model", str(suspect), "--dataset", str(tmp_path / "clean.jsonl"), "--output_dir"]
-    command += [
-        str(tmp_path / "out"),
-        "--lora",
-        "--model_init_kwargs",
-        bits,
-        "--num_views",
-        "16",
-        "--num_canaries",
-        "0",
-    ]
-    command += ["--use_cpu", "--report_to", "none"]
+    command += [str(tmp_path / "out"), "--model_init_kwargs", bits]
+    command += "--lora --num_views 16 --num_canaries 0 --use_cpu --report_to none".split()
     assert main(command) in (0, None)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()
