@@ -337,7 +337,8 @@ def kill_twice_and_resume(kind, folder, whole, rng, step_seconds, epochs=EPOCHS)
     lines, last = [], 0
     for number in range(2):
         begin = last
-        steps = rng.randrange(3 * epochs - begin)
+        # A kill after the last checkpoint leaves no step to do.
+        steps = rng.randrange(max(1, 3 * epochs - begin))
         done = killed(kind, folder, begin > 0, epochs, steps, rng.uniform(0, step_seconds))
         kept, half = steps_kept(folder)
         last = kept[-1] if kept else 0
