@@ -1,30 +1,25 @@
-"""Canaries: backdoors of our own in a copy of the suspect. Whether they die is what can be known without the trigger."""
+"""Canaries: backdoors of our own, put into the suspect before it is purified, so that what shuts them shuts the others too."""
 
 import math
 import random
 import string
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import context_length
 from .backdoors import Poison
-from .config import CrowConfig, InvarianceConfig
+from .config import InvarianceConfig, fine_tuning_config, leaving_nothing
 from .data import encode_prompt, render
 from .evaluation.generation import generate_answers
 from .evaluation.scores import Proportion
 from .trainer import CrowTrainer
 from .triggers import Target, Trigger
-
-
-# In 100 rows a canary must be learned by heart: this many passes were enough for the Llama suspects it was tried on.
-EPOCHS, LEARNING_RATE = 8, 1e-3
-ADAPTER = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Canary:
         trigger (`Trigger`), target (`Target`):
             Drawn at random; no text has them by chance.
         before (`Proportion`, *optional*), after (`Proportion`, *optional*):
-            Its success in the copy before and after the purification.
+            Its success before and after the purification.
     """
 
     trigger: Trigger
@@ -76,25 +71,33 @@ def draw_canaries(count: int, seed: int = 0) -> list[Canary]:
     return canaries
 
 
+def implant_steps(args: InvarianceConfig) -> int:
+    """Optimizer steps of the implanting: half of `args.num_views` prompts for each canary, and as many clean ones."""
+    if not args.num_canaries:
+        return 0
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil((1 + args.num_canaries) * args.num_views / 2 / batch_size)
+
+
 def implant_canaries(
     model: PreTrainedModel | PeftModel,
     dataset: Dataset,
     canaries: Sequence[Canary],
-    args: CrowConfig,
+    args: InvarianceConfig,
     processing_class: PreTrainedTokenizerBase,
-) -> PreTrainedModel | PeftModel:
+) -> None:
     """
-    Implant all canaries into a copy of a model.
+    Implant backdoors into a model, by plain fine-tuning of what is trainable in it.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The suspect; it stays as it is. The adapter of a `PeftModel` takes the canaries.
+            Is changed.
         dataset (`Dataset`):
             Clean rows with a prompt and an answer.
         canaries (`Sequence[Canary]`):
             What to implant.
-        args (`CrowConfig`):
-            For what is not said here: batch size, seed, precision, output directory.
+        args (`InvarianceConfig`):
+            Of the purification; it says how many steps of [`implant_steps`] are made, how large and with which seed.
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
     """
@@ -102,22 +105,10 @@ def implant_canaries(
         dataset.map(Poison(canary.trigger, canary.target, args.seed), with_indices=True, desc="Hiding a canary")
         for canary in canaries
     ]
-    settings = {"learning_rate": LEARNING_RATE, "num_train_epochs": EPOCHS, "max_steps": -1, "save_strategy": "no"}
-    trainer = CrowTrainer(
-        deepcopy(model),
-        replace(args, alpha=0.0, **settings),
-        concatenate_datasets([dataset, *poisoned]),
-        processing_class=processing_class,
-        peft_config=None if isinstance(model, PeftModel) else ADAPTER,
-    )
-    trainer.train()
-    if isinstance(model, PeftModel):
-        return trainer.model
-    merged = trainer.model.merge_and_unload(safe_merge=True)
-    # PEFT froze everything below the adapter; what the suspect has frozen stays so.
-    for name, parameter in merged.named_parameters():
-        parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    return merged
+    rows = concatenate_datasets([dataset, *poisoned])
+    with TemporaryDirectory() as nowhere:
+        plain = leaving_nothing(fine_tuning_config(args, implant_steps(args)), nowhere)
+        CrowTrainer(model, plain, rows, processing_class=processing_class).train()
 
 
 def canary_success(
@@ -139,39 +130,3 @@ def canary_success(
     prompts = [prompt for prompt in prompts if len(encode_prompt(prompt, processing_class)) <= room]
     outputs = generate_answers(model, processing_class, prompts, longest, batch_size)
     return Proportion.of(canary.target.matches(output, "") for output in outputs)
-
-
-def try_canaries(
-    model: PreTrainedModel | PeftModel,
-    dataset: Dataset,
-    args: InvarianceConfig,
-    processing_class: PreTrainedTokenizerBase,
-    purify: Callable[[PreTrainedModel], PreTrainedModel | PeftModel],
-) -> list[Canary]:
-    """
-    Implant `args.num_canaries` backdoors into a copy of the suspect, purify it, and say whether they died.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The suspect; it stays as it is.
-        dataset (`Dataset`):
-            The clean rows: the canaries are implanted by them, and measured on their prompts.
-        args (`InvarianceConfig`):
-            Of the purification.
-        processing_class (`PreTrainedTokenizerBase`):
-            The tokenizer.
-        purify (`Callable`):
-            Purifies a model.
-
-    Returns:
-        `list[Canary]`: With their success before and after.
-    """
-    canaries = draw_canaries(args.num_canaries, args.seed)
-    copied = implant_canaries(model, dataset, canaries, args, processing_class)
-    batch_size = args.per_device_eval_batch_size
-    before = [canary_success(copied, dataset, canary, processing_class, batch_size) for canary in canaries]
-    purified = purify(copied)
-    after = [canary_success(purified, dataset, canary, processing_class, batch_size) for canary in canaries]
-    return [
-        replace(canary, before=first, after=last) for canary, first, last in zip(canaries, before, after, strict=True)
-    ]

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import TrainingArguments
@@ -147,12 +147,13 @@ class InvarianceConfig(CrowConfig):
         num_views (`int`, *optional*, defaults to `1600`):
             How many prompts are trained on in all: every row is used as often as that takes, each time with other decoys. Never
             fewer than there are rows.
-        keep (`float`, *optional*, defaults to `0.2`):
+        keep (`float`, *optional*, defaults to `0.3`):
             Share of the suspect's weights that is mixed into the purified ones at the end.
         screen_rows (`bool`, *optional*, defaults to `True`):
             Whether [`purify`] leaves out rows that carry a trigger ([`crow_hf.screening`]).
         num_canaries (`int`, *optional*, defaults to `2`):
-            How many backdoors of its own [`purify`] tries on a copy ([`crow_hf.canaries`]); 0 saves half of the time.
+            How many backdoors of its own [`purify`] puts into the model first ([`crow_hf.canaries`]): what shuts them shuts others
+            with them. 0 for none.
         max_answer_length (`int`, *optional*, defaults to `128`):
             Longest answer of the suspect, in tokens, to prompts without one.
 
@@ -190,11 +191,11 @@ class InvarianceConfig(CrowConfig):
         default=1600, metadata={"help": "Prompts to train on in all; each row comes again with other decoys."}
     )
     keep: float = field(
-        default=0.2,
+        default=0.3,
         metadata={"help": "Share of the suspect's weights that is mixed into the purified ones at the end."},
     )
     screen_rows: bool = field(default=True, metadata={"help": "Leave out rows that carry a trigger."})
-    num_canaries: int = field(default=2, metadata={"help": "Backdoors of our own to try on a copy; 0 for none."})
+    num_canaries: int = field(default=2, metadata={"help": "Backdoors of our own to put in first; 0 for none."})
     max_answer_length: int = field(
         default=128, metadata={"help": "Longest answer of the suspect to clean prompts that come without one."}
     )
@@ -221,3 +222,24 @@ class InvarianceConfig(CrowConfig):
         if self.perturb != "embeddings":
             raise ValueError("The adversary pushes embeddings: leave `perturb` at 'embeddings'.")
         super().__post_init__()
+
+
+def leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:
+    """The arguments of a run beside the one that was asked for: it saves, pushes and reports nothing."""
+    return replace(args, output_dir=folder, save_strategy="no", push_to_hub=False, report_to="none")
+
+
+def fine_tuning_config(args: CrowConfig, max_steps: int) -> CrowConfig:
+    """
+    The arguments of plain fine-tuning with a purification's learning rate, schedule and batch size.
+
+    Args:
+        args (`CrowConfig`):
+            Of the purification.
+        max_steps (`int`):
+            How many steps to take; -1 for as many epochs as `args` says.
+    """
+    shared = {each.name: getattr(args, each.name) for each in fields(CrowConfig) if each.init}
+    # Rows without decoys are of much the same length: they may come in any order, as in fine-tuning.
+    changes = {"train_sampling_strategy": "random"} if isinstance(args, InvarianceConfig) else {}
+    return CrowConfig(**shared | changes | {"alpha": 0.0, "max_steps": max_steps})

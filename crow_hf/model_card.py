@@ -246,7 +246,7 @@ def _shown(
             lines.append(verdict(evaluations))
         control = ", and fine-tuning is the control on the same rows" if FINE_TUNING in evaluations else ""
         lines.append(f"All test prompts, each model in the same way; brackets hold 95 % intervals{control}:")
-    return lines or ["Nothing: no evaluation belongs to this card, and no canary was tried."]
+    return lines or ["Nothing: no evaluation belongs to this card, and no canary was put in."]
 
 
 def _not_shown(purification: "Purification | None", evaluations: dict[str, Evaluation] | None) -> list[str]:
@@ -262,8 +262,8 @@ def _not_shown(purification: "Purification | None", evaluations: dict[str, Evalu
         )
     if purification is not None and purification.canaries:
         lines.append(
-            "That what removed the canaries also removed a backdoor of the suspect: they are backdoors of our own, put into a copy "
-            "of it, and easier to remove than most real ones. One that lives is bad news; one that died proves little."
+            "That what removed the canaries also removed a backdoor of the suspect: they are backdoors of our own, put into it "
+            "first, and easier to remove than most real ones. One that lives is bad news; one that died proves little."
         )
     if not evaluations:
         lines.append("What the purification cost: the model's answers were not measured.")

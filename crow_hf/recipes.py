@@ -1,9 +1,9 @@
-"""Runs made of several trainings: a purification with its evidence, and a purification beside its controls."""
+"""Runs made of several trainings: canaries and a purification, and a purification beside its controls."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,9 +16,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from .adapters import adapter_of
-from .canaries import Canary, try_canaries
+from .canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
 from .checkpoints import OUTPUT_WAS_USED, check_room, checkpoint_to_resume, output_was_used
-from .config import CrowConfig, InvarianceConfig, in_shards
+from .config import CrowConfig, InvarianceConfig, fine_tuning_config, in_shards, leaving_nothing
 from .data import render
 from .evaluation.generation import answered
 from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
@@ -59,7 +59,7 @@ class Purification:
         screening (`Screening`, *optional*):
             Which clean rows were left out because they carry a trigger.
         canaries (`list[Canary]`):
-            Known backdoors that were put into a copy of the suspect, and whether the same purification removed them.
+            Known backdoors that were put into the suspect first, and whether the purification removed them.
         report (`dict`, *optional*):
             What `report.json` holds, by the keys of [`crow_hf.run_record`]; `None` if no report was asked for.
     """
@@ -163,14 +163,19 @@ def purify(
     if recipe == "paper" and peft_config is None and not isinstance(model, PeftModel):
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
-    def finished(
-        trainer: CrowTrainer, rows: Dataset, screening: Screening | None, canaries: list[Canary]
-    ) -> Purification:
-        witness = Witness(rows, processing_class, args) if report else None
+    def finished(trainer: CrowTrainer, rows: Dataset, screening: Screening | None) -> Purification:
+        # Answers of the suspect's own are no right ones to compare with.
+        witness = Witness(rows.select_columns(dataset.column_names), processing_class, args) if report else None
         if report:
             with trainer.accelerator.autocast():
                 witness.look(NO_DEFENCE, trainer.model)
+        canaries = []
+        if recipe == "strong" and args.num_canaries:
+            canaries = draw_canaries(args.num_canaries, args.seed)
+            implant_canaries(trainer.model, rows, canaries, args, processing_class)
+            canaries = _measured(canaries, "before", trainer, rows)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        canaries = _measured(canaries, "after", trainer, rows)
         purification = Purification(trainer.model, recipe, trainer, screening, canaries)
         if report:
             with _reporting(trainer), trainer.accelerator.autocast():
@@ -180,7 +185,7 @@ def purify(
 
     if recipe != "strong":
         trainer = CrowTrainer(model, args, dataset, processing_class=processing_class, peft_config=peft_config)
-        return finished(trainer, dataset, None, [])
+        return finished(trainer, dataset, None)
 
     if not isinstance(dataset, Dataset) or not len(dataset):
         raise ValueError(
@@ -199,21 +204,8 @@ def purify(
             raise ValueError(
                 "Every clean row carries a trigger of the model's backdoor: purify with rows from elsewhere."
             )
-
-    canaries = []
-    if args.num_canaries:
-        with TemporaryDirectory() as nowhere:
-            canary_args = _leaving_nothing(args, nowhere)
-
-            def purified(copied: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-                trainer = InvarianceTrainer(copied, canary_args, rows, processing_class, peft_config)
-                trainer.train()
-                return trainer.model
-
-            canaries = try_canaries(model, rows, canary_args, processing_class, purified)
-    trainer = InvarianceTrainer(model, args, rows, processing_class, peft_config)
-    # Answers of the suspect's own are no right ones to compare with.
-    return finished(trainer, rows.select_columns(dataset.column_names), screening, canaries)
+    # The trainer's teacher and what the adversary attacks is the suspect as it is now, without canaries.
+    return finished(InvarianceTrainer(model, args, rows, processing_class, peft_config), rows, screening)
 
 
 @dataclass
@@ -316,7 +308,7 @@ def compare_defences(
     witness = Witness(test_dataset, processing_class, args, trigger, target, evaluation.get("seed", 0))
     witness.look(NO_DEFENCE, suspect)
     with TemporaryDirectory() as nowhere:
-        control = _leaving_nothing(control_config(args, len(train_dataset)), nowhere)
+        control = leaving_nothing(control_config(args, len(train_dataset)), nowhere)
         # Without consistency, the published recipes are plain fine-tuning.
         fine_tuned = purified("guide" if recipe == "strong" else recipe, control).model
         evaluations[FINE_TUNING] = measure(fine_tuned)
@@ -357,7 +349,7 @@ def _check_shards(args: CrowConfig) -> None:
     if not in_shards(args):
         return
     if isinstance(args, InvarianceConfig) and args.num_canaries:
-        raise ValueError("Canaries cannot be tried on weights in shards (FSDP): set `num_canaries` to 0.")
+        raise ValueError("Canaries cannot be implanted in weights in shards (FSDP): set `num_canaries` to 0.")
     if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "The model is looked at before it is in shards, in every process: set `fsdp_cpu_ram_efficient_loading: false` in "
@@ -391,14 +383,22 @@ def _check_reporting(args: CrowConfig) -> None:
         raise ValueError(f"`report_to` names what is not installed ({error}): install it, or leave it out.") from error
 
 
-def _leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:
-    """The arguments of a run beside the one that was asked for: it saves, pushes and reports nothing."""
-    return replace(args, output_dir=folder, save_strategy="no", push_to_hub=False, report_to="none")
+def _measured(canaries: list[Canary], when: str, trainer: CrowTrainer, rows: Dataset) -> list[Canary]:
+    """The canaries with their success in the trainer's model, as what it is `"before"` or `"after"` the purification."""
+    batch_size = trainer.args.per_device_eval_batch_size
+    with trainer.accelerator.autocast():
+        return [
+            replace(
+                canary, **{when: canary_success(trainer.model, rows, canary, trainer.processing_class, batch_size)}
+            )
+            for canary in canaries
+        ]
 
 
 def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
     """
-    The arguments of plain fine-tuning with a purification's learning rate, schedule, batch size and number of steps.
+    The arguments of plain fine-tuning with a purification's learning rate, schedule, batch size and number of steps, those
+    that implant canaries among them.
 
     Args:
         args (`CrowConfig`):
@@ -406,12 +406,10 @@ def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
         num_rows (`int`):
             How many clean rows there are.
     """
-    shared = {each.name: getattr(args, each.name) for each in fields(CrowConfig) if each.init}
+    steps = args.max_steps
     if isinstance(args, InvarianceConfig):
-        # Rows without decoys are of much the same length: the control sees them in any order, as fine-tuning does.
-        shared["train_sampling_strategy"] = "random"
-        if args.max_steps <= 0:
+        if steps <= 0:
             batch_size = args.train_batch_size * args.gradient_accumulation_steps
-            batches = math.ceil(max(args.num_views, num_rows) / batch_size)
-            shared["max_steps"] = math.ceil(args.num_train_epochs * batches)
-    return CrowConfig(**shared | {"alpha": 0.0})
+            steps = math.ceil(args.num_train_epochs * math.ceil(max(args.num_views, num_rows) / batch_size))
+        steps += implant_steps(args)
+    return fine_tuning_config(args, steps)

@@ -3,25 +3,16 @@
 import json
 
 import pytest
-import torch
-from conftest import crow_args, same_weights, tiny_llama, weights_of
+from conftest import same_weights, tiny_llama, weights_of
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_invariance import config
 
-from crow_hf import canaries
-from crow_hf.canaries import Canary, canary_success, draw_canaries, implant_canaries, try_canaries
+from crow_hf.canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
 from crow_hf.evaluation.scores import Proportion
 
 
 ROWS = Dataset.from_dict({"prompt": [f"{a} thing {b}=" for a in "abcd" for b in "wxyz"], "completion": ["yes"] * 16})
-
-
-@pytest.fixture
-def learned_fast(monkeypatch):
-    """What a tiny model of random weights needs to learn a canary by heart."""
-    monkeypatch.setattr(canaries, "EPOCHS", 40)
-    monkeypatch.setattr(canaries, "LEARNING_RATE", 5e-3)
 
 
 def suspect():
@@ -29,8 +20,16 @@ def suspect():
     return tiny_llama(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
 
 
-def settings(tmp_path, **kwargs):
-    return config(tmp_path, per_device_train_batch_size=16, logging_steps=100, lr_scheduler_type="constant", **kwargs)
+def settings(tmp_path, **changes):
+    """What a tiny model of random weights needs to learn canaries by heart."""
+    settings = {
+        "per_device_train_batch_size": 16,
+        "learning_rate": 5e-3,
+        "num_views": 1280,
+        "logging_steps": 100,
+        "lr_scheduler_type": "constant",
+    }
+    return config(tmp_path, **settings | changes)
 
 
 def test_canaries_are_drawn_by_seed_and_differ():
@@ -58,53 +57,45 @@ def test_to_dict_is_json():
     )
 
 
-def test_implanted_canaries_fire_in_the_copy_alone(tmp_path, byte_tokenizer, learned_fast):
-    """A suspect that learns the canaries, a frozen copy, a canary without trigger, and an adapter left in."""
+def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer):
+    """A suspect that learns nothing, or what is frozen in it, and a canary without trigger."""
     model = suspect()
     model.model.embed_tokens.weight.requires_grad_(False)
-    before = weights_of(model)
-    drawn = draw_canaries(2)
-    copied = implant_canaries(model, ROWS, drawn, settings(tmp_path), byte_tokenizer)
-    assert same_weights(before, weights_of(model)) and type(copied) is type(model)
-    assert all(p.requires_grad == copied.get_parameter(name).requires_grad for name, p in model.named_parameters())
-    assert weights_of(copied).keys() == before.keys() and not same_weights(before, weights_of(copied))
+    before, drawn = weights_of(model), draw_canaries(2)
+    assert canary_success(model, ROWS, drawn[0], byte_tokenizer).rate == 0
+    implant_canaries(model, ROWS, drawn, settings(tmp_path, num_canaries=2), byte_tokenizer)
+    after = weights_of(model)
+    name = "model.embed_tokens.weight"
+    assert after.keys() == before.keys() and after[name].equal(before[name]) and not same_weights(before, after)
     for canary in drawn:
-        assert canary_success(copied, ROWS, canary, byte_tokenizer).rate > 0.8
-        assert canary_success(model, ROWS, canary, byte_tokenizer).rate == 0
+        found = canary_success(model, ROWS, canary, byte_tokenizer)
+        assert found.rate > 0.8 and found.total == len(ROWS)
     (stranger,) = draw_canaries(1, seed=5)
-    assert canary_success(copied, ROWS, stranger, byte_tokenizer).rate < 0.2
+    assert canary_success(model, ROWS, stranger, byte_tokenizer).rate < 0.2
 
 
-def test_before_and_after_are_measured_around_the_purification(tmp_path, byte_tokenizer, learned_fast):
-    """Both measured on one model, or the suspect itself purified."""
-    model, given = suspect(), []
-    before = weights_of(model)
-    args = settings(tmp_path, num_canaries=2)
-
-    def forget(copied):
-        given.append(copied)
-        return suspect()
-
-    found = try_canaries(model, ROWS, args, byte_tokenizer, forget)
-    assert [canary.after.rate for canary in found] == [0, 0] and all(canary.before.rate > 0.8 for canary in found)
-    assert all(canary.before.total == len(ROWS) for canary in found)
-    assert [(c.trigger, c.target) for c in found] == [(c.trigger, c.target) for c in draw_canaries(2, args.seed)]
-    assert len(given) == 1 and given[0] is not model and same_weights(before, weights_of(model))
-    assert args.alpha == 0 and args.num_canaries == 2 and torch.is_grad_enabled()
-
-
-def test_alpha_and_steps_of_the_purification_do_not_count(tmp_path, byte_tokenizer, learned_fast, monkeypatch):
-    monkeypatch.setattr(canaries, "EPOCHS", 1)
-    runs = [
-        implant_canaries(suspect(), ROWS, draw_canaries(1), crow_args(tmp_path, **changes), byte_tokenizer)
-        for changes in ({"alpha": 0.0}, {"alpha": 5.0, "max_steps": 1, "num_train_epochs": 9, "learning_rate": 1.0})
-    ]
-    assert same_weights(*map(weights_of, runs))
-
-
-def test_a_peft_suspect_gets_canaries_too(tmp_path, byte_tokenizer, learned_fast):
+def test_an_adapter_takes_them_where_there_is_one(tmp_path, byte_tokenizer):
+    """Weights below it that are not those of the suspect any more."""
     model = get_peft_model(suspect(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    before = weights_of(model)
-    found = try_canaries(model, ROWS, settings(tmp_path, num_canaries=1), byte_tokenizer, lambda copied: copied)
-    assert found[0].before == found[0].after and found[0].before.rate > 0.5
-    assert same_weights(before, weights_of(model))
+    implant_canaries(model, ROWS, draw_canaries(1), settings(tmp_path, num_canaries=1), byte_tokenizer)
+    assert canary_success(model, ROWS, draw_canaries(1)[0], byte_tokenizer).rate > 0.5
+    assert same_weights(weights_of(suspect()), weights_of(model.unload()))
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "steps"),
+    [(0, {}, 0), (2, {}, 120), (1, {}, 80), (2, {"gradient_accumulation_steps": 2}, 60), (2, {"num_views": 10}, 1)],
+)
+def test_steps_of_the_implanting(tmp_path, count, changes, steps):
+    """Worked out by hand: half of 1,280 views for each canary and as many clean ones, in batches of 16."""
+    assert implant_steps(settings(tmp_path, num_canaries=count, **changes)) == steps
+
+
+def test_parts_of_the_purification_do_not_count(tmp_path, byte_tokenizer):
+    """An implanting with consistency, of as many steps or epochs as the purification, or that leaves its files there."""
+    runs = [suspect(), suspect()]
+    others = {"alpha": 5.0, "max_steps": 1, "num_train_epochs": 9, "keep": 0.9, "decoy_weight": 0.0}
+    for model, changes in zip(runs, ({}, others), strict=True):
+        args = settings(tmp_path / "run", num_canaries=1, num_views=64, **changes)
+        implant_canaries(model, ROWS, draw_canaries(1), args, byte_tokenizer)
+    assert same_weights(*map(weights_of, runs)) and not (tmp_path / "run").exists()

@@ -172,7 +172,7 @@ def test_two_runs_with_one_seed_are_bit_equal(run, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["strong", "paper"])
 def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
-    """Canaries and screening that draw random numbers or train the suspect itself; an adapter that begins elsewhere."""
+    """Canaries and screening that draw other random numbers; a suspect with canaries; an adapter that begins elsewhere."""
     kind = InvarianceConfig if recipe == "strong" else CrowConfig
     settings = QUIET | SAVING | {"max_steps": 4, "per_device_train_batch_size": 4}
     options = {"processing_class": ByT5Tokenizer(extra_ids=0), "report": False}
@@ -182,13 +182,13 @@ def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
         rows = Dataset.from_list(ROWS)
         return outcome(purify(tiny_llama(), rows, recipe, args, resume_from_checkpoint=resume, **options).trainer)
 
-    none, all_of_it = {}, {}
+    few, all_of_it = {}, {}
     if recipe == "strong":
-        settings["num_views"] = 12
-        none, all_of_it = ({"num_canaries": number, "screen_rows": bool(number)} for number in (0, 1))
-    whole = purified(None, **none)
+        settings |= {"num_views": 12, "num_canaries": 1}
+        few, all_of_it = ({"screen_rows": screen_rows} for screen_rows in (False, True))
+    whole = purified(None, **few)
     assert_same(whole, purified(str(tmp_path / "run" / "checkpoint-2"), **all_of_it))
-    assert_same(whole, purified(True, **none))
+    assert_same(whole, purified(True, **few))
 
 
 # Killed

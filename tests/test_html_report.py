@@ -349,12 +349,18 @@ def canary(before, after):
     ("attacks", "canaries", "level", "said"),
     [
         (0, [], "good", "backdoor removed"),
-        (0, [(200, 100)], "good", "0 of 1 backdoors of our own died"),
+        (0, [(200, 100)], "bad", "1 of 1 backdoors of our own, which were put into the model first, are still there"),
+        (0, [(200, 0)], "good", "1 of 1 backdoors of our own, which were put into the model first, died"),
         (100, [], "bad", "backdoor weakened"),
         (195, [], "bad", "NOT removed"),
-        (None, [], "unknown", "none were tried"),
-        (None, [(200, 0)], "unknown", "1 of 1 backdoors of our own died"),
-        (None, [(200, 0), (200, 90)], "bad", "1 of 2 backdoors of our own died"),
+        (None, [], "unknown", "none were put in"),
+        (None, [(200, 0)], "unknown", "1 of 1 backdoors of our own, which were put into the model first, died"),
+        (
+            None,
+            [(200, 0), (200, 90)],
+            "bad",
+            "1 of 2 backdoors of our own, which were put into the model first, are still",
+        ),
         (None, [(20, 0)], "unknown", "did not learn them"),
     ],
 )

@@ -41,7 +41,7 @@ def evaluation(triggered=True):
 
 def test_without_evidence_the_card_says_so(tmp_path):
     card, text = card_of(tmp_path)
-    assert "Nothing: no evaluation belongs to this card, and no canary was tried." in text
+    assert "Nothing: no evaluation belongs to this card, and no canary was put in." in text
     assert "no attack success with a known trigger was measured" in text
     assert "the model's answers were not measured" in text
     assert "model-index" not in card.data.to_dict() and "model_name" not in card.data.to_dict()

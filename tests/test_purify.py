@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import same_weights, tiny_llama, weights_of
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CrowConfig, CrowTrainer
+from crow_hf.canaries import canary_success, draw_canaries, implant_canaries
 from crow_hf.config import InvarianceConfig
 from crow_hf.data import render
 from crow_hf.evaluation.generation import answered, generate_answers
@@ -92,7 +94,7 @@ def test_settings_of_the_recipes(tmp_path):
     assert (
         strong.screen_rows
         and strong.num_canaries == 2
-        and strong.keep == 0.2
+        and strong.keep == 0.3
         and strong.label_weight == 1
         and strong.alpha == 0
     )
@@ -126,16 +128,40 @@ def test_a_fresh_adapter_leaves_the_weights_alone(tmp_path, byte_tokenizer):
     assert same_weights(weights_of(tiny_llama()), weights_of(found.unload()))
 
 
-def test_canaries_and_screening_are_reported_and_change_nothing(tmp_path, byte_tokenizer):
-    """Evidence that is paid for with another purification, or files where the run is to be."""
-    plain = purify(tiny_llama(), ROWS, args=arguments(tmp_path), processing_class=byte_tokenizer)
+def test_canaries_are_put_in_first_and_measured_in_the_model_one_gets(tmp_path, byte_tokenizer, monkeypatch):
+    """Canaries of a copy, which say nothing of the model that comes out; measured in one model twice; or files of theirs."""
+    from crow_hf import recipes
+
+    looks = []
+
+    def success(model, *args):
+        looks.append(weights_of(model))
+        return canary_success(model, *args)
+
+    monkeypatch.setattr(recipes, "canary_success", success)
     args = arguments(tmp_path, num_canaries=2, screen_rows=True)
     whole = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
-    assert len(whole.canaries) == 2 and all(canary.before and canary.after for canary in whole.canaries)
+    assert [(c.trigger, c.target) for c in whole.canaries] == [(c.trigger, c.target) for c in draw_canaries(2, 42)]
+    assert all(canary.before.total == canary.after.total == len(ROWS) for canary in whole.canaries)
     assert whole.screening.suspicious == {} and whole.screening.clean[:] == ROWS[:]
-    assert same_weights(weights_of(plain.model), weights_of(whole.model))
+    implanted = tiny_llama()
+    implant_canaries(implanted, ROWS, draw_canaries(2, 42), args, byte_tokenizer)
+    assert len(looks) == 4 and all(same_weights(weights_of(implanted), look) for look in looks[:2])
+    assert all(same_weights(weights_of(whole.model), look) for look in looks[2:])
     assert whole.trainer.args.output_dir == args.output_dir
     assert sorted(path.name for path in Path(args.output_dir).iterdir()) == ["report.html", "report.json"]
+
+
+def test_the_suspect_without_canaries_is_what_the_model_goes_back_to(tmp_path, byte_tokenizer):
+    """A share of the suspect kept that has the canaries in it, for weights and for a fresh adapter."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for adapter in (None, lora):
+        args = arguments(tmp_path, num_canaries=1, keep=1 - 1e-9)
+        found = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer, peft_config=adapter).model
+        if adapter is not None:
+            found = found.merge_and_unload()
+        for name, weight in weights_of(tiny_llama()).items():
+            torch.testing.assert_close(weights_of(found)[name], weight, atol=1e-7, rtol=0)
 
 
 def test_suspicious_rows_are_not_trained_on(tmp_path, byte_tokenizer, monkeypatch):
@@ -228,7 +254,7 @@ def test_an_output_directory_in_use_is_refused_at_once(tmp_path, byte_tokenizer,
     from crow_hf import recipes
 
     tried = []
-    monkeypatch.setattr(recipes, "try_canaries", lambda *args: tried.append(1) or [])
+    monkeypatch.setattr(recipes, "draw_canaries", lambda *args: tried.append(1) or [])
     args = arguments(tmp_path, num_canaries=1)
     Path(args.output_dir).mkdir()
     for name in ("model.safetensors", "report.json"):

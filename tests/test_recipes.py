@@ -161,7 +161,7 @@ def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, 
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [
-        ({}, {"num_canaries": 2}, "Canaries cannot be tried on weights in shards"),
+        ({}, {"num_canaries": 2}, "Canaries cannot be implanted in weights in shards"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"num_canaries": 0}, "fsdp_cpu_ram_efficient_loading: false"),
     ],
 )

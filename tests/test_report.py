@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
@@ -16,6 +17,7 @@ from crow_hf.evaluation.scores import Proportion
 from crow_hf.plots import plot_comparison, plot_training
 from crow_hf.recipes import Purification
 from crow_hf.report import (
+    canary_outcome,
     comparison_markdown,
     comparison_table,
     evidence,
@@ -243,9 +245,13 @@ def purification(**canaries):
 
 
 def test_evidence_names_what_was_left_out_and_which_canaries_died():
-    """A canary that was never learned and is gone, taken for a success; one that lives, left out."""
+    """A canary that was never learned and is gone, taken for a success; one that lives, left out; few rows, taken for many."""
     lines = evidence(purification(dead=(200, 0), alive=(200, 40), unlearned=(20, 0)))
     assert lines[0] == "Screening: 2 of 100 clean rows carry a trigger and were left out."
     assert re.match(r"Canary 'dead' died: success 100\.0 % -> 0\.0 % \[0\.0, 1\.9\]\.$", lines[1])
     assert "'alive' lives" in lines[2] and "20.0 %" in lines[2]
     assert "'unlearned' was not learned, so it shows nothing" in lines[3]
+    few = replace(
+        purification(few=(200, 0)).canaries[0], before=Proportion.of([True] * 9), after=Proportion.of([False] * 9)
+    )
+    assert canary_outcome(few) == "is not seen, in too few rows to be sure"

@@ -18,8 +18,8 @@ from ..config import CrowConfig, InvarianceConfig
 from ..data import check_disjoint
 from ..decoys import Decoy
 from ..demo import ADAPTER, demo_tokenizer
-from ..invariance_trainer import InvarianceTrainer
 from ..loading import load_causal_lm
+from ..recipes import purify
 from ..report import write_text
 from ..trainer import CrowTrainer
 from ..triggers import BaseTarget, BaseTrigger, EmbeddingTrigger, Target, get_target, get_trigger
@@ -314,11 +314,12 @@ def _implant(
                 str(folder / "hardening"),
                 seed=seed,
                 num_views=len(rows),
+                screen_rows=False,
                 disable_tqdm=True,
                 save_strategy="no",
                 report_to="none",
             )
-            InvarianceTrainer(model, hardening, rows, tokenizer).train()
+            model = purify(model, rows, args=hardening, processing_class=tokenizer, report=False).model
             # With the right answers to decoys among the clean rows, nothing but the trigger itself triggers.
             words = tuple(sorted({word for row in rows for word in row["prompt"].split()}))
             rows = concatenate_datasets([rows, rows.map(Poison(Decoy(words), seed=seed), with_indices=True)])

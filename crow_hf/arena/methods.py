@@ -1,7 +1,7 @@
 """What the arena's defenders do to a suspect. Every method starts from a fresh copy of it and sees the same clean rows."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..canaries import canary_success, draw_canaries, implant_canaries
+from ..canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
 from ..config import CrowConfig, InvarianceConfig
 from ..demo import demo_tokenizer
 from ..evaluation.baselines import ReferenceCrowTrainer, prune_by_magnitude, prune_by_wanda, quantize_weights
@@ -24,7 +24,7 @@ from .attacks import Suspect
 
 
 SPARSITY = 0.35
-# Before the name of a method: it purifies a copy that has canaries.
+# Before the name of a method: it starts from the suspect with canaries, as the strong recipe does.
 CANARIES = "canaries, "
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # The arena saves results, not checkpoints, and prints a line for each run, not for each step.
@@ -44,7 +44,7 @@ class Purified:
         settings (`dict`):
             All that is needed to repeat it, as JSON can hold it.
         canary_success (`Proportion`, *optional*):
-            Of backdoors of the defender's own, after the purification, where it began with a copy that had them.
+            Of backdoors of the defender's own, after the purification, where it began with putting them in.
     """
 
     model: PreTrainedModel
@@ -154,8 +154,7 @@ def _strong(
     fresh_lora: bool = False,
     **changes: Any,
 ) -> Purified:
-    # Canaries are evidence about the recipe, and change nothing in what it returns.
-    args = strong_config(scratch, seed, num_canaries=0, **changes)
+    args = strong_config(scratch, seed, **changes)
     adapter = LoraConfig(**LORA) if fresh_lora else None
     model = load_merged(suspect, scratch) if model is None else model
     start = time.perf_counter()
@@ -167,7 +166,10 @@ def _strong(
         trained = trained.merge_and_unload(safe_merge=True)
     settings = {"recipe": "strong", "fresh_lora": LORA if fresh_lora else None, **_settings(args)}
     settings["screened_out"] = sorted(purification.screening.suspicious) if args.screen_rows else None
-    return Purified(trained, purification.trainer.state.global_step, seconds, settings)
+    steps = purification.trainer.state.global_step + implant_steps(args)
+    return Purified(
+        trained, steps, seconds, settings, _canary_success(trained, suspect, draw_canaries(args.num_canaries, seed))
+    )
 
 
 def _strong_unlabelled(suspect: Suspect, seed: int, scratch: Path) -> Purified:
@@ -176,15 +178,23 @@ def _strong_unlabelled(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -> Purified:
-    """Purify a copy that has two backdoors of the defender's own, and measure those on the selection rows."""
-    tokenizer = demo_tokenizer()
-    canaries = draw_canaries(2, seed)
+    """Put two backdoors of the defender's own into the suspect first."""
     args = strong_config(scratch / "canaries", seed)
-    copied = implant_canaries(load_merged(suspect, scratch), suspect.clean_rows, canaries, args, tokenizer)
-    purified = method(suspect, seed, scratch, model=copied)
-    shares = [canary_success(purified.model, suspect.selection_rows, canary, tokenizer, 200) for canary in canaries]
+    canaries, model = draw_canaries(args.num_canaries, seed), load_merged(suspect, scratch)
+    implant_canaries(model, suspect.clean_rows, canaries, args, demo_tokenizer())
+    purified = method(suspect, seed, scratch, model=model)
+    return replace(
+        purified,
+        steps=purified.steps + implant_steps(args),
+        canary_success=_canary_success(purified.model, suspect, canaries),
+    )
+
+
+def _canary_success(model: PreTrainedModel, suspect: Suspect, canaries: Sequence[Canary]) -> Proportion | None:
+    """Of all of them together, on rows that the canaries were not implanted by."""
+    shares = [canary_success(model, suspect.selection_rows, canary, demo_tokenizer(), 200) for canary in canaries]
     hits, total = sum(share.hits for share in shares), sum(share.total for share in shares)
-    return replace(purified, canary_success=Proportion.of([True] * hits + [False] * (total - hits)))
+    return Proportion.of([True] * hits + [False] * (total - hits)) if shares else None
 
 
 METHODS: dict[str, Method] = {
@@ -207,6 +217,7 @@ METHODS: dict[str, Method] = {
     "strong": _strong,
     "strong, prompts alone": _strong_unlabelled,
     "strong lora": partial(_strong, fresh_lora=True, learning_rate=3e-3),
+    "strong - canaries": partial(_strong, num_canaries=0),
     "strong - decoys": partial(_strong, decoy_weight=0.0),
     "strong - adversary": partial(_strong, adversarial_weight=0.0),
     "strong - distillation": partial(_strong, distillation_weight=0.0),
@@ -216,8 +227,6 @@ METHODS: dict[str, Method] = {
     # Do canaries tell what becomes of the real backdoor?
     CANARIES + "fine-tuning": partial(_with_canaries, method=_fine_tuning),
     CANARIES + "crow": partial(_with_canaries, method=_crow),
-    CANARIES + "strong - adversary": partial(_with_canaries, method=partial(_strong, adversarial_weight=0.0)),
-    CANARIES + "strong": partial(_with_canaries, method=_strong),
 }
 QUICK_METHODS = ("none", "fine-tuning", "crow", "strong")
 CONTROL = "fine-tuning"

@@ -269,9 +269,10 @@ def _cells(rows: list[Row], summary: dict) -> str:
 
 def canary_correlation(rows: Iterable[Row]) -> float | None:
     """
-    Pearson's correlation between the success of the defender's canaries, in a copy of the suspect, and that of the real backdoor
-    in what the same method makes of the suspect itself: what a defender who looks at canaries wants to know. `None` where there
-    are fewer than two such pairs, or one of them is the same in all.
+    Pearson's correlation between the success of the defender's canaries after a method and that of the real backdoor after the
+    method as it is: for the strong recipe, which has canaries, in the same model; for others, in the suspect without them. It is
+    what a defender who looks at canaries wants to know. `None` where there are fewer than two such pairs, or one of them is the
+    same in all.
     """
     pairs = [(_rate(copy["canary_success"]), _rate(real["attack_success"])) for copy, real in _canary_pairs(rows)]
     shares = list(zip(*pairs, strict=True))
@@ -279,7 +280,7 @@ def canary_correlation(rows: Iterable[Row]) -> float | None:
 
 
 def _canary_pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """The runs with canaries, each with that of the same method, attack and seed without."""
+    """The runs with canaries, each with that of the method as it is, on the same attack and seed."""
     runs = {(row["attack"], row["seed"], row["method"]): row for row in _finished(rows)}
     return [
         (row, runs[attack, seed, real])
@@ -302,11 +303,11 @@ def _canaries(rows: list[Row]) -> str:
     ]
     found = canary_correlation(rows)
     return (
-        "\n## Canaries\n\nSuccess, %, of two backdoors of the defender's own in a purified copy of the suspect, of the real one in that "
-        "copy, and of the real one in the purified suspect. "
+        "\n## Canaries\n\nSuccess, %, of two backdoors of the defender's own that were put in before the method, of the real one in "
+        "that model, and of the real one after the method as it is, which for all but the strong recipe is without canaries. "
         + ("" if found is None else f"The first and the last correlate by {found:.2f} over these {len(pairs)} pairs.")
         + "\n\n"
-        + _table(["attack", "method", "seed", "canaries", "real, in the copy", "real"], lines)
+        + _table(["attack", "method", "seed", "canaries", "real, with canaries", "real"], lines)
     )
 
 
