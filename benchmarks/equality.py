@@ -38,6 +38,7 @@ from crow_hf import (
     CrowTrainer,
     InvarianceConfig,
     InvarianceTrainer,
+    purify,
 )
 
 
@@ -55,7 +56,8 @@ OPTIONS = {
     "checkpointing": {"activation_checkpointing": True},
     "compiled": {"torch_compile_backend": "aot_eager"},
 }
-TRAINERS = ("crow", "strong")
+# The last is the whole recipe: backdoors are implanted, and then removed by the trainer before.
+TRAINERS = ("crow", "strong", "purify")
 # No difference may hide: no clipping, and no division by the root of a tiny square.
 COMMON = {
     "max_steps": 3,
@@ -73,7 +75,13 @@ IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 MODELS = ("llama", "coconut", "thoughts")
 # Refused; and DeepSpeed's own bfloat16, which keeps the weights in it.
-NOT_COMPARED = (("fsdp2", "thoughts"), ("fsdp2", "compiled"), ("deepspeed", "compiled"), ("deepspeed", "bf16"))
+NOT_COMPARED = (
+    ("fsdp2", "thoughts"),
+    ("fsdp2", "compiled"),
+    ("fsdp2", "purify"),
+    ("deepspeed", "compiled"),
+    ("deepspeed", "bf16"),
+)
 
 
 def rows_of(model: str) -> Dataset:
@@ -130,12 +138,17 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
     """Train one cell of the table and save the model, with the log beside it."""
     settings = {"output_dir": str(output_dir)} | COMMON | OPTIONS[option] | settings
     peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if "lora" in option else None
-    made = {"train_dataset": rows_of(model), "processing_class": CoconutTokenizer(), "peft_config": peft_config}
-    if trainer == "strong":
-        run = InvarianceTrainer(tiny_model(model, option), InvarianceConfig(**STRONG | settings), **made)
+    suspect, rows = tiny_model(model, option), rows_of(model)
+    made = {"processing_class": CoconutTokenizer(), "peft_config": peft_config}
+    if trainer == "purify":
+        args = InvarianceConfig(**STRONG | settings, num_canaries=1, screen_rows=False)
+        run = purify(suspect, rows, args=args, report=False, **made).trainer
+    elif trainer == "strong":
+        run = InvarianceTrainer(suspect, InvarianceConfig(**STRONG | settings), rows, **made)
+        run.train()
     else:
-        run = CrowTrainer(tiny_model(model, option), CrowConfig(**settings), **made)
-    run.train()
+        run = CrowTrainer(suspect, CrowConfig(**settings), rows, **made)
+        run.train()
     run.save_model()
     if run.is_world_process_zero():
         result = {

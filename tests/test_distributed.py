@@ -22,7 +22,7 @@ from crow_hf.adapters import adapter_of
 
 EQUALITY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "equality.py"))
 CELLS = {
-    "ddp": [("llama", "crow", "full"), ("llama", "strong", "lora"), ("thoughts", "crow", "full")],
+    "ddp": [("llama", "crow", "full"), ("llama", "purify", "lora"), ("thoughts", "crow", "full")],
     # An adapter in the layers over bytes, which stay gathered between two passes, and a suspect in shards.
     "fsdp2": [("llama", "crow", "checkpointing"), ("llama", "strong", "full"), ("coconut", "strong", "lora")],
 }
@@ -32,7 +32,7 @@ CELLS = {
 def test_two_processes_equal_one(setup, tmp_path):
     """
     A mean of the processes' means, other rows in a step, gradients that are not summed, an adapter that shards freeze, a
-    suspect that is not put together again, thoughts that are drawn apart.
+    suspect that is not put together again, thoughts that are drawn apart, canaries that are implanted in one process alone.
     """
     for cell, found in zip(CELLS[setup], EQUALITY["compare"](setup, CELLS[setup], tmp_path), strict=True):
         assert (found["processes"], found["in_shards"]) == (2, setup == "fsdp2"), cell
