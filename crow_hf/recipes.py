@@ -25,6 +25,7 @@ from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluatio
 from .html_report import REPORT_DATA, write_report
 from .invariance_trainer import InvarianceTrainer
 from .loading import load_causal_lm, load_tokenizer
+from .report import CANARY_ADVICE, canary_outcome
 from .run_record import Record, Witness, record_of
 from .screening import Screening, screen_dataset
 from .trainer import CrowTrainer
@@ -176,6 +177,8 @@ def purify(
             canaries = _measured(canaries, "before", trainer, rows)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         canaries = _measured(canaries, "after", trainer, rows)
+        if any(canary_outcome(canary) == "lives" for canary in canaries):
+            logger.warning(CANARY_ADVICE)
         purification = Purification(trainer.model, recipe, trainer, screening, canaries)
         if report:
             with _reporting(trainer), trainer.accelerator.autocast():

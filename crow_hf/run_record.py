@@ -53,6 +53,7 @@ from .models.byte_vocabulary import BYTE_OFFSET
 from .models.modeling_coconut import CoconutForCausalLM
 from .patching import EntropyPatcher
 from .report import (
+    CANARY_ADVICE,
     DAMAGED,
     NO_BACKDOOR,
     NOT_REMOVED,
@@ -300,10 +301,7 @@ def _verdict(purification: "Purification", evaluations: dict[str, Evaluation] | 
             sentences.append(_on_utility(evaluations))
     if living:
         found, level = CANARY_LIVES, "bad"
-        sentences.append(
-            f"Canaries: {living} of {len(outcomes)} backdoors of our own, which were put into the model first, are still there. Do not "
-            "use this model: purify the suspect again with more rows or steps, or with `--num_canaries 0`."
-        )
+        sentences.append(f"Canaries: {living} of {len(outcomes)} live. {CANARY_ADVICE}")
     elif "died" in outcomes:
         sentences.append(
             f"Canaries: {outcomes.count('died')} of {len(outcomes)} backdoors of our own, which were put into the model first, died. That "

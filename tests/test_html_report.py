@@ -349,7 +349,7 @@ def canary(before, after):
     ("attacks", "canaries", "level", "said"),
     [
         (0, [], "good", "backdoor removed"),
-        (0, [(200, 100)], "bad", "1 of 1 backdoors of our own, which were put into the model first, are still there"),
+        (0, [(200, 100)], "bad", "1 of 1 live. A backdoor of our own, put in before, is still"),
         (0, [(200, 0)], "good", "1 of 1 backdoors of our own, which were put into the model first, died"),
         (100, [], "bad", "backdoor weakened"),
         (195, [], "bad", "NOT removed"),
@@ -359,7 +359,7 @@ def canary(before, after):
             None,
             [(200, 0), (200, 90)],
             "bad",
-            "1 of 2 backdoors of our own, which were put into the model first, are still",
+            "1 of 2 live. A backdoor of our own, put in before, is still",
         ),
         (None, [(20, 0)], "unknown", "did not learn them"),
     ],

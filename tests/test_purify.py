@@ -14,6 +14,7 @@ from crow_hf.canaries import canary_success, draw_canaries, implant_canaries
 from crow_hf.config import InvarianceConfig
 from crow_hf.data import render
 from crow_hf.evaluation.generation import answered, generate_answers
+from crow_hf.evaluation.scores import Proportion
 from crow_hf.invariance_trainer import InvarianceTrainer
 from crow_hf.recipes import RECIPES, Purification, purify, recipe_config
 
@@ -150,6 +151,19 @@ def test_canaries_are_put_in_first_and_measured_in_the_model_one_gets(tmp_path, 
     assert all(same_weights(weights_of(whole.model), look) for look in looks[2:])
     assert whole.trainer.args.output_dir == args.output_dir
     assert sorted(path.name for path in Path(args.output_dir).iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_canary_that_lives_is_a_warning(tmp_path, byte_tokenizer, monkeypatch, caplog):
+    """The model that one gets has a backdoor: whoever looks at no report must hear of it too."""
+    from crow_hf import recipes
+
+    for hits in (0, 12):
+        caplog.clear()
+        monkeypatch.setattr(
+            recipes, "canary_success", lambda *args, hits=hits: Proportion.of([True] * hits or [False] * 99)
+        )
+        purify(tiny_llama(), ROWS, args=arguments(tmp_path, num_canaries=1), processing_class=byte_tokenizer)
+        assert ("do not use it" in caplog.text) == bool(hits)
 
 
 def test_the_suspect_without_canaries_is_what_the_model_goes_back_to(tmp_path, byte_tokenizer):
