@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator, prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
     from .guide import CROWBackdoorElimination, apply_crow_to_coconut
+    from .hub import push_folder
     from .invariance_trainer import InvarianceTrainer
     from .loading import load_causal_lm
     from .models.configuration_byte_entropy import ByteEntropyConfig
@@ -51,6 +52,7 @@ _HOMES = {
     "data": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator", "prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
     "guide": ["CROWBackdoorElimination", "apply_crow_to_coconut"],
+    "hub": ["push_folder"],
     "invariance_trainer": ["InvarianceTrainer"],
     "loading": ["load_causal_lm"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],

@@ -50,9 +50,12 @@ class PurifyArguments:
     )
     lora: bool = field(
         default=False,
-        metadata={"help": "Train a fresh LoRA on the (merged) suspect instead of its weights, and save it merged."},
+        metadata={"help": "Train a fresh LoRA on the (merged) suspect instead of its weights."},
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
+    merge: bool = field(
+        default=True, metadata={"help": "Merge the fresh LoRA into the weights, also that of the recipe paper."}
+    )
     test_dataset: str | None = field(
         default=None,
         metadata={"help": "Other clean rows: measure the suspect, plain fine-tuning and the recipe, side by side."},

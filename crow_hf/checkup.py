@@ -344,6 +344,9 @@ def _check_rows(
         return rows, Finding("rows", "warning", found, "Fill the answers that are empty, or drop those rows.")
     if len(rows) < FEW_ROWS:
         return rows, Finding("rows", "warning", found, "Pass about 100 clean rows; more different ones help.")
+    if row_format in ("text", "tokens"):
+        found += " They have no prompts, which the recipe strong needs."
+        return rows, Finding("rows", "warning", found, "Pass rows with prompts, or take the recipe guide or paper.")
     return rows, Finding("rows", "ok", found)
 
 

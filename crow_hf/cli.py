@@ -117,7 +117,8 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         purification = comparison.purification
     trainer = purification.trainer
     # Merged into weights of 4 or 8 bits, most of what was learned would be rounded away: there the adapter is the result.
-    if isinstance(trainer.model, PeftModel) and not isinstance(suspect, PeftModel) and not is_quantized(suspect):
+    is_fresh = isinstance(trainer.model, PeftModel) and not isinstance(suspect, PeftModel)
+    if arguments.merge and is_fresh and not is_quantized(suspect):
         trainer.model = trainer.model.merge_and_unload(safe_merge=True)
     # Pushed below: what was measured is to be told and kept before that.
     trainer.save_model(_internal_call=True)
@@ -127,7 +128,7 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
             purification=purification,
             evaluations=evaluations,
             backdoor=trigger and f"trigger {arguments.trigger!r}, target {arguments.target!r}",
-            settings={name: getattr(arguments, name) for name in ("max_rows", "lora", "lora_r")},
+            settings={name: getattr(arguments, name) for name in ("max_rows", "lora", "lora_r", "merge")},
             finetuned_from=arguments.model,
             datasets=[arguments.dataset],
             test_dataset=arguments.test_dataset,
@@ -344,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = overview.parse_args(argv[:1]).command
     try:
         COMMANDS[command](*parse_arguments(command, argv[1:]))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"crow-hf {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:

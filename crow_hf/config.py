@@ -1,11 +1,31 @@
 """The arguments of a CROW run."""
 
+import json
 import math
 import os
+import re
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import TrainingArguments
+
+
+SECRET = re.compile(r"(^|[_-])(token|password|secret|api_?key)$", re.IGNORECASE)
+HIDDEN = "(hidden)"
+
+
+def without_secrets(value: Any) -> Any:
+    """Without the values of keys that are called tokens, and without what looks like one of the Hub's."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(held) for key, held in value.items() if not SECRET.search(str(key))}
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            return json.dumps(without_secrets(json.loads(value)))
+        except ValueError:
+            return HIDDEN
+    return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", HIDDEN, value) if isinstance(value, str) else value
 
 
 def in_shards(args: TrainingArguments) -> bool:
@@ -20,7 +40,23 @@ def _check_amounts(args: TrainingArguments, *names: str) -> None:
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
 
 
-@dataclass
+def _check_whole(args: TrainingArguments, name: str, least: int) -> None:
+    value = getattr(args, name)
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+def _read_json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'`{name}` must be JSON in braces, such as {{"dtype": "bfloat16"}}, got {text!r}.')
+    return value
+
+
+@dataclass(repr=False)
 class CrowConfig(TrainingArguments):
     r"""
     Arguments of [`CrowTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
@@ -101,6 +137,14 @@ class CrowConfig(TrainingArguments):
 
     def __post_init__(self):
         _check_amounts(self, "alpha", "epsilon", "learning_rate")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            _check_whole(self, name, 1)
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"`num_train_epochs` must be more than 0, or nothing is purified, got {self.num_train_epochs}."
+            )
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
         if self.epsilon_mode not in ("absolute", "relative"):
             raise ValueError(f"`epsilon_mode` must be 'absolute' or 'relative', got {self.epsilon_mode!r}.")
         if self.consistency_layers not in ("paper", "reference"):
@@ -123,8 +167,21 @@ class CrowConfig(TrainingArguments):
                     "Reentrant checkpointing cannot be differentiated twice: set `use_reentrant` to False or leave it out."
                 )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in [`~transformers.TrainingArguments`]. Trackers write it down, so that no token may be in it."""
+        values = super().to_dict()
+        return values | {"model_init_kwargs": without_secrets(values["model_init_kwargs"])}
 
-@dataclass
+    def __str__(self) -> str:
+        shown = copy(self)
+        shown.model_init_kwargs = without_secrets(self.model_init_kwargs)
+        return super(CrowConfig, shown).__str__()
+
+    # A dataclass would write one that shows the token of the Hub.
+    __repr__ = __str__
+
+
+@dataclass(repr=False)
 class InvarianceConfig(CrowConfig):
     r"""
     Arguments of [`InvarianceTrainer`], the recipe "strong": those of [`CrowConfig`] and the ones below. Each part of the
@@ -210,9 +267,7 @@ class InvarianceConfig(CrowConfig):
             "num_canaries": 0,
             "max_answer_length": 1,
         }.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+            _check_whole(self, name, least)
         if not 0 <= self.label_weight <= 1:
             raise ValueError(f"`label_weight` is a share between 0 and 1, got {self.label_weight!r}.")
         if self.keep >= 1:

@@ -261,8 +261,9 @@ def _run_facts(record: dict[str, Any]) -> list[tuple[str, str]]:
         "target": run["target"],
         "seed": run["seed"],
         **run["settings"],
+        "adapter": run["adapter"],
         "versions": run["versions"],
-        "device": f"{run['device']}, {run['processes']} process{'es' if run['processes'] > 1 else ''}",
+        "device": f"{run['device']}, {run['processes']} process{'es' if run['processes'] > 1 else ''}, {run['threads']} threads",
         "finished": run["finished"],
     }
     return [(name, _in_words(value)) for name, value in facts.items() if value is not None]

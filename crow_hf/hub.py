@@ -1,5 +1,6 @@
 """The Hub: what of a purification is pushed, and when."""
 
+import json
 import shlex
 from concurrent.futures import Future
 from pathlib import Path
@@ -8,21 +9,21 @@ from typing import Any
 from huggingface_hub import CommitInfo, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from .loading import PICKLES
+from . import models
 
 
-# Of an output folder, what is no part of the model: checkpoints, logs, pickles, what shows the rows and their answers, and
-# the half of a file that safetensors leaves where it is killed.
-NOT_PUSHED = [
-    f"{PREFIX_CHECKPOINT_DIR}-*",
-    ".tmp*",
-    "_*",
-    "runs/*",
-    *(f"*{suffix}" for suffix in PICKLES),
-    *("results.*", "report.*"),
+# All that makes a model, as `save_pretrained` of models, adapters and tokenizers names it. Whatever else lies in an output
+# folder, such as rows, reports, logs and checkpoints, is nobody else's business.
+PUSHED = [
+    *("README.md", "LICENSE*", "config.json", "generation_config.json", "adapter_config.json"),
+    *("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json"),
+    *("tokenizer*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("chat_template.*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *(file.name for file in Path(models.__file__).parent.glob("[!_]*.py")),
 ]
 # Weights of an earlier push, which would be loaded beside the new ones or in their place.
 REPLACED = [
@@ -100,6 +101,7 @@ def push_folder(
     """
     folder = Path(folder)
     name = name or folder.absolute().name
+    files = sorted({str(file.relative_to(folder)) for pattern in PUSHED for file in folder.glob(pattern)})
     try:
         name = create_repo(name, token=token, private=private, exist_ok=True).repo_id
         return upload_folder(
@@ -108,20 +110,18 @@ def push_folder(
             commit_message=commit_message,
             token=token,
             revision=revision,
-            ignore_patterns=list(NOT_PUSHED),
+            allow_patterns=files,
             delete_patterns=REPLACED,
             run_as_future=not blocking,
         )
     except Exception as error:
-        command = ["hf", "upload", name, str(folder), "."]
-        if revision is not None:
-            command += ["--revision", revision]
-        for pattern in NOT_PUSHED:
-            if any(folder.glob(pattern)):
-                command += ["--exclude", pattern]
+        call = [json.dumps(str(folder)), json.dumps(name)]
+        call += ["private=True"] if private else []
+        call += [] if revision is None else [f"revision={json.dumps(revision)}"]
+        code = f"from crow_hf import push_folder; push_folder({', '.join(call)})"
         raise OSError(
             f"The upload to {name} failed ({_reason(error)}), but the model is whole in {folder}: try again with "
-            f"`{shlex.join(command)}`."
+            f"`python -c {shlex.quote(code)}`."
         ) from error
 
 

@@ -41,7 +41,8 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         `PreTrainedModel` or `PeftModel`
 
     Raises:
-        `ValueError`: If the path has no model, pickled weights only, damaged weights, or a model that needs code of its own.
+        `ValueError`: If the path has no model, pickled weights only, damaged or missing weights, or a model that needs code of
+            its own, and for `kwargs` that the model does not take.
     """
     if Path(path).is_dir():
         _check_folder(Path(path))
@@ -55,7 +56,15 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         if not Path(path).is_dir():
             _check_repository(str(path), is_adapter, kwargs)
         if not is_adapter:
-            return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **kwargs)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(
+                    f"The weights of {path} lack {len(missing)} that its config asks for, such as {missing[0]}: download or save "
+                    "them again."
+                )
+            return model
         adapter = PeftConfig.from_pretrained(path, revision=revision)
         base = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
@@ -65,6 +74,11 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         )
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read ({error}): download or save them again.") from error
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} cannot be loaded ({reason[:300]}): check `model_init_kwargs`, and that config and weights belong together."
+        ) from error
     except ValueError as error:
         if NEEDS_CODE not in str(error):
             raise
@@ -96,7 +110,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if find_adapter_config_file(str(path)) is not None:
             return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
         raise ValueError(
-            f"There is no tokenizer in {path}: save it beside the model (in Python, `processing_class` takes another)."
+            f"There is no tokenizer in {path} that can be read ({' '.join(str(error).split())[:300]}): save it beside the model (in "
+            "Python, `processing_class` takes another)."
         ) from error
 
 

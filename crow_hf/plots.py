@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Of Okabe and Ito's palette, which reads the same with every kind of colour vision.
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
+_BLUE, _ORANGE, _SKY = "#0072B2", "#D55E00", "#56B4E9"
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -110,6 +110,7 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
         "right if triggered": [evaluation.triggered.exact_match for evaluation in evaluations.values()],
         "right if clean": [evaluation.clean.exact_match for evaluation in evaluations.values()],
     }
+    looks = [{"color": _ORANGE}, {"color": _SKY, "hatch": "//", "edgecolor": "white"}, {"color": _BLUE}]
     figure = _figure(8, 3.6)
     axes = figure.subplots()
     width = 0.8 / len(series)
@@ -120,9 +121,9 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
             [100 * (share.rate - share.low) for share in shares],
             [100 * (share.high - share.rate) for share in shares],
         ]
-        axes.bar(places, rates, width, yerr=errors, capsize=3, label=label, color=("C3", "C2", "C0")[number])
+        axes.bar(places, rates, width, yerr=errors, capsize=3, label=label, **looks[number])
     axes.set_xticks(range(len(evaluations)), list(evaluations))
-    axes.set(ylabel="share of all prompts, %", ylim=(0, 108))
+    axes.set(xlabel="model", ylabel="share of all prompts, %", ylim=(0, 108))
     figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
     figure.savefig(path, dpi=150)
 

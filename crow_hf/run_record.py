@@ -4,7 +4,7 @@
 |---|---|
 | `verdict` | `outcome` in words; `level`: `"good"`, `"mixed"`, `"bad"` or `"unknown"`; `explanation`: sentences |
 | `recipe` | one of [`RECIPES`] |
-| `model` | `name`, `architecture`, `parameters`, `trained` (`"all weights"` or `"an adapter"`) |
+| `model` | `name`, `commit` (of a suspect on the Hub), `architecture`, `parameters`, `trained` (`"all weights"` or `"an adapter"`) |
 | `evaluations` | [`Evaluation.to_dict`] by the model's name: suspect, control and last the purified one; `null` without test rows |
 | `canaries` | [`Canary.to_dict`] of each, and `outcome` |
 | `screening` | `total` rows looked at, and those left out: `suspicious`, pieces by row number; `null` if there was none |
@@ -12,7 +12,7 @@
 | `training` | `steps`, `seconds` and `log`, the Trainer's entries |
 | `layer_profile` | `rows` looked at, and of `models` by their names [`LayerProfile`] |
 | `patches` | of the sample prompts `input_ids`, `patch_lengths`, `entropies`; `null` unless the model is a Coconut |
-| `run` | what it takes to repeat the run: `command`, `finished`, `seed`, `trigger`, `target`, `settings` (those that are not transformers' defaults), `train_dataset` and `test_dataset` (`rows`, `columns`, `sha256`), `versions`, `device`, `processes` |
+| `run` | what it takes to repeat the run: `command`, `finished`, `seed`, `trigger`, `target`, `settings` (those that are not transformers' defaults), `adapter` (the same of PEFT's; `null` without one), `train_dataset` and `test_dataset` (`rows`, `columns`, `sha256`), `versions`, `device`, `processes`, `threads` (of each on the CPU) |
 
 Numbers that are NaN or infinite are `null`. Tokens and passwords are left out.
 """
@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -43,7 +42,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from . import __version__
 from .adapters import context_length
 from .backdoors import Poison
-from .config import CrowConfig
+from .config import HIDDEN, SECRET, CrowConfig, without_secrets
 from .data import Rendered, encode_prompt, find_format, render
 from .evaluation.generation import generate_answers
 from .evaluation.harness import FINE_TUNING, NO_DEFENCE, Evaluation, with_answers
@@ -87,8 +86,6 @@ LEVELS = {
 UNKNOWN = "not known whether a backdoor is gone"
 CANARY_LIVES = "a backdoor of our own is still there"
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate")
-_SECRET = re.compile(r"(^|[_-])(token|password|secret|api_?key)$", re.IGNORECASE)
-_HIDDEN = "(hidden)"
 
 
 class Witness:
@@ -240,6 +237,7 @@ def record_of(
         "recipe": purification.recipe,
         "model": {
             "name": model_name or architecture,
+            "commit": getattr(_base_of(purification.model).config, "_commit_hash", None),
             "architecture": architecture,
             "parameters": purification.model.num_parameters(),
             "trained": "an adapter" if isinstance(purification.model, PeftModel) else "all weights",
@@ -265,7 +263,8 @@ def record_of(
             "seed": args.seed,
             "trigger": _described(witness.trigger),
             "target": _described(witness.target),
-            "settings": _without_secrets(_settings(args)),
+            "settings": without_secrets(_settings(args)),
+            "adapter": _adapter_settings(purification.model),
             "train_dataset": _rows_described(train_dataset),
             "test_dataset": test_dataset and _rows_described(test_dataset),
             "versions": {
@@ -275,6 +274,7 @@ def record_of(
             },
             "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
             "processes": args.world_size,
+            "threads": torch.get_num_threads(),
         },
     }
     return _as_json(record)
@@ -377,6 +377,16 @@ def _settings(args: CrowConfig) -> Record:
     }
 
 
+def _adapter_settings(model: PreTrainedModel | PeftModel) -> Record | None:
+    """Of the adapter that was trained, the settings that are not PEFT's defaults, without where its base was kept."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.active_peft_config
+    defaults = type(config)().to_dict() | {"base_model_name_or_path": config.base_model_name_or_path}
+    changed = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+
+
 def _rows_described(dataset: Dataset | IterableDataset) -> Record:
     """Rows by what they hold: the same on every machine, whatever file they came from. A stream is not read for it."""
     if isinstance(dataset, IterableDataset):
@@ -392,25 +402,13 @@ def _command(argv: list[str]) -> str:
     program, words = Path(argv[0]), []
     for before, word in pairwise(argv):
         name, equals, value = word.partition("=")
-        if before.startswith("-") and _SECRET.search(before):
-            word = _HIDDEN
+        if before.startswith("-") and SECRET.search(before):
+            word = HIDDEN
         elif equals and name.startswith("-"):
-            word = f"{name}={_HIDDEN if _SECRET.search(name) else _without_secrets(value)}"
-        words.append(_without_secrets(word))
+            word = f"{name}={HIDDEN if SECRET.search(name) else without_secrets(value)}"
+        words.append(without_secrets(word))
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
     return f"{name} {shlex.join(words)}".rstrip()
-
-
-def _without_secrets(value: Any) -> Any:
-    """Without the values of keys that are called tokens, and without what looks like one of the Hub's."""
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(held) for key, held in value.items() if not _SECRET.search(str(key))}
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            return json.dumps(_without_secrets(json.loads(value)))
-        except ValueError:
-            return _HIDDEN
-    return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", _HIDDEN, value) if isinstance(value, str) else value
 
 
 def _as_json(value: Any) -> Any:

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "reference"
 ROOMS = {
     "purify": (
         "Purify a model",
-        ["recipes", "guide", "trainer", "invariance_trainer", "config", "objective", "loading", "checkup"],
+        ["recipes", "guide", "trainer", "invariance_trainer", "config", "objective", "loading", "hub", "checkup"],
     ),
     "evidence": ("Evidence without a trigger, and pictures", ["screening", "canaries", "plots"]),
     "measure": ("Measure, and backdoors to measure", ["evaluation.harness", "triggers", "backdoors"]),

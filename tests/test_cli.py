@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import same_weights, tiny_llama, weights_of
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CrowConfig, InvarianceConfig, load_causal_lm
@@ -155,6 +156,16 @@ def test_implanted_adapter(tmp_path, paths, merge):
     assert run("evaluate", "--model", adapter, *common, "--max_new_tokens", 2) == 0
     assert run("purify", "--model", adapter, *common, "--lora", "--output_dir", tmp_path / "purified", *FAST) == 0
     assert isinstance(load_causal_lm(tmp_path / "purified"), LlamaForCausalLM)
+
+
+@pytest.mark.parametrize("options", [["--lora", "--lora_r", "2"], ["--recipe", "paper"]])
+def test_a_fresh_adapter_is_kept_if_asked(tmp_path, paths, options):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    few = [] if "paper" in options else ["--num_views", 8, "--num_canaries", 0]
+    assert run("purify", *argv, *options, *few, "--no_merge", *FAST) == 0
+    assert isinstance(load_causal_lm(tmp_path / "out"), PeftModel)
+    rank = json.loads((tmp_path / "out" / "report.json").read_text())["run"]["adapter"]["r"] if few else 8
+    assert rank == (2 if few else 8)
 
 
 def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):

@@ -319,7 +319,8 @@ def test_ids_without_an_embedding_are_a_problem():
         ({"text": []}, "problem", "empty"),
         ({"input_ids": [[5, 6]] * 59 + [[5]]}, "warning", "59 of the first 60"),
         ({"text": ["hello"] * 10}, "warning", "10 of the first 10"),
-        ({"text": ["hello"] * 60}, "ok", "'text'"),
+        ({"text": ["hello"] * 60}, "warning", "no prompts, which the recipe strong needs"),
+        ({"prompt": ["a"] * 60, "completion": ["b"] * 60}, "ok", "'prompt_completion'"),
     ],
 )
 def test_rows(rows, level, said):

@@ -126,6 +126,9 @@ class Client:
             self.results[name] = load_causal_lm(self.folder / name)(ids_of("abc")).logits.tolist()
 
     def old_weights(self):
+        for name in ("clean.jsonl", ".env", "metrics.json", "training.png", "train.py", "wandb/config.yaml"):
+            (self.folder / "trained" / name).parent.mkdir(exist_ok=True)
+            (self.folder / "trained" / name).write_text("Whose?")
         push_folder(self.folder / "adapter", "replaced")
         push_folder(self.folder / "trained", "replaced")
 
@@ -146,7 +149,7 @@ class Client:
 
         # A port where nobody listens.
         endpoint, hf_api.api.endpoint = hf_api.api.endpoint, "http://127.0.0.1:9"
-        trainer = self.trainer("unreachable", tiny_llama())
+        trainer = self.trainer("unreachable", tiny_llama(), hub_private_repo=True)
         for attempt in (trainer.push_to_hub, lambda: self.trainer("never", tiny_llama(), push_to_hub=True)):
             with pytest.raises(OSError) as error:
                 attempt()
@@ -297,7 +300,7 @@ def test_the_code_of_a_coconut_comes_from_the_hub_and_only_if_trusted(loaded):
 
 
 def test_only_the_model_is_pushed(world):
-    """Checkpoints, pickles, and the answers to somebody's rows."""
+    """Checkpoints, pickles, the answers to somebody's rows, and what else somebody keeps there."""
     assert (world.folder / "purified" / "report.json").exists()
     assert list((world.folder / "trained").glob("checkpoint-*"))
     for name in ("trained", "replaced"):
@@ -382,20 +385,20 @@ def test_failed_upload_leaves_the_model_and_says_how_to_try_again(world, name, s
     lines = [line for line in outcome["err"].splitlines() if line.startswith("crow-hf purify: ")]
     assert len(lines) == 1 and outcome["err"].strip().endswith(lines[0]) and "Traceback" not in outcome["err"]
     assert f"({status} " in lines[0] and "None" not in lines[0]
-    assert f"hf upload me/{name} {world.folder / name} ." in lines[0]
+    assert f'push_folder("{world.folder / name}", "me/{name}")' in shlex.split(lines[0].rsplit("`", 2)[1])[2]
     assert "The purified model is in" in outcome["out"]
     assert load_causal_lm(world.folder / name) and load_tokenizer(world.folder / name)
     assert (world.folder / name / "report.json").exists()
-    assert "--exclude 'report.*'" in lines[0] and world.results["pushed in vain"] == []
+    assert world.results["pushed in vain"] == []
 
 
 def test_the_way_to_try_again_works(world):
-    """A command that pushes the report too, with its answers to somebody's rows, or that the client of the Hub does not know."""
+    """A command that pushes the report too, with its answers to somebody's rows, or that is none."""
     command = shlex.split(world.results["forbidden"]["err"].rsplit("`", 2)[1])
     environment = world.hub.environment(world.folder.parent / "third home")
     world.hub.failures.pop(("me/forbidden", "commit"))
-    program = str(Path(sys.executable).with_name(command[0]))
-    subprocess.run([program, *command[1:]], env=environment, check=True, capture_output=True)
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], env=environment, check=True, capture_output=True)
     assert MODEL_FILES <= set(world.files("forbidden")) <= MODEL_FILES | TOKENIZER_FILES
 
 
@@ -412,7 +415,8 @@ def test_wrong_token_shows_before_the_training(world):
 
 def test_no_connection(world):
     push, start = world.results["unreachable"]
-    assert "hf upload unreachable" in push and "\n" not in push
+    # Tried again, a private repository that could not be opened must not become a public one.
+    assert '"unreachable", private=True)' in push and "\n" not in push
     assert load_causal_lm(world.folder / "unreachable")
     assert start.startswith("The repository never cannot be opened on the Hub (")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import same_weights, tiny_llama, weights_of
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from crow_hf import load_causal_lm
@@ -21,6 +22,14 @@ def model_folder(tmp_path):
     """A tiny Llama saved as safetensors."""
     tiny_llama().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def change(folder, weights=None, **config):
+    """Save other weights or another config in the place of a model's."""
+    if weights is not None:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
 
 @pytest.fixture
@@ -195,3 +204,31 @@ def test_a_repository_is_looked_for_where_its_files_are(tmp_path):
     with pytest.raises(ValueError, match="no model of that name"):
         load_causal_lm("me/model", local_files_only=True)
     assert load_causal_lm("me/model", cache_dir=tmp_path, local_files_only=True).config.model_type == "llama"
+
+
+def test_missing_weights_are_named(model_folder):
+    """A layer that nobody has trained, in the place of one that was not downloaded."""
+    weights = load_file(model_folder / "model.safetensors")
+    change(model_folder, {name: value for name, value in weights.items() if ".layers.1.mlp." not in name})
+    with pytest.raises(ValueError, match=r"lack 3 that its config asks for, such as model\.layers\.1\.mlp") as error:
+        load_causal_lm(model_folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs"),
+    [({"intermediate_size": 40}, {}), ({}, {"foo": 1}), ({}, {"dtype": "float99"})],
+    ids=["sizes", "unknown", "dtype"],
+)
+def test_what_the_model_does_not_take_is_one_sentence(config, kwargs, model_folder):
+    change(model_folder, **config)
+    with pytest.raises(ValueError, match="cannot be loaded .*: check `model_init_kwargs`") as error:
+        load_causal_lm(model_folder, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_the_tokenizers_own_trouble_is_told(model_folder):
+    """A config that is damaged, and somebody who looks for a tokenizer because of it."""
+    (model_folder / "config.json").write_text("{nope")
+    with pytest.raises(ValueError, match="that can be read .*config.json"):
+        load_tokenizer(model_folder)

@@ -33,7 +33,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from crow_hf import CrowConfig, CrowDataCollator, CrowTrainer, prepare_dataset
+from crow_hf import CrowConfig, CrowDataCollator, CrowTrainer, InvarianceConfig, prepare_dataset
 
 
 METRICS = ["loss_lm", "consistency_clean", "consistency_perturbed", "perturbation_ratio"]
@@ -797,6 +797,11 @@ def test_bad_train_dataset(dataset, tmp_path, byte_tokenizer, tiny_llama):
         {"ddp_static_graph": True},
         {"ddp_find_unused_parameters": True},
         {"learning_rate": -1e-3},
+        {"num_train_epochs": 0},
+        {"per_device_train_batch_size": 0},
+        {"gradient_accumulation_steps": 0},
+        {"model_init_kwargs": "dtype=bfloat16"},
+        {"model_init_kwargs": "[1]"},
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=str,
@@ -809,6 +814,22 @@ def test_bad_settings(settings, tmp_path):
 
 
 # The config
+
+
+@pytest.mark.parametrize("kind", [CrowConfig, InvarianceConfig])
+def test_no_token_is_written_down(kind, tmp_path):
+    """By a tracker, a log or a debugger; the run itself needs them."""
+    hidden = {"token": "hf_HiddenInHere", "dtype": "float32"}
+    config = kind(str(tmp_path), use_cpu=True, hub_token="hf_NobodySeesThis", model_init_kwargs=dict(hidden))
+    shown = [
+        str(config),
+        repr(config),
+        config.to_json_string(),
+        str(config.to_dict()),
+        str(config.to_sanitized_dict()),
+    ]
+    assert all("float32" in text and "hf_" not in text for text in shown)
+    assert config.model_init_kwargs == hidden and config.hub_token == "hf_NobodySeesThis"
 
 
 def test_defaults_of_the_config(tmp_path):

@@ -990,7 +990,9 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
             )
         source = backbone
         if isinstance(backbone, (str, Path)):
-            source = AutoModelForCausalLM.from_pretrained(backbone, dtype="auto", use_safetensors=True)
+            source = AutoModelForCausalLM.from_pretrained(
+                backbone, dtype="auto", use_safetensors=True, trust_remote_code=False
+            )
         is_model = isinstance(source, PreTrainedModel)
         config = CoconutConfig(
             backbone_config=(source.config if is_model else source).to_dict(),
