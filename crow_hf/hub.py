@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, create_repo, upload_folder
+from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -87,7 +87,7 @@ def push_folder(
         private (`bool`, *optional*):
             Whether the repository is private, if it is new.
         revision (`str`, *optional*):
-            The branch; `"main"` by default.
+            The branch, which is made if it is not there; `"main"` by default.
         commit_message (`str`, *optional*, defaults to `"Purified model"`):
             Of the commit.
         blocking (`bool`, *optional*, defaults to `True`):
@@ -104,6 +104,8 @@ def push_folder(
     files = sorted({str(file.relative_to(folder)) for pattern in PUSHED for file in folder.glob(pattern)})
     try:
         name = create_repo(name, token=token, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            create_branch(name, branch=revision, token=token, exist_ok=True)
         return upload_folder(
             repo_id=name,
             folder_path=folder,

@@ -36,7 +36,7 @@ class LoopbackHub:
     """
     A server on a free port, until the end of the `with` block.
 
-    `repositories` are what was pushed, by their full names; `requests` the method and path of all that was asked; `failures`
+    `repositories` are what was pushed, by their full names, another branch than `main` as `name@branch`; `requests` the method and path of all that was asked; `failures`
     what to answer instead: the status by the name of a repository and the end of the route (`create`, `preupload`, `commit`).
     """
 
@@ -117,8 +117,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.repositories.setdefault(name, Repository())
             self.send(200 if is_new else 409, {"url": f"{self.hub.url}/{name}"})
 
-    def preupload(self, name):
-        if self.may_write(name, "preupload"):
+    def create_branch(self, name, branch):
+        if self.may_write(name, "branch"):
+            self.hub.repositories[f"{name}@{branch}"] = Repository()
+            self.send(200)
+
+    def has_branch(self, name, branch) -> bool:
+        """Whether the request may go on; if not, it is answered."""
+        if branch == "main" or f"{name}@{branch}" in self.hub.repositories:
+            return True
+        self.send(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
+        return False
+
+    def preupload(self, name, branch):
+        if self.may_write(name, "preupload") and self.has_branch(name, branch):
             files = [
                 {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular"}
                 for each in json.loads(self.body)["files"]
@@ -154,10 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = self.body
         self.send(200)
 
-    def commit(self, name):
-        if not self.may_write(name, "commit"):
+    def commit(self, name, branch):
+        if not self.may_write(name, "commit") or not self.has_branch(name, branch):
             return
-        repository = self.hub.repositories[name]
+        repository = self.hub.repositories[name if branch == "main" else f"{name}@{branch}"]
         for line in self.body.decode().splitlines():
             operation = json.loads(line)
             value = operation["value"]
@@ -207,10 +219,11 @@ NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
-    ("POST", rf"/api/models/{NAME}/preupload/main", _Handler.preupload),
+    ("POST", rf"/api/models/{NAME}/preupload/([^/]+)", _Handler.preupload),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/(\w+)", _Handler.lfs_upload),
-    ("POST", rf"/api/models/{NAME}/commit/main", _Handler.commit),
+    ("POST", rf"/api/models/{NAME}/commit/([^/]+)", _Handler.commit),
+    ("POST", rf"/api/models/{NAME}/branch/(.+)", _Handler.create_branch),
     ("GET", rf"/api/models/{NAME}(?:/revision/[^/]+)?", _Handler.model_info),
     ("GET", rf"/api/models/{NAME}/tree/[^/]+", _Handler.tree),
     ("GET HEAD", rf"/{NAME}/resolve/[^/]+/(.+)", _Handler.resolve),

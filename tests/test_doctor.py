@@ -74,7 +74,7 @@ def test_a_step_that_drowns_the_embeddings_is_a_warning():
 
 
 def test_a_model_that_has_learned_its_rows_is_better_than_guessing():
-    """The only warning left of a random model goes when it is trained."""
+    """The warning about a random model goes when it is trained."""
     rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8] * 4}] * 60)
     model = tiny_llama()
     assert found(doctor(model, rows), "language model").level == "warning"
@@ -84,7 +84,8 @@ def test_a_model_that_has_learned_its_rows_is_better_than_guessing():
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert set(levels(doctor(model, rows)).values()) == {"ok"}
+    # Of ids nobody knows where the prompt ends.
+    assert {name for name, level in levels(doctor(model, rows)).items() if level != "ok"} == {"rows"}
 
 
 # Weights

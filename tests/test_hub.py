@@ -131,6 +131,7 @@ class Client:
             (self.folder / "trained" / name).write_text("Whose?")
         push_folder(self.folder / "adapter", "replaced")
         push_folder(self.folder / "trained", "replaced")
+        push_folder(self.folder / "adapter", "branched", revision="purified")
 
     def example(self):
         sys.argv = ["push_to_hub.py", "--model", str(self.folder / "suspects" / "llama"), "--dataset"]
@@ -310,6 +311,12 @@ def test_only_the_model_is_pushed(world):
     assert MODEL_FILES <= set(world.files("purified")) - code <= MODEL_FILES | TOKENIZER_FILES
     assert {"adapter_model.safetensors", "adapter_config.json"} <= set(world.files("adapter"))
     assert "model.safetensors" not in world.files("adapter")
+
+
+def test_a_branch_is_made_where_there_is_none(world):
+    """A push that fails after hours of training, or that ends up on the branch that everybody loads."""
+    assert "adapter_model.safetensors" in world.hub.repositories["me/branched@purified"].files
+    assert not world.files("branched")
 
 
 def test_nothing_half_purified_takes_the_place_of_the_model(world):
