@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import LlamaConfig
 
+import crow_hf
 from crow_hf import (
     CROWBackdoorElimination,
     CrowConfig,
@@ -77,6 +78,15 @@ def test_names_and_defaults_are_the_guides():
         "learning_rate",
         "num_epochs",
     ]
+    patching = inspect.signature(crow_hf.entropy_patching).parameters
+    assert list(patching)[:4] == ["byte_sequence", "entropy_predictor", "threshold", "relative_threshold"]
+    assert (patching["threshold"].default, patching["relative_threshold"].default) == (0.8, 0.1)
+    rows = list(inspect.signature(crow_hf.get_redpajama_binary_dataset).parameters)
+    assert rows[:3] == ["max_chars", "entropy_predictor", "entropy_threshold"]
+    assert next(iter(inspect.signature(crow_hf.plot_crow_training_progress).parameters)) == "metrics"
+    sizes = {"vocab_size": 256, "hidden_size": 512, "num_layers": 4, "num_heads": 8, "ff_dim": 2048}
+    default, given = crow_hf.ByteEntropyConfig(), crow_hf.ByteEntropyConfig(**sizes)
+    assert all(getattr(default, name) == size for name, size in sizes.items()) and default.to_dict() == given.to_dict()
 
 
 def test_it_is_the_trainer_to_the_bit(rows, tmp_path):
