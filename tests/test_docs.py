@@ -289,22 +289,25 @@ def test_examples_of_docstrings_run(page, place, monkeypatch):
             run_doctest(block, what_docstrings_take_as_given(page))
 
 
-def test_accelerate_launches_two_processes(place):
-    """The first line of the page on several GPUs, which works in one process only."""
-    block = next(block for block in blocks_of("docs/purify-on-several-gpus.md") if block.language == "bash")
+@pytest.mark.parametrize(
+    ("number", "few", "folder"), [(0, ["--num_canaries", "0"], "purified"), (1, [], "purified-by-script")]
+)
+def test_accelerate_launches_two_processes(number, few, folder, place):
+    """The first lines of the page on several GPUs, of the command and of a script, which work in one process only."""
+    block = [block for block in blocks_of("docs/purify-on-several-gpus.md") if block.language == "bash"][number]
     program, launch, *words = next(commands_of(block))
     assert (program, launch, words[:2]) == ("accelerate", "launch", ["--num_processes", "4"])
     # With `--cpu` alone, accelerate starts one process.
     on_two_cores = ["--multi_gpu", "--num_processes", "2", *words[2:]]
-    few = ["--max_steps", "1", "--num_canaries", "0", "--use_cpu", "--disable_tqdm", "true"]
+    few = [*few, "--max_steps", "1", "--use_cpu", "--disable_tqdm", "true"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
         [*launcher, *on_two_cores, *few], env=environment, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("The purified model is in purified") == 1
-    crow_hf.load_causal_lm("purified")
+    assert process.stdout.count("The purified model is in purified") == (number == 0)
+    crow_hf.load_causal_lm(folder)
 
 
 # Reading
