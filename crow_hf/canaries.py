@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import context_length
 from .backdoors import Poison
-from .config import InvarianceConfig, fine_tuning_config, leaving_nothing
+from .config import InvarianceConfig, fine_tuning_config, leaving_nothing, rows_in_step
 from .data import encode_prompt, render
 from .evaluation.generation import generate_answers
 from .evaluation.scores import Proportion
@@ -75,8 +75,7 @@ def implant_steps(args: InvarianceConfig) -> int:
     """Optimizer steps of the implanting: half of `args.num_views` prompts for each canary, and as many clean ones."""
     if not args.num_canaries:
         return 0
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return math.ceil((1 + args.num_canaries) * args.num_views / 2 / batch_size)
+    return math.ceil((1 + args.num_canaries) * args.num_views / 2 / rows_in_step(args))
 
 
 def implant_canaries(

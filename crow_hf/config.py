@@ -279,6 +279,11 @@ class InvarianceConfig(CrowConfig):
         super().__post_init__()
 
 
+def rows_in_step(args: TrainingArguments) -> int:
+    """How many rows an optimizer step has, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:
     """The arguments of a run beside the one that was asked for: it saves, pushes and reports nothing."""
     return replace(args, output_dir=folder, save_strategy="no", push_to_hub=False, report_to="none")

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from .adapters import adapter_of
-from .config import CrowConfig, InvarianceConfig
+from .config import CrowConfig, InvarianceConfig, rows_in_step
 from .data import prompt_of, render
 from .decoys import ViewCollator, ViewRow
 from .invariance import invariance_terms, view
@@ -154,7 +154,7 @@ class InvarianceTrainer(CrowTrainer):
         if args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         # The optimizer step's rows, whoever has them.
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch_size = rows_in_step(args)
         seed = args.seed if args.data_seed is None else args.data_seed
         # The rows that are passed here have lost the column.
         return _LengthGroupedSampler(batch_size, list(self.train_dataset["length"]), seed)

@@ -75,9 +75,8 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read ({error}): download or save them again.") from error
     except (AttributeError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} cannot be loaded ({reason[:300]}): check `model_init_kwargs`, and that config and weights belong together."
+            f"{path} cannot be loaded ({_in_one_line(error)}): check `model_init_kwargs`, and that config and weights belong together."
         ) from error
     except ValueError as error:
         if NEEDS_CODE not in str(error):
@@ -110,9 +109,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if find_adapter_config_file(str(path)) is not None:
             return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
         raise ValueError(
-            f"There is no tokenizer in {path} that can be read ({' '.join(str(error).split())[:300]}): save it beside the model (in "
+            f"There is no tokenizer in {path} that can be read ({_in_one_line(error)}): save it beside the model (in "
             "Python, `processing_class` takes another)."
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:

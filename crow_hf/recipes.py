@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapter_of
 from .canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
 from .checkpoints import OUTPUT_WAS_USED, check_room, checkpoint_to_resume, output_was_used
-from .config import CrowConfig, InvarianceConfig, fine_tuning_config, in_shards, leaving_nothing
+from .config import CrowConfig, InvarianceConfig, fine_tuning_config, in_shards, leaving_nothing, rows_in_step
 from .data import render
 from .evaluation.generation import answered
 from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
@@ -412,7 +412,7 @@ def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
     steps = args.max_steps
     if isinstance(args, InvarianceConfig):
         if steps <= 0:
-            batch_size = args.train_batch_size * args.gradient_accumulation_steps
-            steps = math.ceil(args.num_train_epochs * math.ceil(max(args.num_views, num_rows) / batch_size))
+            batches = math.ceil(max(args.num_views, num_rows) / rows_in_step(args))
+            steps = math.ceil(args.num_train_epochs * batches)
         steps += implant_steps(args)
     return fine_tuning_config(args, steps)

@@ -36,8 +36,9 @@ class LoopbackHub:
     """
     A server on a free port, until the end of the `with` block.
 
-    `repositories` are what was pushed, by their full names, another branch than `main` as `name@branch`; `requests` the method and path of all that was asked; `failures`
-    what to answer instead: the status by the name of a repository and the end of the route (`create`, `preupload`, `commit`).
+    `repositories` are what was pushed, by their full names, another branch than `main` as `name@branch`; `requests` the method
+    and path of all that was asked; `failures` what to answer instead: the status by the name of a repository and the end of the
+    route (`create`, `preupload`, `branch`, `commit`).
     """
 
     def __init__(self):

@@ -164,8 +164,9 @@ def test_a_fresh_adapter_is_kept_if_asked(tmp_path, paths, options):
     few = [] if "paper" in options else ["--num_views", 8, "--num_canaries", 0]
     assert run("purify", *argv, *options, *few, "--no_merge", *FAST) == 0
     assert isinstance(load_causal_lm(tmp_path / "out"), PeftModel)
-    rank = json.loads((tmp_path / "out" / "report.json").read_text())["run"]["adapter"]["r"] if few else 8
-    assert rank == (2 if few else 8)
+    # 8 is PEFT's own default, which the report leaves out.
+    adapter = json.loads((tmp_path / "out" / "report.json").read_text())["run"]["adapter"]
+    assert adapter.get("r", 8) == (2 if few else 8)
 
 
 def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):

@@ -150,13 +150,12 @@ def _strong(
     suspect: Suspect,
     seed: int,
     scratch: Path,
-    model: PreTrainedModel | None = None,
     fresh_lora: bool = False,
     **changes: Any,
 ) -> Purified:
     args = strong_config(scratch, seed, **changes)
     adapter = LoraConfig(**LORA) if fresh_lora else None
-    model = load_merged(suspect, scratch) if model is None else model
+    model = load_merged(suspect, scratch)
     start = time.perf_counter()
     purification = purify(
         model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=adapter, report=False
@@ -167,9 +166,7 @@ def _strong(
     settings = {"recipe": "strong", "fresh_lora": LORA if fresh_lora else None, **_settings(args)}
     settings["screened_out"] = sorted(purification.screening.suspicious) if args.screen_rows else None
     steps = purification.trainer.state.global_step + implant_steps(args)
-    return Purified(
-        trained, steps, seconds, settings, _canary_success(trained, suspect, draw_canaries(args.num_canaries, seed))
-    )
+    return Purified(trained, steps, seconds, settings, _canary_success(trained, suspect, purification.canaries))
 
 
 def _strong_unlabelled(suspect: Suspect, seed: int, scratch: Path) -> Purified:

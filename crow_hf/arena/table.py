@@ -274,7 +274,7 @@ def canary_correlation(rows: Iterable[Row]) -> float | None:
     what a defender who looks at canaries wants to know. `None` where there are fewer than two such pairs, or one of them is the
     same in all.
     """
-    pairs = [(_rate(copy["canary_success"]), _rate(real["attack_success"])) for copy, real in _canary_pairs(rows)]
+    pairs = [(_rate(own["canary_success"]), _rate(real["attack_success"])) for own, real in _canary_pairs(rows)]
     shares = list(zip(*pairs, strict=True))
     return correlation(*shares) if shares and all(len(set(values)) > 1 for values in shares) else None
 
@@ -297,9 +297,9 @@ def _canaries(rows: list[Row]) -> str:
         [real["attack"], real["method"], str(real["seed"])]
         + [
             f"{100 * _rate(count):.1f}"
-            for count in (copy["canary_success"], copy["attack_success"], real["attack_success"])
+            for count in (own["canary_success"], own["attack_success"], real["attack_success"])
         ]
-        for copy, real in pairs
+        for own, real in pairs
     ]
     found = canary_correlation(rows)
     return (
