@@ -1,5 +1,6 @@
 """Canaries: backdoors of our own, put into the suspect before it is purified, so that what shuts them shuts the others too."""
 
+import hashlib
 import math
 import random
 import string
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,17 +47,21 @@ class Canary:
         return {"trigger": asdict(self.trigger), "target": asdict(self.target), **shares}
 
 
-def draw_canaries(count: int, seed: int = 0) -> list[Canary]:
+def draw_canaries(model: PreTrainedModel | PeftModel, count: int, seed: int = 0) -> list[Canary]:
     """
-    Draw backdoors: a made-up word at a random place, then a phrase of made-up words at the start, and so on in turns.
+    Draw backdoors for a suspect: a made-up word at a random place, then a phrase of made-up words at the start, and so on in turns.
+
+    They depend on every bit of its weights: whoever made it cannot have trained it for them, not even with the seed.
 
     Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect as it came.
         count (`int`):
             How many.
         seed (`int`, *optional*, defaults to 0):
             Of the draw.
     """
-    rng = random.Random(f"canaries-{seed}")
+    rng = random.Random(f"canaries-{seed}-{_fingerprint(model)}")
 
     def word() -> str:
         return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(5, 9)))
@@ -69,6 +75,15 @@ def draw_canaries(count: int, seed: int = 0) -> list[Canary]:
         text = f"Canary {rng.randint(1000, 9999)} sings."
         canaries.append(Canary(trigger, Target(text, (text,))))
     return canaries
+
+
+def _fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """A cryptographic one: by a plain checksum, weights could be made to draw whatever their maker likes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def implant_steps(args: InvarianceConfig) -> int:

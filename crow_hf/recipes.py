@@ -1,7 +1,7 @@
 """Runs made of several trainings: canaries and a purification, and a purification beside its controls."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,15 +164,15 @@ def purify(
     if recipe == "paper" and peft_config is None and not isinstance(model, PeftModel):
         peft_config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
-    def finished(trainer: CrowTrainer, rows: Dataset, screening: Screening | None) -> Purification:
+    def finished(
+        trainer: CrowTrainer, rows: Dataset, screening: Screening | None = None, canaries: Sequence[Canary] = ()
+    ) -> Purification:
         # Answers of the suspect's own are no right ones to compare with.
         witness = Witness(rows.select_columns(dataset.column_names), processing_class, args) if report else None
         if report:
             with trainer.accelerator.autocast():
                 witness.look(NO_DEFENCE, trainer.model)
-        canaries = []
-        if recipe == "strong" and args.num_canaries:
-            canaries = draw_canaries(args.num_canaries, args.seed)
+        if canaries:
             implant_canaries(trainer.model, rows, canaries, args, processing_class)
             canaries = _measured(canaries, "before", trainer, rows)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
@@ -188,7 +188,7 @@ def purify(
 
     if recipe != "strong":
         trainer = CrowTrainer(model, args, dataset, processing_class=processing_class, peft_config=peft_config)
-        return finished(trainer, dataset, None)
+        return finished(trainer, dataset)
 
     if not isinstance(dataset, Dataset) or not len(dataset):
         raise ValueError(
@@ -207,8 +207,9 @@ def purify(
             raise ValueError(
                 "Every clean row carries a trigger of the model's backdoor: purify with rows from elsewhere."
             )
+    canaries = draw_canaries(model, args.num_canaries, args.seed) if args.num_canaries else []
     # The trainer's teacher and what the adversary attacks is the suspect as it is now, without canaries.
-    return finished(InvarianceTrainer(model, args, rows, processing_class, peft_config), rows, screening)
+    return finished(InvarianceTrainer(model, args, rows, processing_class, peft_config), rows, screening, canaries)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import same_weights, tiny_llama, weights_of
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -34,9 +35,9 @@ def settings(tmp_path, **changes):
 
 def test_canaries_are_drawn_by_seed_and_differ():
     """One canary drawn many times, and draws that cannot be repeated."""
-    drawn = draw_canaries(6, seed=1)
-    assert drawn == draw_canaries(6, seed=1) and drawn[:2] == draw_canaries(2, seed=1)
-    assert not set(drawn) & set(draw_canaries(6, seed=2)) and draw_canaries(0) == []
+    drawn = draw_canaries(suspect(), 6, seed=1)
+    assert drawn == draw_canaries(suspect(), 6, seed=1) and drawn[:2] == draw_canaries(suspect(), 2, seed=1)
+    assert not set(drawn) & set(draw_canaries(suspect(), 6, seed=2)) and draw_canaries(suspect(), 0) == []
     assert len({canary.trigger for canary in drawn}) == len({canary.target for canary in drawn}) == 6
     for number, canary in enumerate(drawn):
         (phrase,) = canary.trigger.phrases
@@ -46,8 +47,22 @@ def test_canaries_are_drawn_by_seed_and_differ():
         assert not any(canary.target.matches(other.target.text, "") for other in drawn if other is not canary)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attacker_cannot_know_them(dtype):
+    """Canaries that depend on the seed alone, or on some of the weights, which could be left as they are."""
+    model = suspect().to(dtype)
+    drawn = draw_canaries(model, 2)
+    for parameter in model.parameters():
+        last = parameter.data.view(-1)[-1:]
+        before = last.clone()
+        last.copy_(torch.nextafter(before, torch.full_like(before, 2)))
+        assert not set(draw_canaries(model, 2)) & set(drawn)
+        last.copy_(before)
+    assert draw_canaries(model, 2) == drawn
+
+
 def test_to_dict_is_json():
-    (canary,) = draw_canaries(1)
+    (canary,) = draw_canaries(suspect(), 1)
     assert json.loads(json.dumps(canary.to_dict()))["before"] is None
     measured = Canary(canary.trigger, canary.target, Proportion.of([True]), Proportion.of([True, False]))
     found = json.loads(json.dumps(measured.to_dict()))
@@ -61,7 +76,7 @@ def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer)
     """A suspect that learns nothing, or what is frozen in it, and a canary without trigger."""
     model = suspect()
     model.model.embed_tokens.weight.requires_grad_(False)
-    before, drawn = weights_of(model), draw_canaries(2)
+    before, drawn = weights_of(model), draw_canaries(suspect(), 2)
     assert canary_success(model, ROWS, drawn[0], byte_tokenizer).rate == 0
     implant_canaries(model, ROWS, drawn, settings(tmp_path, num_canaries=2), byte_tokenizer)
     after = weights_of(model)
@@ -70,15 +85,15 @@ def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer)
     for canary in drawn:
         found = canary_success(model, ROWS, canary, byte_tokenizer)
         assert found.rate > 0.8 and found.total == len(ROWS)
-    (stranger,) = draw_canaries(1, seed=5)
+    (stranger,) = draw_canaries(suspect(), 1, seed=5)
     assert canary_success(model, ROWS, stranger, byte_tokenizer).rate < 0.2
 
 
 def test_an_adapter_takes_them_where_there_is_one(tmp_path, byte_tokenizer):
     """Weights below it that are not those of the suspect any more."""
     model = get_peft_model(suspect(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    implant_canaries(model, ROWS, draw_canaries(1), settings(tmp_path, num_canaries=1), byte_tokenizer)
-    assert canary_success(model, ROWS, draw_canaries(1)[0], byte_tokenizer).rate > 0.5
+    implant_canaries(model, ROWS, draw_canaries(suspect(), 1), settings(tmp_path, num_canaries=1), byte_tokenizer)
+    assert canary_success(model, ROWS, draw_canaries(suspect(), 1)[0], byte_tokenizer).rate > 0.5
     assert same_weights(weights_of(suspect()), weights_of(model.unload()))
 
 
@@ -97,5 +112,5 @@ def test_parts_of_the_purification_do_not_count(tmp_path, byte_tokenizer):
     others = {"alpha": 5.0, "max_steps": 1, "num_train_epochs": 9, "keep": 0.9, "decoy_weight": 0.0}
     for model, changes in zip(runs, ({}, others), strict=True):
         args = settings(tmp_path / "run", num_canaries=1, num_views=64, **changes)
-        implant_canaries(model, ROWS, draw_canaries(1), args, byte_tokenizer)
+        implant_canaries(model, ROWS, draw_canaries(suspect(), 1), args, byte_tokenizer)
     assert same_weights(*map(weights_of, runs)) and not (tmp_path / "run").exists()

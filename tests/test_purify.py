@@ -142,11 +142,13 @@ def test_canaries_are_put_in_first_and_measured_in_the_model_one_gets(tmp_path, 
     monkeypatch.setattr(recipes, "canary_success", success)
     args = arguments(tmp_path, num_canaries=2, screen_rows=True)
     whole = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
-    assert [(c.trigger, c.target) for c in whole.canaries] == [(c.trigger, c.target) for c in draw_canaries(2, 42)]
+    assert [(c.trigger, c.target) for c in whole.canaries] == [
+        (c.trigger, c.target) for c in draw_canaries(tiny_llama(), 2, 42)
+    ]
     assert all(canary.before.total == canary.after.total == len(ROWS) for canary in whole.canaries)
     assert whole.screening.suspicious == {} and whole.screening.clean[:] == ROWS[:]
     implanted = tiny_llama()
-    implant_canaries(implanted, ROWS, draw_canaries(2, 42), args, byte_tokenizer)
+    implant_canaries(implanted, ROWS, draw_canaries(tiny_llama(), 2, 42), args, byte_tokenizer)
     assert len(looks) == 4 and all(same_weights(weights_of(implanted), look) for look in looks[:2])
     assert all(same_weights(weights_of(whole.model), look) for look in looks[2:])
     assert whole.trainer.args.output_dir == args.output_dir

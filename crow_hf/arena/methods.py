@@ -177,7 +177,8 @@ def _strong_unlabelled(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -> Purified:
     """Put two backdoors of the defender's own into the suspect first."""
     args = strong_config(scratch / "canaries", seed)
-    canaries, model = draw_canaries(args.num_canaries, seed), load_merged(suspect, scratch)
+    model = load_merged(suspect, scratch)
+    canaries = draw_canaries(model, args.num_canaries, seed)
     implant_canaries(model, suspect.clean_rows, canaries, args, demo_tokenizer())
     purified = method(suspect, seed, scratch, model=model)
     return replace(
