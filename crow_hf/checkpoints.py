@@ -203,6 +203,8 @@ class CheckpointMixin:
             if self.args.should_save:
                 # New files beside those of an earlier run would look whole, and what a kill left of one takes room.
                 shutil.rmtree(folder, ignore_errors=True)
+            # Or what another process writes there already would go with it.
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
         except WRITE_ERRORS as error:
             sentence = f"{folder.name} could not be written to {folder.parent} ({_why(error, folder.parent)})"

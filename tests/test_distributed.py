@@ -4,7 +4,13 @@ The cells here are few; `benchmarks/equality.py`, whose runner they share, makes
 """
 
 import json
+import os
+import random
 import runpy
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +18,10 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
 from coconut_models import batch_of, coconut
-from conftest import crow_args, ragged_rows, tiny_llama
+from conftest import crow_args, ragged_rows, same_weights, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from crow_hf import CrowTrainer, adapters
 from crow_hf.adapters import adapter_of
@@ -58,6 +65,80 @@ def test_two_processes_of_deepspeed_equal_one(tmp_path):
     for cell, found in zip(cells, EQUALITY["compare"]("deepspeed", cells, tmp_path), strict=True):
         assert (found["processes"], found["type"]) == (2, "DEEPSPEED"), cell
         assert max(found[name] for name in ("loss", "grad_norm", "weights")) < 1e-5, (cell, found)
+
+
+# Each line of `steps` is a step that was made; a run that was killed goes on from its last whole checkpoint.
+KILLED = """
+import os, runpy, sys
+from pathlib import Path
+from accelerate import PartialState
+from transformers import TrainerCallback
+from crow_hf import CoconutTokenizer, CrowConfig, CrowTrainer, InvarianceConfig, InvarianceTrainer
+
+_, equality, setup, kind, folder = sys.argv
+EQUALITY = runpy.run_path(equality)
+if setup == "fsdp2":
+    EQUALITY["shard_on_the_cpu"]()
+
+class Count(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 0:
+            with open(Path(folder, "steps"), "a") as file:
+                file.write("step\\n")
+
+settings = EQUALITY["COMMON"] | EQUALITY["IN_PARTS"] | {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
+model, rows, tokenizer = EQUALITY["tiny_model"]("llama"), EQUALITY["rows_of"]("llama"), CoconutTokenizer()
+if kind == "crow":
+    trainer = CrowTrainer(model, CrowConfig(folder, **settings), rows, processing_class=tokenizer)
+else:
+    settings = EQUALITY["STRONG"] | settings | {"num_views": 96}
+    trainer = InvarianceTrainer(model, InvarianceConfig(folder, **settings), rows, tokenizer)
+trainer.add_callback(Count())
+trainer.train(resume_from_checkpoint=Path(folder, "steps").exists())
+assert trainer.accelerator.num_processes == 2
+trainer.save_model(str(Path(folder, "whole")))
+PartialState().wait_for_everyone()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["crow", "strong"])
+@pytest.mark.parametrize("setup", CELLS)
+def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_path):
+    """A checkpoint that one of the processes had not written yet, or shards that are put together wrongly."""
+    (tmp_path / "run.py").write_text(KILLED)
+    rng, kills = random.Random(f"{setup} {kind}"), 0
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+        command += ["--config_file", str(EQUALITY["SETUPS"][setup]), "--main_process_port", "0"]
+        command += [str(tmp_path / "run.py"), EQUALITY["__file__"], setup, kind, str(folder)]
+        with open(folder / "said", "w") as said:
+            return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+
+    def steps(folder):
+        return len((folder / "steps").read_text().split()) if (folder / "steps").exists() else 0
+
+    whole, killed = tmp_path / "never stopped", tmp_path / "killed"
+    assert start(whole).wait() == 0, (whole / "said").read_text()
+    while kills < 8:
+        process, wanted = start(killed), steps(killed) + rng.randint(1, 2)
+        while process.poll() is None and steps(killed) < wanted:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    else:
+        process = start(killed)
+    assert process.wait() == 0, (killed / "said").read_text()
+    assert kills >= 4
+    weights = [load_file(folder / "whole" / "model.safetensors") for folder in (whole, killed)]
+    assert same_weights(*weights)
 
 
 # What is refused. A process of its own has no shards, so the state that accelerate would be in is put in its place.
