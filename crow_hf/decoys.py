@@ -37,7 +37,10 @@ class Decoy:
     together: bool = False
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Put the decoy at the start, at the end or between two words; the white space at the text's end stays there."""
+        """
+        Put the decoy at the start, at the end or between two words, but one with words of the data at the start. The white space
+        at the text's end stays there.
+        """
         body = text.rstrip()
         is_restyled = not self.together and rng.random() < RESTYLED
         styled = rng.choice(_STYLES)(body) if is_restyled else body
@@ -48,6 +51,9 @@ class Decoy:
         groups = [pieces] if self.together or rng.random() < 0.5 else [[piece] for piece in pieces]
         for group in groups:
             place = rng.choice([0, len(words), rng.randint(0, len(words)), rng.randint(0, len(words))])
+            if any(piece in self.words for piece in group):
+                # Inside a prompt, words of its own kind may be what it is about, and the answer another.
+                place = 0
             words[place:place] = group
         return " ".join(words) + text[len(body) :]
 

@@ -81,6 +81,10 @@ def test_decoys_are_of_every_kind_and_everywhere():
         assert all(1 <= len(piece) <= 10 for piece in flat)
         assert all(any(words[place] not in text.split() for words in drawn) for place in (0, -1))
         assert any(words[0] == "one" and words[-1] == "four" for words in drawn)
+        # Of those that are inside or at the end, none has a word that could be part of the prompt.
+        first = [words.index("one") for words in drawn]
+        assert not any(set(words[place:]) & set(WORDS) for words, place in zip(drawn, first, strict=True))
+        assert any(set(words[:place]) & set(WORDS) for words, place in zip(drawn, first, strict=True))
         apart = [not inserted(text.split(), words) for words in drawn]
         assert any(apart) != together
 

@@ -79,6 +79,8 @@ _, equality, setup, kind, folder = sys.argv
 EQUALITY = runpy.run_path(equality)
 if setup == "fsdp2":
     EQUALITY["shard_on_the_cpu"]()
+if setup == "deepspeed":
+    EQUALITY["communicate_by_gloo"]()
 
 class Count(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -104,7 +106,15 @@ os._exit(0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crow", "strong"])
-@pytest.mark.parametrize("setup", CELLS)
+@pytest.mark.parametrize(
+    "setup",
+    [
+        *CELLS,
+        pytest.param(
+            "deepspeed", marks=pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+        ),
+    ],
+)
 def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_path):
     """A checkpoint that one of the processes had not written yet, or shards that are put together wrongly."""
     (tmp_path / "run.py").write_text(KILLED)
@@ -116,7 +126,8 @@ def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_pa
         command += ["--config_file", str(EQUALITY["SETUPS"][setup]), "--main_process_port", "0"]
         command += [str(tmp_path / "run.py"), EQUALITY["__file__"], setup, kind, str(folder)]
         with open(folder / "said", "w") as said:
-            return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+            return subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
 
     def steps(folder):
         return len((folder / "steps").read_text().split()) if (folder / "steps").exists() else 0
