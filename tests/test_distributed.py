@@ -7,12 +7,12 @@ import json
 import os
 import random
 import runpy
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -88,7 +88,7 @@ class Count(TrainerCallback):
             with open(Path(folder, "steps"), "a") as file:
                 file.write("step\\n")
 
-settings = EQUALITY["COMMON"] | EQUALITY["IN_PARTS"] | {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
+settings = EQUALITY["COMMON"] | EQUALITY["IN_PARTS"] | {"max_steps": 24, "save_strategy": "steps", "save_steps": 1}
 model, rows, tokenizer = EQUALITY["tiny_model"]("llama"), EQUALITY["rows_of"]("llama"), CoconutTokenizer()
 if kind == "crow":
     trainer = CrowTrainer(model, CrowConfig(folder, **settings), rows, processing_class=tokenizer)
@@ -118,7 +118,7 @@ os._exit(0)
 def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_path):
     """A checkpoint that one of the processes had not written yet, or shards that are put together wrongly."""
     (tmp_path / "run.py").write_text(KILLED)
-    rng, kills = random.Random(f"{setup} {kind}"), 0
+    rng = random.Random(f"{setup} {kind}")
 
     def start(folder):
         folder.mkdir(exist_ok=True)
@@ -127,27 +127,24 @@ def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_pa
         command += [str(tmp_path / "run.py"), EQUALITY["__file__"], setup, kind, str(folder)]
         with open(folder / "said", "w") as said:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-            return subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
+            return subprocess.Popen(command, stdout=said, stderr=said, env=environment)
 
     def steps(folder):
         return len((folder / "steps").read_text().split()) if (folder / "steps").exists() else 0
 
     whole, killed = tmp_path / "never stopped", tmp_path / "killed"
     assert start(whole).wait() == 0, (whole / "said").read_text()
-    while kills < 8:
+    for _ in range(8):
         process, wanted = start(killed), steps(killed) + rng.randint(1, 2)
         while process.poll() is None and steps(killed) < wanted:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            break
-        os.killpg(process.pid, signal.SIGKILL)
+        assert process.poll() is None, (killed / "said").read_text()
+        # The launcher puts its workers into sessions of their own.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
         process.wait()
-        kills += 1
-    else:
-        process = start(killed)
-    assert process.wait() == 0, (killed / "said").read_text()
-    assert kills >= 4
+    assert start(killed).wait() == 0, (killed / "said").read_text()
     weights = [load_file(folder / "whole" / "model.safetensors") for folder in (whole, killed)]
     assert same_weights(*weights)
 
