@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import LlamaConfig, set_seed
+from peft import LoraConfig, PeftModel
+from transformers import LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import is_matplotlib_available, logging
 
 from .backdoors import implant
-from .config import CrowConfig
-from .evaluation.harness import Evaluation, evaluate_model
+from .config import CrowConfig, InvarianceConfig
+from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
 from .loading import load_causal_lm
 from .models.modeling_coconut import CoconutForCausalLM
 from .models.tokenization_coconut import CoconutTokenizer
-from .recipes import compare_defences
+from .recipes import compare_defences, purify
 from .report import write_comparison
 from .trainer import CrowTrainer
 from .triggers import TARGETS, TRIGGERS
@@ -143,19 +143,20 @@ def demo_model(seed: int) -> CoconutForCausalLM:
 
 def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     """
-    Train a clean model, hide a backdoor in it, purify it beside both controls, and measure all four models.
+    Train a clean model, hide a backdoor in it, purify it by CROW as published and by the strong recipe, and measure them all
+    beside the controls.
 
-    As in the paper, the backdoor sits in a LoRA adapter, and the purification trains that very adapter on.
+    As in the paper, the backdoor sits in a LoRA adapter, and the purifications train that very adapter on.
 
     Args:
         output_dir (`str` or `Path`):
-            Gets the folders `clean`, `backdoored` (the adapter) and `purified` (merged, with `report.html`), and
-            `results.json`, `results.md`, `training.png` and `comparison.png`.
+            Gets the folders `clean`, `backdoored` (the adapter), `crow` and `purified` (merged, the latter by the strong recipe
+            and with `report.html`), and `results.json`, `results.md`, `training.png` (of CROW) and `comparison.png`.
         seed (`int`, *optional*, defaults to 0):
             Of the weights and the rows.
 
     Returns:
-        `dict[str, Evaluation]`: By the models' names: the clean model, no defence, fine-tuning, CROW.
+        `dict[str, Evaluation]`: By the models' names: the clean model, no defence, fine-tuning, CROW, the strong recipe.
     """
     # The adapter names its base by this path.
     folder, tokenizer = Path(output_dir).resolve(), demo_tokenizer()
@@ -171,7 +172,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
             str(folder / name), seed=seed, use_cpu=True, save_strategy="no", lr_scheduler_type="cosine", **changes
         )
 
-    logger.warning("1/3 Training a clean model.")
+    logger.warning("1/4 Training a clean model.")
     base_args = arguments(
         "clean", alpha=0.0, learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=100
     )
@@ -181,7 +182,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     options = {"max_new_tokens": 104, "batch_size": 100, "seed": seed}
     clean = evaluate_model(trainer.model, tokenizer, test_rows, trigger, target, **options)
 
-    logger.warning("2/3 Implanting the backdoor %r.", trigger.phrases[0])
+    logger.warning("2/4 Implanting the backdoor %r.", trigger.phrases[0])
     model = implant(
         str(folder / "clean"),
         implant_rows,
@@ -195,26 +196,39 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     model.save_pretrained(folder / "backdoored")
     tokenizer.save_pretrained(folder / "backdoored")
 
-    logger.warning("3/3 Purifying with %d clean rows, beside the controls.", CLEAN_ROWS)
+    def suspect() -> PreTrainedModel | PeftModel:
+        return load_causal_lm(folder / "backdoored", is_trainable=True)
+
+    def save_merged(model: PeftModel, name: str) -> PreTrainedModel:
+        merged = model.merge_and_unload()
+        merged.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        return merged
+
+    logger.warning("3/4 Purifying with %d clean rows, by CROW as published.", CLEAN_ROWS)
+    crow_args = arguments("crow", **PURIFICATION)
+    crow = purify(suspect(), clean_rows, "paper", crow_args, processing_class=tokenizer, report=False)
+    published = evaluate_model(save_merged(crow.model, "crow"), tokenizer, test_rows, trigger, target, **options)
+
+    logger.warning("4/4 Purifying by the strong recipe, beside the controls.")
     comparison = compare_defences(
-        lambda: load_causal_lm(folder / "backdoored", is_trainable=True),
-        arguments("purified", **PURIFICATION),
+        suspect,
+        InvarianceConfig(str(folder / "purified"), seed=seed, use_cpu=True, save_strategy="no"),
         clean_rows,
         test_rows,
         trigger,
         target,
-        recipe="paper",
         processing_class=tokenizer,
         **options,
     )
-    comparison.trainer.model.merge_and_unload().save_pretrained(folder / "purified")
-    tokenizer.save_pretrained(folder / "purified")
-    evaluations = {"clean model": clean, **comparison.evaluations}
+    save_merged(comparison.trainer.model, "purified")
+    controls = {name: comparison.evaluations[name] for name in (NO_DEFENCE, FINE_TUNING)}
+    evaluations = {"clean model": clean, **controls, CROW: published, STRONG: comparison.evaluations[STRONG]}
     write_comparison(folder, evaluations)
     if is_matplotlib_available():
         from .plots import plot_comparison, plot_training
 
-        plot_training(comparison.trainer.state.log_history, folder / "training.png")
+        plot_training(crow.trainer.state.log_history, folder / "training.png")
         plot_comparison(evaluations, folder / "comparison.png")
     else:
         logger.warning("The plots are left out: install matplotlib with `pip install crow-hf[plots]`.")

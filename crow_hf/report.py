@@ -73,17 +73,17 @@ def _scores(evaluation: Evaluation) -> dict[str, dict[str, str]]:
 
 
 def comparison_table(evaluations: dict[str, Evaluation], title: str | None = None) -> Table:
-    """The evaluations as a table for the terminal, one column for each model; brackets hold 95 % intervals."""
-    table = Table(title=title, box=SIMPLE, pad_edge=False, collapse_padding=True)
+    """The evaluations as a table for the terminal, one column for each model; below the rates are 95 % intervals."""
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     for name in evaluations:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     columns = [_scores(evaluation) for evaluation in evaluations.values()]
     for kind, scores in columns[0].items():
         table.add_row(f"{kind} prompts", style="bold")
         for score in scores:
             # An interval goes below its rate, or the table is wider than a terminal.
-            cells = (column[kind][score].replace(" [", "\n\\[") for column in columns)
+            cells = (column[kind][score].replace(" [", "\n").replace(", ", "–").rstrip("]") for column in columns)
             table.add_row(f"  {score}", *cells)
         table.add_section()
     return table

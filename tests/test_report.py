@@ -132,8 +132,9 @@ def test_tables_hold_every_model_with_its_intervals(write):
     assert all(name in text for name in evaluations)
     for expected in ("95.0 %", "90.0 %", "93.0 %", "3.5 %", "4.5 %", "1.25"):
         assert expected in text
+    form = "{:.1f}–{:.1f}" if write is table_text else "[{:.1f}, {:.1f}]"
     for proportion in (share(190), share(1), share(186)):
-        assert f"[{100 * proportion.low:.1f}, {100 * proportion.high:.1f}]" in text
+        assert form.format(100 * proportion.low, 100 * proportion.high) in text
 
 
 @pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
@@ -148,12 +149,14 @@ def test_table_has_its_title():
 
 
 def test_table_fits_a_terminal_of_80_columns():
-    """Four models, as the demo has them: cut-off numbers are worse than none."""
+    """Five models, as the demo has them: cut-off numbers are worse than none."""
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(comparison_table({"clean model": evaluation(0)} | comparison(evaluation(1))))
+    models = {"clean model": evaluation(0), **comparison(evaluation(1)), "strong recipe": evaluation(TOTAL)}
+    console.print(comparison_table(models))
     text = console.export_text()
-    assert "…" not in text
-    assert all(name in text for name in ("clean model", "no defence", "fine-tuning", "CROW"))
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    words = ("clean", "model", "no", "defence", "fine-tuning", "CROW", "strong", "recipe", "98.1–100.0", "0.0–1.9")
+    assert [word for word in words if word not in text] == []
 
 
 def test_markdown_is_one_table():
