@@ -69,9 +69,12 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         base = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
         )
-        return PeftModel.from_pretrained(
+        model = PeftModel.from_pretrained(
             base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
         )
+        # Of its own, it has the name of its base.
+        model.name_or_path = str(path)
+        return model
     except SafetensorError as error:
         raise ValueError(f"The weights of {path} cannot be read ({error}): download or save them again.") from error
     except (AttributeError, RuntimeError, TypeError) as error:

@@ -145,7 +145,7 @@ def purify(
     >>> [(canary.before.rate, canary.after.rate) for canary in purification.canaries]
     ```
     """
-    path = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
+    path = str(model) if isinstance(model, (str, Path)) else model.name_or_path
     if args is None:
         args = recipe_config(recipe, f"{Path(path).name or type(model).__name__}-{recipe}")
     if recipe not in RECIPES or (recipe == "strong") != isinstance(args, InvarianceConfig):
@@ -324,7 +324,7 @@ def compare_defences(
         record = record_of(
             purification,
             witness,
-            model_name=suspect.config._name_or_path,
+            model_name=suspect.name_or_path,
             train_dataset=train_dataset,
             test_dataset=test_dataset,
             evaluations=evaluations,

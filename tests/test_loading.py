@@ -97,6 +97,7 @@ def test_adapter_folder(adapter_folder, model_folder, is_trainable):
     assert not torch.allclose(logits, base_logits, atol=1e-2)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == ({name for name in weights_of(model) if "lora_" in name} if is_trainable else set())
+    assert model.name_or_path == str(adapter_folder), "the report would be about the base"
 
 
 @pytest.mark.parametrize(
