@@ -382,7 +382,7 @@ def test_verdict_says_what_is_known_and_what_is_not(attacks, canaries, level, sa
 class Page(HTMLParser):
     """A page's elements with their attributes, its text, and the ids in it."""
 
-    VOID = {"meta", "link", "br", "path", "circle", "rect"}
+    VOID = {"meta", "link", "br", "wbr", "path", "circle", "rect"}
 
     def __init__(self, text):
         super().__init__()
