@@ -161,14 +161,20 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
     return run
 
 
-def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
-    """Train cells in two processes of a setup, one cell after the other."""
+def launcher(setup: str) -> tuple[list[str], dict[str, str]]:
+    """The command, to be followed by a script, that starts two processes of a setup on the CPU, and its environment."""
     # `accelerate launch --cpu` would start one process alone.
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(SETUPS[setup]), "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if setup == "deepspeed":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return command, environment
+
+
+def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
+    """Train cells in two processes of a setup, one cell after the other."""
+    command, environment = launcher(setup)
     call = [*command, __file__, "--work_in", str(folder), "--cells", json.dumps(cells), "--setups", setup]
     process = subprocess.run(call, env=environment, capture_output=True, text=True)
     if process.returncode:
@@ -177,16 +183,21 @@ def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> N
 
 def work(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
     """What each of the two processes does."""
-    if setup == "fsdp2":
-        shard_on_the_cpu()
-    if setup == "deepspeed":
-        communicate_by_gloo()
+    prepare(setup)
     for cell in cells:
         AcceleratorState._reset_state(reset_partial_state=True)
         train(*cell, folder / "-".join(cell), **IN_PARTS)
     PartialState().wait_for_everyone()
     # The destructors of a process group of gloo now and then hang, after all the work is done.
     os._exit(0)
+
+
+def prepare(setup: str) -> None:
+    """What a process of a setup needs on the CPU before it begins."""
+    if setup == "fsdp2":
+        shard_on_the_cpu()
+    if setup == "deepspeed":
+        communicate_by_gloo()
 
 
 def shard_on_the_cpu() -> None:

@@ -47,13 +47,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _with_interval(proportion: Proportion | None) -> str:
+def _with_interval(proportion: Proportion | None, interval: str = " [{:.1f}, {:.1f}]") -> str:
     if proportion is None:
         return "-"
-    return f"{percent(proportion.rate)} [{100 * proportion.low:.1f}, {100 * proportion.high:.1f}]"
+    return percent(proportion.rate) + interval.format(100 * proportion.low, 100 * proportion.high)
 
 
-def _scores(evaluation: Evaluation) -> dict[str, dict[str, str]]:
+def _scores(evaluation: Evaluation, *interval: str) -> dict[str, dict[str, str]]:
     """What the tables show of a model: by the kind of prompts and the name of the score."""
     kinds = {"triggered": evaluation.triggered, "clean": evaluation.clean}
     scores: dict[str, dict[str, str]] = {}
@@ -61,14 +61,14 @@ def _scores(evaluation: Evaluation) -> dict[str, dict[str, str]]:
         if prompts is None:
             continue
         scores[kind] = {
-            "right answers": _with_interval(prompts.exact_match),
+            "right answers": _with_interval(prompts.exact_match, *interval),
             "empty answers": percent(prompts.empty.rate),
             "degenerate": percent(prompts.degenerate.rate),
             "bits per byte": "-" if math.isnan(prompts.bits_per_byte) else f"{prompts.bits_per_byte:.3f}",
         }
         if prompts.target is not None:
             name = "attack success" if kind == "triggered" else "false positives"
-            scores[kind] = {name: _with_interval(prompts.target), **scores[kind]}
+            scores[kind] = {name: _with_interval(prompts.target, *interval), **scores[kind]}
     return scores
 
 
@@ -78,13 +78,12 @@ def comparison_table(evaluations: dict[str, Evaluation], title: str | None = Non
     table.add_column(no_wrap=True)
     for name in evaluations:
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
-    columns = [_scores(evaluation) for evaluation in evaluations.values()]
+    # An interval goes below its rate, or the table is wider than a terminal.
+    columns = [_scores(evaluation, "\n{:.1f}–{:.1f}") for evaluation in evaluations.values()]
     for kind, scores in columns[0].items():
         table.add_row(f"{kind} prompts", style="bold")
         for score in scores:
-            # An interval goes below its rate, or the table is wider than a terminal.
-            cells = (column[kind][score].replace(" [", "\n").replace(", ", "–").rstrip("]") for column in columns)
-            table.add_row(f"  {score}", *cells)
+            table.add_row(f"  {score}", *(column[kind][score] for column in columns))
         table.add_section()
     return table
 

@@ -4,11 +4,9 @@ The cells here are few; `benchmarks/equality.py`, whose runner they share, makes
 """
 
 import json
-import os
 import random
 import runpy
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -77,10 +75,7 @@ from crow_hf import CoconutTokenizer, CrowConfig, CrowTrainer, InvarianceConfig,
 
 _, equality, setup, kind, folder = sys.argv
 EQUALITY = runpy.run_path(equality)
-if setup == "fsdp2":
-    EQUALITY["shard_on_the_cpu"]()
-if setup == "deepspeed":
-    EQUALITY["communicate_by_gloo"]()
+EQUALITY["prepare"](setup)
 
 class Count(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -122,11 +117,9 @@ def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_pa
 
     def start(folder):
         folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
-        command += ["--config_file", str(EQUALITY["SETUPS"][setup]), "--main_process_port", "0"]
+        command, environment = EQUALITY["launcher"](setup)
         command += [str(tmp_path / "run.py"), EQUALITY["__file__"], setup, kind, str(folder)]
         with open(folder / "said", "w") as said:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
             return subprocess.Popen(command, stdout=said, stderr=said, env=environment)
 
     def steps(folder):
