@@ -28,7 +28,6 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 from crow_hf import (
@@ -40,14 +39,17 @@ from crow_hf import (
     InvarianceTrainer,
     purify,
 )
+from crow_hf.shards import are_in_shards
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
 SETUPS = {
     "ddp": CONFIGS / "multi_gpu.yaml",
     "fsdp2": CONFIGS / "fsdp2.yaml",
-    "deepspeed": CONFIGS / "deepspeed_zero2.yaml",
+    "zero2": CONFIGS / "deepspeed_zero2.yaml",
+    "zero3": CONFIGS / "deepspeed_zero3.yaml",
 }
+DEEPSPEED = ("zero2", "zero3")
 OPTIONS = {
     "full": {},
     "lora": {},
@@ -79,8 +81,12 @@ NOT_COMPARED = (
     ("fsdp2", "thoughts"),
     ("fsdp2", "compiled"),
     ("fsdp2", "purify"),
-    ("deepspeed", "compiled"),
-    ("deepspeed", "bf16"),
+    ("zero2", "compiled"),
+    ("zero2", "bf16"),
+    ("zero3", "thoughts"),
+    ("zero3", "compiled"),
+    ("zero3", "purify"),
+    ("zero3", "bf16"),
 )
 
 
@@ -154,7 +160,7 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
         result = {
             "processes": run.accelerator.num_processes,
             "type": run.accelerator.distributed_type.value,
-            "in_shards": isinstance(run.model, FSDPModule),
+            "in_shards": are_in_shards(run.model),
             "log": [entry for entry in run.state.log_history if "loss" in entry],
         }
         (output_dir / "result.json").write_text(json.dumps(result))
@@ -167,7 +173,7 @@ def launcher(setup: str) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(SETUPS[setup]), "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if setup == "deepspeed":
+    if setup in DEEPSPEED:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return command, environment
 
@@ -196,7 +202,7 @@ def prepare(setup: str) -> None:
     """What a process of a setup needs on the CPU before it begins."""
     if setup == "fsdp2":
         shard_on_the_cpu()
-    if setup == "deepspeed":
+    if setup in DEEPSPEED:
         communicate_by_gloo()
 
 
@@ -261,9 +267,9 @@ def main() -> None:
     disable_progress_bar()
     if options.work_in:
         return work(options.setups[0], options.cells, options.work_in)
-    if "deepspeed" in options.setups and not is_deepspeed_available():
-        print("The setup deepspeed is skipped: the package is not installed.", file=sys.stderr)
-        options.setups.remove("deepspeed")
+    if not is_deepspeed_available() and (skipped := [setup for setup in options.setups if setup in DEEPSPEED]):
+        print(f"Skipped, because DeepSpeed is not installed: {', '.join(skipped)}.", file=sys.stderr)
+        options.setups = [setup for setup in options.setups if setup not in DEEPSPEED]
     print("| setup | model | trainer | option | loss | gradient norm | weights |")
     print("| --- | --- | --- | --- | ---: | ---: | ---: |")
     with TemporaryDirectory() as folder:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import BltForCausalLM, PreTrainedModel
 
 from .models.byte_vocabulary import THOUGHT_TOKEN_ID
 from .models.modeling_coconut import CoconutForCausalLM, LatentOutput
+from .shards import are_in_shards
 
 
 MIN_LAYERS = 3
@@ -215,9 +215,9 @@ class CoconutAdapter(ModelAdapter):
         """
         if "patch_lengths" in inputs:
             return inputs
-        if isinstance(self.layers[0], FSDPModule) and (inputs["input_ids"] == THOUGHT_TOKEN_ID).any():
+        if are_in_shards(self.layers[0]) and (inputs["input_ids"] == THOUGHT_TOKEN_ID).any():
             raise ValueError(
-                "Rows with thoughts cannot be trained on in shards (FSDP): use DDP, or rows without thoughts."
+                "Rows with thoughts cannot be trained on in shards (FSDP, ZeRO-3): use DDP, or rows without thoughts."
             )
         device = self.base.device
         mask = inputs.get("attention_mask")

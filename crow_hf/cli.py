@@ -28,7 +28,7 @@ from .arguments import (
 from .backdoors import implant
 from .checkpoints import check_room, checkpoint_to_resume, writing
 from .checkup import doctor as examine
-from .config import CrowConfig, in_shards
+from .config import CrowConfig
 from .data import load_rows
 from .evaluation.harness import evaluate_model
 from .html_report import REPORT_PAGE
@@ -39,6 +39,7 @@ from .patching import EntropyPatcher, calibrate_threshold, load_entropy_predicto
 from .recipes import compare_defences
 from .recipes import purify as run_recipe
 from .report import comparison_table, evidence, verdict, write_comparison
+from .shards import in_shards
 from .triggers import get_target, get_trigger
 
 
@@ -64,7 +65,7 @@ def purify(arguments: PurifyArguments, args: CrowConfig) -> None:
         raise ValueError("A trigger is measured on test rows: pass --test_dataset too.")
     if in_shards(args) and (arguments.lora or arguments.recipe == "paper"):
         raise ValueError(
-            "An adapter cannot be merged into weights that are in shards (FSDP): train all weights by --recipe strong or guide, "
+            "An adapter cannot be merged into weights that are in shards (FSDP, ZeRO-3): train all weights by --recipe strong or guide, "
             "or the adapter in a script with `CrowTrainer`, and save it as it is."
         )
     tokenizer = load_tokenizer(arguments.model)

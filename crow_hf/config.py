@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from copy import copy
@@ -26,11 +25,6 @@ def without_secrets(value: Any) -> Any:
         except ValueError:
             return HIDDEN
     return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", HIDDEN, value) if isinstance(value, str) else value
-
-
-def in_shards(args: TrainingArguments) -> bool:
-    """Whether the weights are going to be in shards (FSDP), by the arguments or by how `accelerate launch` was called."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _check_amounts(args: TrainingArguments, *names: str) -> None:

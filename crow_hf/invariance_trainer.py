@@ -9,9 +9,9 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -20,6 +20,7 @@ from .config import CrowConfig, InvarianceConfig, rows_in_step
 from .data import prompt_of, render
 from .decoys import ViewCollator, ViewRow
 from .invariance import invariance_terms, view
+from .shards import frozen_by_zero3, gathered, placed_as
 from .trainer import CrowTrainer
 
 
@@ -172,10 +173,13 @@ class InvarianceTrainer(CrowTrainer):
             # Half of a low-rank product is one of its factors halved, the one that is 0 at first.
             is_other_factor = bool(self._beginning) and ("lora_A." in name or "lora_embedding_B." in name)
             if parameter.requires_grad and not is_other_factor:
-                parameter.lerp_(_placed_as(beginning[name], parameter), self.args.keep)
+                with gathered(parameter, beginning[name]):
+                    parameter.lerp_(placed_as(beginning[name], parameter), self.args.keep)
 
     def _placed(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """The suspect on this process's device, in shards where the model is going to be: a whole one may not fit there."""
+        if is_deepspeed_zero3_enabled():
+            return frozen_by_zero3(suspect)
         if self.is_fsdp_enabled:
             with adapter_of(suspect).outside_of_shards(self.args.device):
                 return fsdp2_prepare_model(self.accelerator, suspect)
@@ -226,13 +230,6 @@ class InvarianceTrainer(CrowTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompts", "completion", "inserted"]
-
-
-def _placed_as(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The value in the parameter's precision, on its device and in shards as it is."""
-    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device, parameter.dtype)
 
 
 def _has_answer(row: dict[str, Any]) -> bool:

@@ -11,6 +11,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
+from .shards import loaded_whole
+
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What transformers says of such a model, and what is said here instead of its advice to run the code.
@@ -56,9 +58,10 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         if not Path(path).is_dir():
             _check_repository(str(path), is_adapter, kwargs)
         if not is_adapter:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True, **kwargs
-            )
+            with loaded_whole():
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    path, use_safetensors=True, output_loading_info=True, **kwargs
+                )
             if missing := sorted(found["missing_keys"]):
                 raise ValueError(
                     f"The weights of {path} lack {len(missing)} that its config asks for, such as {missing[0]}: download or save "
@@ -69,9 +72,10 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         base = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
         )
-        model = PeftModel.from_pretrained(
-            base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
-        )
+        with loaded_whole():
+            model = PeftModel.from_pretrained(
+                base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
+            )
         # Of its own, it has the name of its base.
         model.name_or_path = str(path)
         return model

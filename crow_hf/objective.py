@@ -115,6 +115,7 @@ def crow_terms(
     epsilon_mode: EpsilonMode,
     layers: Layers,
     backward: Callable[[torch.Tensor], Any] | None = None,
+    differentiable_twice: bool = True,
 ) -> tuple[Any, Terms]:
     """
     The two forward passes of CROW (algorithm 1), and what comes between them.
@@ -142,13 +143,16 @@ def crow_terms(
         backward (`Callable`, *optional*):
             Called with `loss_lm` before the perturbed pass, to add its gradient to the parameters' own. The activations of the
             clean pass are gone then before those of the perturbed one come; `loss_lm` is returned detached, and no outputs.
+        differentiable_twice (`bool`, *optional*, defaults to `True`):
+            Whether one pass can be, for the perturbation and then for `loss_lm`. Where it cannot, because the weights are let go of
+            in between (ZeRO-3), the clean pass is made a second time.
 
     Returns:
         `tuple`: The model's outputs on the clean pass, and scalars: `loss_lm` and `consistency_perturbed`, the terms of
         equation 6; `consistency_clean`, detached; `perturbation_ratio`, ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
     """
     mask = adapter.chain_mask(inputs)
-    keep_graph = torch.is_grad_enabled()
+    needs_graph = torch.is_grad_enabled()
 
     # The attack is a gradient also where the caller wants none, in evaluation. The random state is put back after the
     # clean pass, so that both passes drop the same units and differ by the perturbation alone.
@@ -159,7 +163,12 @@ def crow_terms(
         # autograd.grad reaches no parameter: what earlier micro-batches accumulated in .grad stays. The sum over the
         # positions has the same sign as the mean and keeps float16 gradients from underflowing.
         positions = clean.hidden_states[-1][..., 0].numel() if mask is None else mask.sum()
-        gradients = torch.autograd.grad(consistency_clean * positions, clean.perturbed, retain_graph=keep_graph)
+        gradients = torch.autograd.grad(
+            consistency_clean * positions, clean.perturbed, retain_graph=needs_graph and differentiable_twice
+        )
+    if needs_graph and not differentiable_twice:
+        with _restored_rng(inputs["input_ids"].device):
+            outputs = clean_forward(**inputs)
     loss_lm, consistency_clean = outputs.loss, consistency_clean.detach()
     before = _real(clean.perturbed, adapter.perturbed_mask(inputs))
     if backward is not None:

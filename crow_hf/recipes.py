@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapters import adapter_of
 from .canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
 from .checkpoints import OUTPUT_WAS_USED, check_room, checkpoint_to_resume, output_was_used
-from .config import CrowConfig, InvarianceConfig, fine_tuning_config, in_shards, leaving_nothing, rows_in_step
+from .config import CrowConfig, InvarianceConfig, fine_tuning_config, leaving_nothing, rows_in_step
 from .data import render
 from .evaluation.generation import answered
 from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
@@ -28,6 +28,7 @@ from .loading import load_causal_lm, load_tokenizer
 from .report import CANARY_ADVICE, canary_outcome
 from .run_record import Record, Witness, record_of
 from .screening import Screening, screen_dataset
+from .shards import in_shards
 from .trainer import CrowTrainer
 from .triggers import BaseTarget, BaseTrigger
 
@@ -353,7 +354,7 @@ def _check_shards(args: CrowConfig) -> None:
     if not in_shards(args):
         return
     if isinstance(args, InvarianceConfig) and args.num_canaries:
-        raise ValueError("Canaries cannot be implanted in weights in shards (FSDP): set `num_canaries` to 0.")
+        raise ValueError("Canaries cannot be implanted in weights in shards (FSDP, ZeRO-3): set `num_canaries` to 0.")
     if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "The model is looked at before it is in shards, in every process: set `fsdp_cpu_ram_efficient_loading: false` in "

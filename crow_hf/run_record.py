@@ -63,6 +63,7 @@ from .report import (
     outcome,
     percent,
 )
+from .shards import num_parameters
 from .triggers import BaseTarget, BaseTrigger
 
 
@@ -239,7 +240,7 @@ def record_of(
             "name": model_name or architecture,
             "commit": getattr(_base_of(purification.model).config, "_commit_hash", None),
             "architecture": architecture,
-            "parameters": purification.model.num_parameters(),
+            "parameters": num_parameters(purification.model),
             "trained": "an adapter" if isinstance(purification.model, PeftModel) else "all weights",
         },
         "evaluations": evaluations and {name: evaluation.to_dict() for name, evaluation in evaluations.items()},

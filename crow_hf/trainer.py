@@ -45,6 +45,7 @@ from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepar
 from .hub import HubMixin
 from .loading import load_causal_lm, load_tokenizer
 from .objective import control_terms, crow_terms
+from .shards import are_finite, are_in_shards
 
 
 logger = logging.get_logger(__name__)
@@ -293,6 +294,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 epsilon_mode=args.epsilon_mode,
                 layers=args.consistency_layers,
                 backward=backward,
+                differentiable_twice=not is_deepspeed_zero3_enabled(),
             )
         self._log_terms(terms, labels, positions)
         loss = by_labels * terms["loss_lm"] + args.alpha * by_positions * terms.get("consistency_perturbed", 0)
@@ -310,7 +312,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU with `accelerate launch`.")
         if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 cannot be differentiated twice: use ZeRO-2, FSDP2 or DDP.")
+            self._check_zero3()
         if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             raise ValueError(
                 "Compiled as a whole, the model does not let the objective differentiate what its hooks record: leave "
@@ -334,6 +336,18 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
             raise ValueError(
                 f"FSDP does not load what stays out of its shards, as what patches {self.adapter.name} does: set "
                 "`fsdp_cpu_ram_efficient_loading: false` in the configuration of accelerate."
+            )
+
+    def _check_zero3(self) -> None:
+        """Refuse what the third stage of DeepSpeed's ZeRO would not train, or not save."""
+        if are_in_shards(self.model):
+            raise ValueError(
+                "The model is in shards before the training (ZeRO-3), where nothing can be done with it: pass its path, or load it "
+                "with `load_causal_lm`."
+            )
+        if not self.accelerator.state.deepspeed_plugin.zero3_save_16bit_model:
+            raise ValueError(
+                "ZeRO-3 saves no model as it is configured: set `zero3_save_16bit_model: true` in the configuration of accelerate."
             )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -409,14 +423,17 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
-        if self.is_fsdp_enabled and self._trains_adapter and not isinstance(self.model, PeftModel):
+        if (
+            (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+            and self._trains_adapter
+            and not isinstance(self.model, PeftModel)
+        ):
             # Merging writes to tensors that the shards do not read: what would be saved is the suspect.
             raise ValueError(
                 "An adapter cannot be merged into weights that are in shards: save it as it is, load it in one process with "
                 "`load_causal_lm`, and merge it there."
             )
-        finite = all(bool(weight.isfinite().all()) for weight in self.model.parameters())
-        bad = torch.tensor([not finite], device=self.args.device)
+        bad = torch.tensor([not are_finite(self.model)], device=self.args.device)
         if self.accelerator.gather(bad).any():
             raise FloatingPointError(
                 f"The weights are not finite after step {self.state.global_step} and were not saved: go back to the "
