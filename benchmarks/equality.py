@@ -82,11 +82,9 @@ NOT_COMPARED = (
     ("fsdp2", "compiled"),
     ("fsdp2", "purify"),
     ("zero2", "compiled"),
-    ("zero2", "bf16"),
     ("zero3", "thoughts"),
     ("zero3", "compiled"),
     ("zero3", "purify"),
-    ("zero3", "bf16"),
 )
 
 

@@ -9,20 +9,24 @@ import runpy
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
+from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin, is_deepspeed_available
 from coconut_models import batch_of, coconut
 from conftest import crow_args, ragged_rows, same_weights, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from crow_hf import CrowTrainer, adapters
+from crow_hf import CrowTrainer, adapters, load_causal_lm
 from crow_hf.adapters import adapter_of
+from crow_hf.shards import are_finite, are_in_shards, num_parameters
 
 
 EQUALITY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "equality.py"))
@@ -46,8 +50,12 @@ def test_two_processes_equal_one(setup, tmp_path):
         assert len(logs) == 3 and logs[0]["loss"] != pytest.approx(logs[2]["loss"], rel=1e-3)
 
 
+needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+ZERO = [pytest.param(setup, marks=needs_deepspeed) for setup in ("zero2", "zero3")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("setup", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("setup", [*CELLS, *ZERO])
 def test_bfloat16_in_two_processes_is_near_one(setup, tmp_path):
     """Terms or gradients that are summed in half precision; the sign of a gradient near 0 is a matter of rounding."""
     cells = [("llama", "crow", "bf16"), ("llama", "strong", "bf16")]
@@ -56,12 +64,17 @@ def test_bfloat16_in_two_processes_is_near_one(setup, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
-def test_two_processes_of_deepspeed_equal_one(tmp_path):
-    """A step that ends with the first of two backward passes, or gradients that one of the processes alone has."""
-    cells = [("llama", "crow", "full"), ("thoughts", "crow", "full"), ("coconut", "strong", "lora")]
-    for cell, found in zip(cells, EQUALITY["compare"]("deepspeed", cells, tmp_path), strict=True):
-        assert (found["processes"], found["type"]) == (2, "DEEPSPEED"), cell
+@pytest.mark.parametrize("setup", ZERO)
+def test_two_processes_of_deepspeed_equal_one(setup, tmp_path):
+    """
+    A step that ends with the first of two backward passes, gradients that one of the processes alone has; weights that are
+    gone when a pass is differentiated, a suspect or its beginning that is mixed in in shards of another kind.
+    """
+    cells = [("llama", "crow", "full"), ("llama", "strong", "full"), ("coconut", "strong", "lora")]
+    cells += [("thoughts", "crow", "full")] if setup == "zero2" else [("coconut", "crow", "checkpointing")]
+    for cell, found in zip(cells, EQUALITY["compare"](setup, cells, tmp_path), strict=True):
+        in_shards = setup == "zero3"
+        assert (found["processes"], found["type"], found["in_shards"]) == (2, "DEEPSPEED", in_shards), cell
         assert max(found[name] for name in ("loss", "grad_norm", "weights")) < 1e-5, (cell, found)
 
 
@@ -101,15 +114,7 @@ os._exit(0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["crow", "strong"])
-@pytest.mark.parametrize(
-    "setup",
-    [
-        *CELLS,
-        pytest.param(
-            "deepspeed", marks=pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
-        ),
-    ],
-)
+@pytest.mark.parametrize("setup", [*CELLS, *ZERO])
 def test_two_processes_killed_at_random_moments_lose_nothing(setup, kind, tmp_path):
     """A checkpoint that one of the processes had not written yet, or shards that are put together wrongly."""
     (tmp_path / "run.py").write_text(KILLED)
@@ -179,6 +184,45 @@ def test_layers_are_not_compiled_there(backend, tmp_path):
         trainer._check_setup()
 
 
+def zero3(monkeypatch, **plugin):
+    """As if this process were one of ZeRO-3, as far as can be told without DeepSpeed."""
+    config = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
+    return SimpleNamespace(deepspeed_plugin=SimpleNamespace(**plugin), dynamo_plugin=TorchDynamoPlugin())
+
+
+def test_zero3_that_would_save_nothing_is_refused(tmp_path, monkeypatch):
+    """Hours of work, and at their end a checkpoint of DeepSpeed in the place of the model."""
+    trainer = CrowTrainer(tiny_llama(), crow_args(tmp_path), Dataset.from_list(ragged_rows(4)))
+    trainer.accelerator.state = zero3(monkeypatch, zero3_save_16bit_model=False)
+    with pytest.raises(ValueError, match="zero3_save_16bit_model: true"):
+        trainer._check_setup()
+    trainer.accelerator.state.deepspeed_plugin.zero3_save_16bit_model = True
+    trainer._check_setup()
+    trainer.model.model.norm.weight.ds_tensor = trainer.model.model.norm.weight.data
+    with pytest.raises(ValueError, match="load_causal_lm"):
+        trainer._check_setup()
+
+
+def test_a_suspect_is_loaded_whole_under_zero3(tmp_path, monkeypatch):
+    """Empty weights, which transformers gives a model by itself as soon as there are arguments."""
+    tiny_llama().save_pretrained(tmp_path)
+    zero3(monkeypatch)
+    model = load_causal_lm(tmp_path)
+    assert not are_in_shards(model) and model.num_parameters() == tiny_llama().num_parameters()
+    assert is_deepspeed_zero3_enabled()
+
+
+def test_what_a_process_has_of_weights_in_shards():
+    """A model of no parameters, and a NaN in a shard that was saved because the empty weight around it has none."""
+    model = torch.nn.Linear(4, 2, bias=False)
+    model.weight.ds_numel, model.weight.ds_tensor = model.weight.numel(), model.weight.data[:1].clone()
+    model.weight.data = torch.empty(0)
+    assert (num_parameters(model), are_in_shards(model), are_finite(model)) == (8, True, True)
+    model.weight.ds_tensor[0, 0] = float("nan")
+    assert not are_finite(model)
+
+
 def test_any_decoder_can_be_loaded_by_one_process(tmp_path):
     check(tiny_llama(), FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True), tmp_path)
 
@@ -206,7 +250,7 @@ def test_compilation_by_the_launcher_is_refused(tmp_path, monkeypatch):
 def test_thoughts_in_shards_are_refused(monkeypatch):
     """Processes that wait for each other without end: each has as many passes as its own rows have thoughts."""
     adapter = adapter_of(coconut())
-    monkeypatch.setattr(adapters, "FSDPModule", torch.nn.Module)
+    monkeypatch.setattr(adapters, "are_in_shards", lambda layer: True)
     with pytest.raises(ValueError, match="use DDP"):
         adapter.prepare(batch_of(["a<bot><latent><eot>b"]))
     assert "patch_lengths" in adapter.prepare(batch_of(["no thoughts"]))

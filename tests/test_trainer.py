@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from crow_hf import CrowConfig, CrowDataCollator, CrowTrainer, InvarianceConfig, prepare_dataset
+from crow_hf import trainer as trainer_module
 
 
 METRICS = ["loss_lm", "consistency_clean", "consistency_perturbed", "perturbation_ratio"]
@@ -344,6 +345,24 @@ def test_dropout_is_the_same_in_both_passes(where, checkpointing, tmp_path, rows
     trainer.train()
     assert column(trainer, "consistency_perturbed") == column(trainer, "consistency_clean")
     assert len(set(column(trainer, "consistency_clean"))) == 3
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_clean_pass_that_cannot_be_kept_is_made_again(evaluates, tmp_path, rows, monkeypatch):
+    """Under ZeRO-3: other dropout the second time, a pass for nothing in evaluation, or a graph that is kept all the same."""
+    weights, passes = [], []
+    for zero3 in (False, True):
+        model = tiny_gpt2(0.5)
+        trainer = build(tmp_path, model, rows, eval_dataset=rows, max_steps=2, learning_rate=1e-2)
+        monkeypatch.setattr(trainer_module, "is_deepspeed_zero3_enabled", lambda zero3=zero3: zero3)
+        calls = []
+        handle = model.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        trainer.evaluate() if evaluates else trainer.train()
+        handle.remove()
+        weights.append(weights_of(model))
+        passes.append(len(calls))
+    assert same_weights(*weights)
+    assert 2 * passes[1] == (2 if evaluates else 3) * passes[0]
 
 
 def test_dropout_is_drawn_anew_for_every_batch(tmp_path, rows):
