@@ -418,6 +418,11 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in [`~transformers.Trainer`]; what `predict` left unlogged does not count for the next evaluation."""
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise ValueError(
+                "DeepSpeed takes the model apart when the training begins, and cannot evaluate it before: set `eval_on_start` or "
+                "`eval_strategy`, or evaluate in one process."
+            )
         self._logged["eval"].clear()
         return super().evaluation_loop(*args, **kwargs)
 

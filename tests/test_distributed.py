@@ -223,6 +223,15 @@ def test_what_a_process_has_of_weights_in_shards():
     assert not are_finite(model)
 
 
+def test_evaluation_before_a_training_by_deepspeed_is_refused(tmp_path):
+    """An engine for inference in the training's place, or an error about a configuration."""
+    rows = Dataset.from_list(ragged_rows(4))
+    trainer = CrowTrainer(tiny_llama(), crow_args(tmp_path), rows, eval_dataset=rows)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="eval_on_start"):
+        trainer.evaluate()
+
+
 def test_any_decoder_can_be_loaded_by_one_process(tmp_path):
     check(tiny_llama(), FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True), tmp_path)
 
