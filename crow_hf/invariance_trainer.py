@@ -20,7 +20,7 @@ from .config import CrowConfig, InvarianceConfig, rows_in_step
 from .data import prompt_of, render
 from .decoys import ViewCollator, ViewRow
 from .invariance import invariance_terms, view
-from .shards import frozen_by_zero3, gathered, placed_as
+from .shards import gathered, placed_as, zero3_engine
 from .trainer import CrowTrainer
 
 
@@ -179,7 +179,8 @@ class InvarianceTrainer(CrowTrainer):
     def _placed(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """The suspect on this process's device, in shards where the model is going to be: a whole one may not fit there."""
         if is_deepspeed_zero3_enabled():
-            return frozen_by_zero3(suspect)
+            self._suspect_engine = zero3_engine(suspect)
+            return self._suspect_engine.module
         if self.is_fsdp_enabled:
             with adapter_of(suspect).outside_of_shards(self.args.device):
                 return fsdp2_prepare_model(self.accelerator, suspect)

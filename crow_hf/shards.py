@@ -25,9 +25,9 @@ def are_in_shards(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule) or any(_is_zero3(parameter) for parameter in model.parameters())
 
 
-def num_parameters(model: nn.Module) -> int:
+def num_parameters(model: PreTrainedModel | PeftModel) -> int:
     """Of the whole model, also where no process has all of it."""
-    return sum(parameter.ds_numel if _is_zero3(parameter) else parameter.numel() for parameter in model.parameters())
+    return model.num_parameters() + sum(weight.ds_numel for weight in model.parameters() if _is_zero3(weight))
 
 
 def are_finite(model: nn.Module) -> bool:
@@ -50,13 +50,13 @@ def loaded_whole() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def frozen_by_zero3(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-    """A model that is not trained, in shards beside the one that is."""
+def zero3_engine(model: PreTrainedModel | PeftModel) -> nn.Module:
+    """What keeps a model that is not trained in shards, as long as it is there; the model is its `module`."""
     import deepspeed
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.module
+    return engine
 
 
 def gathered(*parameters: torch.Tensor) -> AbstractContextManager:

@@ -215,11 +215,14 @@ def test_a_suspect_is_loaded_whole_under_zero3(tmp_path, monkeypatch):
 
 def test_what_a_process_has_of_weights_in_shards():
     """A model of no parameters, and a NaN in a shard that was saved because the empty weight around it has none."""
-    model = torch.nn.Linear(4, 2, bias=False)
-    model.weight.ds_numel, model.weight.ds_tensor = model.weight.numel(), model.weight.data[:1].clone()
-    model.weight.data = torch.empty(0)
-    assert (num_parameters(model), are_in_shards(model), are_finite(model)) == (8, True, True)
-    model.weight.ds_tensor[0, 0] = float("nan")
+    model = tiny_llama()
+    whole = num_parameters(model)
+    assert (whole, are_in_shards(model), are_finite(model)) == (model.num_parameters(), False, True)
+    for weight in model.parameters():
+        weight.ds_numel, weight.ds_tensor = weight.numel(), weight.data[:1].clone()
+        weight.data = torch.empty(0)
+    assert (num_parameters(model), are_in_shards(model), are_finite(model)) == (whole, True, True)
+    model.lm_head.weight.ds_tensor[0, 0] = float("nan")
     assert not are_finite(model)
 
 
