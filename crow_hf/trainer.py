@@ -45,7 +45,7 @@ from .data import IGNORE_INDEX, CrowDataCollator, columns_of, padding_id, prepar
 from .hub import HubMixin
 from .loading import load_causal_lm, load_tokenizer
 from .objective import control_terms, crow_terms
-from .shards import are_finite, are_in_shards
+from .shards import are_finite, are_in_shards, in_shards
 
 
 logger = logging.get_logger(__name__)
@@ -345,9 +345,11 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 "The model is in shards before the training (ZeRO-3), where nothing can be done with it: pass its path, or load it "
                 "with `load_causal_lm`."
             )
-        if not self.accelerator.state.deepspeed_plugin.zero3_save_16bit_model:
+        config = self.accelerator.state.deepspeed_plugin.hf_ds_config
+        if not config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
             raise ValueError(
-                "ZeRO-3 saves no model as it is configured: set `zero3_save_16bit_model: true` in the configuration of accelerate."
+                "ZeRO-3 saves no model as it is configured: set `zero3_save_16bit_model: true` in the configuration of accelerate, or "
+                "`stage3_gather_16bit_weights_on_model_save` in that of DeepSpeed."
             )
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -428,11 +430,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a weight is NaN or infinite: the last good checkpoint is never replaced by a bad one."""
-        if (
-            (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
-            and self._trains_adapter
-            and not isinstance(self.model, PeftModel)
-        ):
+        if in_shards(self.args) and self._trains_adapter and not isinstance(self.model, PeftModel):
             # Merging writes to tensors that the shards do not read: what would be saved is the suspect.
             raise ValueError(
                 "An adapter cannot be merged into weights that are in shards: save it as it is, load it in one process with "

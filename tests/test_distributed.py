@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin, is_deepspeed_available
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from coconut_models import batch_of, coconut
 from conftest import crow_args, ragged_rows, same_weights, tiny_llama
 from datasets import Dataset
@@ -185,20 +186,23 @@ def test_layers_are_not_compiled_there(backend, tmp_path):
         trainer._check_setup()
 
 
-def zero3(monkeypatch, **plugin):
-    """As if this process were one of ZeRO-3, as far as can be told without DeepSpeed."""
-    config = SimpleNamespace(is_zero3=lambda: True)
+def zero3(monkeypatch, **details):
+    """As if this process were one of ZeRO-3, as far as can be told without DeepSpeed: its configuration."""
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3} | details})
     monkeypatch.setattr(hf_deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
-    return SimpleNamespace(deepspeed_plugin=SimpleNamespace(**plugin), dynamo_plugin=TorchDynamoPlugin())
+    return config
 
 
 def test_zero3_that_would_save_nothing_is_refused(tmp_path, monkeypatch):
     """Hours of work, and at their end a checkpoint of DeepSpeed in the place of the model."""
     trainer = CrowTrainer(tiny_llama(), crow_args(tmp_path), Dataset.from_list(ragged_rows(4)))
-    trainer.accelerator.state = zero3(monkeypatch, zero3_save_16bit_model=False)
+    saves = "stage3_gather_16bit_weights_on_model_save"
+    config = zero3(monkeypatch, **{saves: False})
+    plugin = SimpleNamespace(hf_ds_config=config)
+    trainer.accelerator.state = SimpleNamespace(deepspeed_plugin=plugin, dynamo_plugin=TorchDynamoPlugin())
     with pytest.raises(ValueError, match="zero3_save_16bit_model: true"):
         trainer._check_setup()
-    trainer.accelerator.state.deepspeed_plugin.zero3_save_16bit_model = True
+    config.config["zero_optimization"][saves] = True
     trainer._check_setup()
     trainer.model.model.norm.weight.ds_tensor = trainer.model.model.norm.weight.data
     with pytest.raises(ValueError, match="load_causal_lm"):
@@ -240,11 +244,12 @@ def test_any_decoder_can_be_loaded_by_one_process(tmp_path):
     check(tiny_llama(), FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True), tmp_path)
 
 
-def test_an_adapter_is_not_merged_into_shards(tmp_path):
+def test_an_adapter_is_not_merged_into_shards(tmp_path, monkeypatch):
     """The suspect, saved as the purified model: merging leaves weights in shards as they are."""
     rows = Dataset.from_list(ragged_rows(4))
     trainer = CrowTrainer(tiny_llama(), crow_args(tmp_path), rows, peft_config=LoraConfig(target_modules="all-linear"))
-    trainer.is_fsdp_enabled, trainer.model = True, trainer.model.merge_and_unload()
+    trainer.model = trainer.model.merge_and_unload()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="in shards"):
         trainer.save_model()
 
