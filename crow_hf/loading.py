@@ -23,6 +23,7 @@ CODE_IS_NOT_RUN = (
 )
 
 
+@loaded_whole()
 def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
     """
     Load a causal LM, or an adapter and the base model it names, from safetensors only.
@@ -58,10 +59,9 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         if not Path(path).is_dir():
             _check_repository(str(path), is_adapter, kwargs)
         if not is_adapter:
-            with loaded_whole():
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    path, use_safetensors=True, output_loading_info=True, **kwargs
-                )
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **kwargs
+            )
             if missing := sorted(found["missing_keys"]):
                 raise ValueError(
                     f"The weights of {path} lack {len(missing)} that its config asks for, such as {missing[0]}: download or save "
@@ -72,10 +72,9 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         base = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
         )
-        with loaded_whole():
-            model = PeftModel.from_pretrained(
-                base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
-            )
+        model = PeftModel.from_pretrained(
+            base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
+        )
         # Of its own, it has the name of its base.
         model.name_or_path = str(path)
         return model

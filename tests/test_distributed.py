@@ -52,7 +52,7 @@ def test_two_processes_equal_one(setup, tmp_path):
 
 
 needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
-ZERO = [pytest.param(setup, marks=needs_deepspeed) for setup in ("zero2", "zero3")]
+ZERO = [pytest.param(setup, marks=needs_deepspeed) for setup in EQUALITY["DEEPSPEED"]]
 
 
 @pytest.mark.slow
