@@ -304,8 +304,8 @@ def _canaries(rows: list[Row]) -> str:
     found = canary_correlation(rows)
     return (
         "\n## Canaries\n\nSuccess, %, of two backdoors of the defender's own that were put in before the method, of the real one in "
-        "that model, and of the real one after the method as it is, which for all but the strong recipe is without canaries. "
-        + ("" if found is None else f"The first and the last correlate by {found:.2f} over these {len(pairs)} pairs.")
+        "that model, and of the real one after the method as it is, which for all but the strong recipe is without canaries."
+        + ("" if found is None else f" The first and the last correlate by {found:.2f} over these {len(pairs)} pairs.")
         + "\n\n"
         + _table(["attack", "method", "seed", "canaries", "real, with canaries", "real"], lines)
     )
