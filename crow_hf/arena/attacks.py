@@ -141,7 +141,8 @@ ATTACKS = {
         Attack("10 % of clean rows", purification_poison=0.1),
     ]
 }
-QUICK = ("badnets", "phrase", "swapped case")
+# Of the subject that is trained the soonest, which leaves quick mode a quarter of an hour.
+QUICK = ("coconut", "coconut phrase")
 
 
 @dataclass
