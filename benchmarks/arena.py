@@ -1,7 +1,7 @@
 """How well does each defence do against each attack? The arena, as `crow-hf arena` runs it.
 
     python benchmarks/arena.py --output_dir runs/arena --workers 2 --alpaca alpaca_data.json
-    python benchmarks/arena.py --output_dir runs/quick --quick
+    python benchmarks/arena.py --output_dir runs/quick --quick --workers 2
 
 Called again it goes on where it stopped; called when nothing is left it writes the tables anew.
 """
