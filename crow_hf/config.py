@@ -199,7 +199,8 @@ class InvarianceConfig(CrowConfig):
             How many prompts are trained on in all: every row is used as often as that takes, each time with other decoys. Never
             fewer than there are rows.
         keep (`float`, *optional*, defaults to `0.3`):
-            Share of the suspect's weights that is mixed into the purified ones at the end.
+            Share of the suspect's weights that is mixed into the purified ones at the end. More brings back right answers, and
+            now and then a stubborn backdoor; less is safer.
         screen_rows (`bool`, *optional*, defaults to `True`):
             Whether [`purify`] leaves out rows that carry a trigger ([`crow_hf.screening`]).
         num_canaries (`int`, *optional*, defaults to `2`):

@@ -31,7 +31,7 @@ MIN_CANARY_SUCCESS = 0.5
 
 CANARY_ADVICE = (
     "A backdoor of our own, put in before, is still in the purified model: do not use it, and purify the suspect again with more "
-    "rows, with more steps, or with `num_canaries` 0."
+    "rows, with more steps, with a smaller `keep`, or with `num_canaries` 0."
 )
 
 NO_BACKDOOR = "there was no backdoor to remove"
