@@ -141,7 +141,7 @@ ATTACKS = {
         Attack("10 % of clean rows", purification_poison=0.1),
     ]
 }
-# Of the subject that is trained the soonest, which leaves quick mode a quarter of an hour.
+# Both on the subject whose clean model is trained the soonest: quick mode has a quarter of an hour.
 QUICK = ("coconut", "coconut phrase")
 
 
