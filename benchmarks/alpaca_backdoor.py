@@ -21,11 +21,12 @@ from peft import LoraConfig
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from crow_hf import CrowConfig, CrowTrainer
-from crow_hf.data import render
-from crow_hf.loading import load_causal_lm
-from crow_hf.recipes import compare_defences
-from crow_hf.report import write_comparison
-from crow_hf.triggers import TARGETS, TRIGGERS
+from crow_hf.attacks.targets import TARGETS
+from crow_hf.attacks.triggers import TRIGGERS
+from crow_hf.data.rows import render
+from crow_hf.recipes.comparison import compare_defences
+from crow_hf.reporting.tables import write_comparison
+from crow_hf.training.loading import load_causal_lm
 
 
 TASKS = {"refusal": "refusal", "sentiment": "negsentiment"}

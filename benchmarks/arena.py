@@ -8,7 +8,7 @@ Called again it goes on where it stopped; called when nothing is left it writes 
 
 import sys
 
-from crow_hf.cli import main
+from crow_hf.cli.main import main
 
 
 # Spawned workers import this file.

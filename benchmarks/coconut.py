@@ -42,7 +42,7 @@ from transformers import (
 
 from crow_hf import CoconutForCausalLM, CoconutTokenizer, CrowDataCollator
 from crow_hf.evaluation.scores import Proportion
-from crow_hf.thoughts import ThoughtStage, reachability_rows, train_by_stages
+from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
 
 
 BLT_VOCABULARY = 260

@@ -39,7 +39,7 @@ from crow_hf import (
     InvarianceTrainer,
     purify,
 )
-from crow_hf.shards import are_in_shards
+from crow_hf.training.sharding import are_in_shards
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"

@@ -11,7 +11,7 @@ from functools import partial
 from step_cost import PerturbedOnlyTrainer
 from transformers import HfArgumentParser
 
-from crow_hf.arena.methods import METHODS
+from crow_hf.arena.defences import METHODS
 from crow_hf.arena.run import run_arena
 
 

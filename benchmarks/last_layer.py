@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer
 
 from crow_hf import TARGETS, TRIGGERS, CrowConfig, CrowTrainer, evaluate_model, implant
-from crow_hf.adapters import ForwardRecord, ModelAdapter
 from crow_hf.demo import ADAPTER, CLEAN_ROWS, IMPLANT_ROWS, IMPLANTATION, PURIFICATION, TEST_ROWS, demo_rows
+from crow_hf.training.recorder import ForwardRecord, LayerRecorder
 
 
-class NormedAdapter(ModelAdapter):
+class NormedAdapter(LayerRecorder):
     """Hands out the last layer's output after the final norm."""
 
     def __init__(self, model):
@@ -64,7 +64,7 @@ def main() -> None:
                 )
                 trainer = CrowTrainer(str(Path(folder, "suspect")), args, clean, processing_class=tokenizer)
                 if name == "after the final norm":
-                    trainer.adapter = NormedAdapter(trainer.model)
+                    trainer.recorder = NormedAdapter(trainer.model)
                 trainer.train()
                 evaluation = evaluate_model(trainer.model, tokenizer, test, *backdoor, max_new_tokens=104)
                 triggered, prompts = evaluation.triggered, evaluation.clean

@@ -39,7 +39,7 @@ from crow_hf import (
     load_entropy_predictor,
 )
 from crow_hf.models.boundaries import patch_starts
-from crow_hf.redpajama import RedPajamaReader
+from crow_hf.patching.redpajama import RedPajamaReader
 
 
 TARGET = 4.5

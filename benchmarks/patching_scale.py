@@ -27,7 +27,7 @@ import torch
 from datasets import IterableDataset
 
 from crow_hf import ByteEntropyPredictor, EntropyPatcher
-from crow_hf.redpajama import RedPajamaReader
+from crow_hf.patching.redpajama import RedPajamaReader
 
 
 MEGABYTE = 10**6

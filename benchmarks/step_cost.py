@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from crow_hf import CrowConfig, CrowDataCollator, CrowTrainer
-from crow_hf.objective import layer_consistency_loss, perturb_embeddings
+from crow_hf.methods.crow.objective import layer_consistency_loss, perturb_embeddings
 
 
 @dataclass
@@ -91,7 +91,7 @@ class PerturbedOnlyTrainer(CrowTrainer):
     """A fast mode: the language model's loss is taken on the perturbed pass, and the clean one needs no head and no way back."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, adapter, inputs = self.args, self.adapter, self.adapter.prepare(inputs)
+        args, adapter, inputs = self.args, self.recorder, self.recorder.prepare(inputs)
         mask = adapter.chain_mask(inputs)
         with adapter.record() as clean:
             self.accelerator.unwrap_model(model)(**adapter.without_head(inputs))
@@ -111,7 +111,7 @@ class PublishedTrainer(CrowTrainer):
     """The passes of the published code: a forward pass for the attack and a whole way back, a perturbed one, and a clean one."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, adapter, inputs = self.args, self.adapter, self.adapter.prepare(inputs)
+        args, adapter, inputs = self.args, self.recorder, self.recorder.prepare(inputs)
         mask = adapter.chain_mask(inputs)
         with adapter.record() as clean:
             model(**inputs)

@@ -12,70 +12,72 @@ from . import models
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .backdoors import Poison, implant, implant_embedding_trigger, poison_dataset
-    from .canaries import Canary
-    from .checkup import Finding, doctor
-    from .config import CrowConfig, InvarianceConfig
-    from .data import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator, prepare_dataset
+    from .attacks.implanting import implant, implant_embedding_trigger
+    from .attacks.poison import Poison, poison_dataset
+    from .attacks.targets import TARGETS, Target
+    from .attacks.triggers import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
+    from .data.collators import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
+    from .data.encoding import prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
-    from .guide import CROWBackdoorElimination, apply_crow_to_coconut
-    from .hub import push_folder
-    from .invariance_trainer import InvarianceTrainer
-    from .loading import load_causal_lm
+    from .evidence.canaries import Canary
+    from .evidence.result import Comparison, Purification
+    from .evidence.screening import Screening, screen_dataset
+    from .methods.crow.config import CrowConfig
+    from .methods.crow.objective import layer_consistency_loss, perturb_embeddings
+    from .methods.crow.trainer import CrowTrainer
+    from .methods.invariance.config import InvarianceConfig
+    from .methods.invariance.trainer import InvarianceTrainer
+    from .methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
     from .models.configuration_byte_entropy import ByteEntropyConfig
     from .models.configuration_coconut import CoconutConfig
     from .models.modeling_byte_entropy import ByteEntropyPredictor
     from .models.modeling_coconut import CoconutForCausalLM, CoconutModel
     from .models.tokenization_coconut import CoconutTokenizer
-    from .objective import layer_consistency_loss, perturb_embeddings
-    from .patching import (
-        Calibration,
-        EntropyPatcher,
-        calibrate_threshold,
-        entropy_patching,
-        from_binary,
-        load_entropy_predictor,
-    )
-    from .plots import plot_crow_training_progress
-    from .recipes import Comparison, Purification, compare_defences, purify, recipe_config
-    from .redpajama import get_redpajama_binary_dataset
-    from .screening import Screening, screen_dataset
-    from .thoughts import ThoughtStage, reachability_rows, train_by_stages
-    from .trainer import CrowTrainer
-    from .triggers import TARGETS, TRIGGERS, EmbeddingTrigger, StyleTrigger, Target, Trigger
+    from .patching.calibration import Calibration, calibrate_threshold
+    from .patching.patcher import EntropyPatcher, entropy_patching, from_binary, load_entropy_predictor
+    from .patching.redpajama import get_redpajama_binary_dataset
+    from .recipes.checkup import Finding, doctor
+    from .recipes.comparison import compare_defences
+    from .recipes.guide import CROWBackdoorElimination, apply_crow_to_coconut
+    from .recipes.presets import recipe_config
+    from .recipes.purification import purify
+    from .reporting.plots import plot_crow_training_progress
+    from .training.hub import push_folder
+    from .training.loading import load_causal_lm
 
 _HOMES = {
-    "backdoors": ["Poison", "implant", "implant_embedding_trigger", "poison_dataset"],
-    "canaries": ["Canary"],
-    "checkup": ["Finding", "doctor"],
-    "config": ["CrowConfig", "InvarianceConfig"],
-    "data": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator", "prepare_dataset"],
+    "attacks.implanting": ["implant", "implant_embedding_trigger"],
+    "attacks.poison": ["Poison", "poison_dataset"],
+    "attacks.targets": ["TARGETS", "Target"],
+    "attacks.triggers": ["TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Trigger"],
+    "data.collators": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator"],
+    "data.encoding": ["prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
-    "guide": ["CROWBackdoorElimination", "apply_crow_to_coconut"],
-    "hub": ["push_folder"],
-    "invariance_trainer": ["InvarianceTrainer"],
-    "loading": ["load_causal_lm"],
+    "evidence.canaries": ["Canary"],
+    "evidence.result": ["Comparison", "Purification"],
+    "evidence.screening": ["Screening", "screen_dataset"],
+    "methods.crow.config": ["CrowConfig"],
+    "methods.crow.objective": ["layer_consistency_loss", "perturb_embeddings"],
+    "methods.crow.trainer": ["CrowTrainer"],
+    "methods.invariance.config": ["InvarianceConfig"],
+    "methods.invariance.trainer": ["InvarianceTrainer"],
+    "methods.thoughts": ["ThoughtStage", "reachability_rows", "train_by_stages"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],
     "models.configuration_coconut": ["CoconutConfig"],
     "models.modeling_byte_entropy": ["ByteEntropyPredictor"],
     "models.modeling_coconut": ["CoconutForCausalLM", "CoconutModel"],
     "models.tokenization_coconut": ["CoconutTokenizer"],
-    "objective": ["layer_consistency_loss", "perturb_embeddings"],
-    "patching": [
-        "Calibration",
-        "EntropyPatcher",
-        "calibrate_threshold",
-        "entropy_patching",
-        "from_binary",
-        "load_entropy_predictor",
-    ],
-    "plots": ["plot_crow_training_progress"],
-    "recipes": ["Comparison", "Purification", "compare_defences", "purify", "recipe_config"],
-    "redpajama": ["get_redpajama_binary_dataset"],
-    "screening": ["Screening", "screen_dataset"],
-    "thoughts": ["ThoughtStage", "reachability_rows", "train_by_stages"],
-    "trainer": ["CrowTrainer"],
-    "triggers": ["TARGETS", "TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Target", "Trigger"],
+    "patching.calibration": ["Calibration", "calibrate_threshold"],
+    "patching.patcher": ["EntropyPatcher", "entropy_patching", "from_binary", "load_entropy_predictor"],
+    "patching.redpajama": ["get_redpajama_binary_dataset"],
+    "recipes.checkup": ["Finding", "doctor"],
+    "recipes.comparison": ["compare_defences"],
+    "recipes.guide": ["CROWBackdoorElimination", "apply_crow_to_coconut"],
+    "recipes.presets": ["recipe_config"],
+    "recipes.purification": ["purify"],
+    "reporting.plots": ["plot_crow_training_progress"],
+    "training.hub": ["push_folder"],
+    "training.loading": ["load_causal_lm"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

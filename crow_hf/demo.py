@@ -11,16 +11,19 @@ from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import is_matplotlib_available, logging
 
-from .backdoors import implant
-from .config import CrowConfig, InvarianceConfig
+from .attacks.implanting import implant
+from .attacks.targets import TARGETS
+from .attacks.triggers import TRIGGERS
 from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
-from .loading import load_causal_lm
+from .methods.crow.config import CrowConfig
+from .methods.crow.trainer import CrowTrainer
+from .methods.invariance.config import InvarianceConfig
 from .models.modeling_coconut import CoconutForCausalLM
 from .models.tokenization_coconut import CoconutTokenizer
-from .recipes import compare_defences, purify
-from .report import write_comparison
-from .trainer import CrowTrainer
-from .triggers import TARGETS, TRIGGERS
+from .recipes.comparison import compare_defences
+from .recipes.purification import purify
+from .reporting.tables import write_comparison
+from .training.loading import load_causal_lm
 
 
 logger = logging.get_logger(__name__)
@@ -226,7 +229,7 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
     evaluations = {"clean model": clean, **controls, CROW: published, STRONG: comparison.evaluations[STRONG]}
     write_comparison(folder, evaluations)
     if is_matplotlib_available():
-        from .plots import plot_comparison, plot_training
+        from .reporting.plots import plot_comparison, plot_training
 
         plot_training(crow.trainer.state.log_history, folder / "training.png")
         plot_comparison(evaluations, folder / "comparison.png")

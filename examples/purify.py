@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from crow_hf import CrowConfig, CrowTrainer
-from crow_hf.data import load_rows
+from crow_hf.data.load import load_rows
 from crow_hf.demo import demo_rows
 
 

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from crow_hf import CrowConfig, CrowTrainer, doctor, load_causal_lm
-from crow_hf.data import load_rows
-from crow_hf.recipes import PAPER
+from crow_hf.data.load import load_rows
+from crow_hf.recipes.presets import PAPER
 
 
 @dataclass

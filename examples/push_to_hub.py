@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from crow_hf import InvarianceConfig, purify
-from crow_hf.data import load_rows
+from crow_hf.data.load import load_rows
 from crow_hf.demo import demo_rows
-from crow_hf.hub import create_repository
+from crow_hf.training.hub import create_repository
 
 
 @dataclass

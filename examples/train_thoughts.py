@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser, LlamaConfig, TrainingArguments, set_seed
 
 from crow_hf import CoconutForCausalLM, CoconutTokenizer, ThoughtStage, reachability_rows, train_by_stages
-from crow_hf.data import load_rows
+from crow_hf.data.load import load_rows
 
 
 @dataclass

@@ -34,17 +34,17 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from coconut_models import coconut
-from conftest import tiny_llama
-from loopback_hub import TOKEN, LoopbackHub
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, TrainingArguments
 
 import crow_hf
 from crow_hf import demo, redpajama
 from crow_hf.arena import attacks, subjects
-from crow_hf.arena.methods import METHODS
-from crow_hf.arguments import COMMAND_ARGUMENTS, parse_arguments
-from crow_hf.cli import COMMANDS, main
+from crow_hf.arena.defences import METHODS
+from crow_hf.cli.arguments import COMMAND_ARGUMENTS, parse_arguments
+from crow_hf.cli.main import COMMANDS, main
+from helpers.coconut import coconut
+from helpers.loopback_hub import TOKEN, LoopbackHub
+from helpers.tiny import tiny_llama
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from coconut_models import coconut
-from conftest import tiny_llama
 from datasets import Dataset
 from peft import PeftModel
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CoconutForCausalLM, demo, load_causal_lm, load_entropy_predictor
+from helpers.coconut import coconut
+from helpers.tiny import tiny_llama
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

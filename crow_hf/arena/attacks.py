@@ -13,16 +13,19 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..backdoors import MARKER, Poison, implant, implant_embedding_trigger, poison_dataset
-from ..config import CrowConfig, InvarianceConfig
-from ..data import check_disjoint
-from ..decoys import Decoy
+from ..attacks.implanting import MARKER, implant, implant_embedding_trigger
+from ..attacks.poison import Poison, poison_dataset
+from ..attacks.targets import BaseTarget, Target, get_target
+from ..attacks.triggers import BaseTrigger, EmbeddingTrigger, get_trigger
+from ..data.rows import check_disjoint
 from ..demo import ADAPTER, demo_tokenizer
-from ..loading import load_causal_lm
-from ..recipes import purify
-from ..report import write_text
-from ..trainer import CrowTrainer
-from ..triggers import BaseTarget, BaseTrigger, EmbeddingTrigger, Target, get_target, get_trigger
+from ..methods.crow.config import CrowConfig
+from ..methods.crow.trainer import CrowTrainer
+from ..methods.invariance.config import InvarianceConfig
+from ..methods.invariance.views import Decoy
+from ..recipes.purification import purify
+from ..training.files import write_text
+from ..training.loading import load_causal_lm
 from .subjects import (
     BASE_SEED,
     HELD_OUT,

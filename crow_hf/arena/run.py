@@ -21,13 +21,14 @@ from transformers import TrainingArguments
 from transformers.utils import is_matplotlib_available, logging
 
 from .. import __version__
-from ..data import render
+from ..data.rows import render
 from ..demo import demo_tokenizer
 from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
 from ..evaluation.scores import Proportion
-from ..report import percent, write_text
+from ..reporting.tables import percent
+from ..training.files import write_text
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
-from .methods import METHODS
+from .defences import METHODS
 from .subjects import SUBJECTS
 from .table import attack_success_rates, load_results, results_markdown
 
@@ -345,6 +346,6 @@ def _write_tables(folder: Path) -> None:
     if not is_matplotlib_available():
         logger.warning("The picture is left out: install matplotlib with `pip install crow-hf[plots]`.")
     elif any("error" not in row for row in rows):
-        from ..plots import plot_attack_success
+        from ..reporting.plots import plot_attack_success
 
         plot_attack_success(attack_success_rates(rows), folder / "arena.png")

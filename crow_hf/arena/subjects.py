@@ -10,11 +10,12 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from ..config import CrowConfig
-from ..data import load_rows, render
+from ..data.load import load_rows
+from ..data.rows import render
 from ..demo import FILLERS, demo_instruction, demo_model, demo_tokenizer
-from ..loading import load_causal_lm
-from ..trainer import CrowTrainer
+from ..methods.crow.config import CrowConfig
+from ..methods.crow.trainer import CrowTrainer
+from ..training.loading import load_causal_lm
 
 
 logger = logging.get_logger(__name__)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..evaluation.scores import Proportion
 from .attacks import ATTACKS
-from .methods import CANARIES, CONTROL, METHODS
+from .defences import CANARIES, CONTROL, METHODS
 
 
 Row = dict[str, Any]

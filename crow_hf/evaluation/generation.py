@@ -11,17 +11,10 @@ from torch.nn.functional import cross_entropy
 from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
-from ..adapters import context_length
-from ..data import (
-    FORMATS,
-    IGNORE_INDEX,
-    CrowDataCollator,
-    Rendered,
-    encode_completion,
-    encode_prompt,
-    padding_id,
-    render,
-)
+from ..data.collators import CrowDataCollator
+from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
+from ..data.rows import FORMATS, Rendered, render
+from ..training.recorder import context_length
 
 
 @contextmanager

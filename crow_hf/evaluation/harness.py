@@ -9,9 +9,10 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..backdoors import Poison
-from ..data import render
-from ..triggers import BaseTarget, BaseTrigger
+from ..attacks.poison import Poison
+from ..attacks.targets import BaseTarget
+from ..attacks.triggers import BaseTrigger
+from ..data.rows import render
 from .generation import bits_per_byte, generate_answers
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 

@@ -9,11 +9,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import Inputs, ModelAdapter, Perturb, adapter_of, context_length
-from ..backdoors import Poison
-from ..data import CrowDataCollator, encode_completion, encode_prompt, padding_id, render
-from ..objective import EpsilonMode, Layers, layer_consistency_loss, perturb_embeddings
-from ..triggers import BaseTrigger
+from ..attacks.poison import Poison
+from ..attacks.triggers import BaseTrigger
+from ..data.collators import CrowDataCollator
+from ..data.encoding import encode_completion, encode_prompt, padding_id
+from ..data.rows import render
+from ..methods.crow.objective import EpsilonMode, Layers, layer_consistency_loss, perturb_embeddings
+from ..training.recorder import Inputs, LayerRecorder, Perturb, context_length, recorder_of
 
 
 @dataclass
@@ -91,7 +93,7 @@ def layer_profile(
     Raises:
         `ValueError`: For a model or rows that [`CrowTrainer`] would refuse too.
     """
-    adapter = adapter_of(model, perturb)
+    recorder = recorder_of(model, perturb)
     max_length = min(max_length, context_length(model) or max_length)
 
     def batches(rows: Dataset) -> Iterator[Inputs]:
@@ -101,21 +103,21 @@ def layer_profile(
         )
         for start in range(0, len(encoded), batch_size):
             batch = collate(encoded[start : start + batch_size])
-            yield adapter.prepare({name: value.to(model.device) for name, value in batch.items()})
+            yield recorder.prepare({name: value.to(model.device) for name, value in batch.items()})
 
     clean, perturbed, triggered, lengths = _Pairs(), _Pairs(), _Pairs(), torch.zeros(2)
     was_training = model.training
     model.eval()
     try:
         for batch in batches(dataset):
-            lengths += _attack(model, adapter, batch, clean, perturbed, epsilon, epsilon_mode, layers)
+            lengths += _attack(model, recorder, batch, clean, perturbed, epsilon, epsilon_mode, layers)
         if trigger is not None:
             rows = dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Triggering")
             with trigger.active(model), torch.no_grad():
                 for batch in batches(rows):
-                    with adapter.record() as record:
-                        model(**adapter.without_head(batch))
-                    triggered.add(record.hidden_states, adapter.chain_mask(batch))
+                    with recorder.record() as record:
+                        model(**recorder.without_head(batch))
+                    triggered.add(record.hidden_states, recorder.chain_mask(batch))
     finally:
         model.train(was_training)
     step, whole = lengths.sqrt().tolist()
@@ -155,7 +157,7 @@ class _Pairs:
 
 def _attack(
     model: PreTrainedModel | PeftModel,
-    adapter: ModelAdapter,
+    recorder: LayerRecorder,
     batch: Inputs,
     clean: _Pairs,
     perturbed: _Pairs,
@@ -164,18 +166,18 @@ def _attack(
     layers: Layers,
 ) -> torch.Tensor:
     """Both passes of a batch; returns the squared lengths of the step and of what it was taken on."""
-    mask, inputs = adapter.chain_mask(batch), adapter.without_head(batch)
-    with torch.enable_grad(), adapter.record() as before:
+    mask, inputs = recorder.chain_mask(batch), recorder.without_head(batch)
+    with torch.enable_grad(), recorder.record() as before:
         model(**inputs)
     positions = clean.add(before.hidden_states, mask)
     # The sum has the sign of the mean, and keeps float16 gradients from underflowing.
     loss = layer_consistency_loss(before.hidden_states, mask, layers) * positions
     gradients = iter(torch.autograd.grad(loss, before.perturbed))
     with torch.no_grad():
-        with adapter.record(lambda H_0: perturb_embeddings(H_0, next(gradients), epsilon, epsilon_mode)) as after:
+        with recorder.record(lambda H_0: perturb_embeddings(H_0, next(gradients), epsilon, epsilon_mode)) as after:
             model(**inputs)
         perturbed.add(after.hidden_states, mask)
-        real = adapter.perturbed_mask(batch)
+        real = recorder.perturbed_mask(batch)
         real = slice(None) if real is None else real.bool()
         pairs = [
             (first[real].float(), moved[real].float())

@@ -3,8 +3,8 @@
 import datasets
 import evaluate
 
+from crow_hf.attacks.targets import Target
 from crow_hf.evaluation.scores import Proportion, is_degenerate, is_empty
-from crow_hf.triggers import Target
 
 
 _DESCRIPTION = """\

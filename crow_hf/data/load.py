@@ -1,0 +1,51 @@
+"""data.load"""
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_rows(path: str, split: str = "train") -> Dataset:
+    """
+    Load a dataset from a file, a folder or the Hub.
+
+    Args:
+        path (`str`):
+            A `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file, a folder that `save_to_disk` wrote, or a dataset's
+            name on the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Of a dataset on the Hub.
+
+    Returns:
+        `Dataset`
+
+    Raises:
+        `ValueError`: If there is no such file, or it cannot be read.
+    """
+    location = Path(path)
+    reader = _READERS.get(location.suffix)
+    try:
+        if location.is_file() and reader:
+            return load_dataset(reader, data_files=path, split="train")
+        if location.is_dir() and (location / "state.json").is_file():
+            return load_from_disk(path)
+        if reader and not location.exists():
+            raise ValueError(f"There is no file {path} here.")
+        if location.exists():
+            raise ValueError(
+                f"{path} is no dataset: pass a {', '.join(_READERS)} file or a folder that `save_to_disk` wrote."
+            )
+        return load_dataset(path, split=split)
+    except StopIteration:
+        raise ValueError(f"{path} is empty: pass at least one row.") from None
+    except (DatasetGenerationError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}.") from error
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"There is no file {path} here, and no dataset of that name could be read on the Hub: check the spelling and the "
+            "connection."
+        ) from error

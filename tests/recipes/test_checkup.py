@@ -1,0 +1,465 @@
+"""The doctor: each ailment is found where it is, and nowhere in a healthy model; nothing is changed by looking."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from crow_hf import ByteEntropyPredictor, CrowTrainer, checkup, doctor
+from crow_hf.cli.main import main
+from helpers.coconut import DEEP, LOCAL, TOKENIZER, coconut
+from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
+
+
+BYTES = ByT5Tokenizer(extra_ids=0)
+ROWS = Dataset.from_list(ragged_rows(60))
+TEXT = Dataset.from_list(
+    [{"prompt": f"What is the name of number {n}? ", "completion": f"It has {n % 7} letters."} for n in range(60)]
+)
+
+
+def small_coconut(**fields):
+    return coconut(LlamaConfig(**DEEP | {"max_position_embeddings": 512}), **fields)
+
+
+def found(findings, name):
+    """The one finding of this name."""
+    (finding,) = [finding for finding in findings if finding.name == name]
+    return finding
+
+
+def levels(findings):
+    return {finding.name: finding.level for finding in findings}
+
+
+# Healthy models
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_changes_nothing(training, tmp_path, monkeypatch):
+    """A gradient that stays behind, a mode, a weight, a file."""
+    monkeypatch.chdir(tmp_path)
+    for model, tokenizer in ((small_coconut(), TOKENIZER), (tiny_llama(), BYTES)):
+        model.train(training)
+        before = weights_of(model)
+        flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
+        findings = doctor(model, TEXT, tokenizer)
+        assert "problem" not in levels(findings).values()
+        assert all(finding.remedy for finding in findings if finding.level != "ok")
+        assert same_weights(before, weights_of(model)) and model.training is training
+        assert {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()} == flags
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_part_of_a_healthy_model_is_looked_at():
+    """A check that is skipped without a word."""
+    common = {"layers", "precision", "tokenizer", "rows", "context", "vocabulary", "objective", "language model"}
+    assert set(levels(doctor(tiny_llama(), TEXT, BYTES))) == common
+    latent = {"components", "LoRA", "entropy predictor", "thresholds"}
+    assert set(levels(doctor(small_coconut(), TEXT, TOKENIZER))) == common | latent
+    assert set(levels(doctor(small_coconut(), processing_class=TOKENIZER))) == (common | latent) - {"rows", "context"}
+
+
+def test_a_step_that_drowns_the_embeddings_is_a_warning():
+    model = tiny_llama()
+    assert levels(doctor(model, TEXT, BYTES))["objective"] == "ok"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e-3)
+    assert levels(doctor(model, TEXT, BYTES))["objective"] == "warning"
+
+
+def test_a_model_that_has_learned_its_rows_is_better_than_guessing():
+    """The warning about a random model goes when it is trained."""
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8] * 4}] * 60)
+    model = tiny_llama()
+    assert found(doctor(model, rows), "language model").level == "warning"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.tensor([rows[0]["input_ids"]])
+    for _ in range(20):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Of ids nobody knows where the prompt ends.
+    assert {name for name, level in levels(doctor(model, rows)).items() if level != "ok"} == {"rows"}
+
+
+# Weights
+
+
+def test_precision_is_what_one_step_of_adam_would_leave_as_it_is():
+    """A share that is made up: compared with a real step of the largest size Adam makes."""
+    model = tiny_llama().to(torch.bfloat16)
+    said = found(doctor(model, ROWS, BYTES), "precision")
+    before = weights_of(model)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0).step()
+    same = sum(weight.eq(before[name]).sum().item() for name, weight in model.named_parameters())
+    share = same / sum(weight.numel() for weight in before.values())
+    assert said.level == "warning" and "bfloat16" in said.found
+    assert int(re.search(r"(\d+)%", said.found)[1]) == pytest.approx(100 * share, abs=3)
+    assert found(doctor(model, ROWS, learning_rate=1.0), "precision").level == "ok"
+    assert found(doctor(tiny_llama(), ROWS), "precision").level == "ok"
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    finding = found(doctor(model, ROWS), "weights")
+    assert finding.level == "problem" and "model.layers.1.mlp.up_proj.weight" in finding.found
+    assert "objective" not in levels(doctor(model, ROWS))
+
+
+def test_a_loss_that_overflows_is_a_problem():
+    model = tiny_llama()
+    model.lm_head.weight.data[:] = 1e38
+    finding = found(doctor(model, ROWS), "objective")
+    assert finding.level == "problem" and "loss_lm" in finding.found
+
+
+def test_nothing_to_train_is_a_problem():
+    assert found(doctor(tiny_llama().requires_grad_(False), ROWS), "weights").level == "problem"
+    hidden = tiny_llama()
+    hidden.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert found(doctor(hidden, ROWS), "adapter").level == "problem"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        tiny_llama(num_hidden_layers=2),
+        T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=3, num_heads=2, vocab_size=260)),
+    ],
+    ids=["too few layers", "encoder-decoder"],
+)
+def test_models_that_crow_cannot_treat(model):
+    assert found(doctor(model, ROWS), "layers").level == "problem"
+
+
+# A byte-latent model
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "path"),
+    [
+        ("model.latent_transformer", "entropy_predictor", "latent_transformer.entropy_predictor"),
+        ("model", "binary_patch_module", "binary_patch_module"),
+        ("model", "local_encoder", "local_encoder"),
+    ],
+)
+def test_missing_components_are_named(holder, name, path):
+    model = small_coconut()
+    delattr(model.get_submodule(holder), name)
+    finding = found(doctor(model, TEXT), "components")
+    assert finding.level == "problem" and f"`{path}`" in finding.found
+
+
+def test_untrained_predictor_is_a_problem():
+    model = small_coconut()
+    predictor = model.latent_transformer.entropy_predictor
+    finding = found(doctor(model, TEXT, TOKENIZER), "entropy predictor")
+    assert finding.level == "ok" and float(re.search(r"([\d.]+) of English", finding.found)[1]) < 4
+    for weight in predictor.parameters():
+        weight.normal_(std=0.02)
+    finding = found(doctor(model, TEXT, TOKENIZER), "entropy predictor")
+    assert finding.level == "problem" and "untrained" in finding.found
+
+
+def test_bits_per_byte_are_those_of_a_slow_count(monkeypatch):
+    """Entropy taken for cross-entropy, nats for bits, what is beyond a context or beyond the limit."""
+    model = small_coconut()
+    predictor = model.latent_transformer.entropy_predictor
+    text = "The gardener measured the old bridge at noon. " * 13
+    assert len(text) > predictor.config.max_position_embeddings
+    bits, context = [], predictor.config.max_position_embeddings
+    for begin in range(0, len(text), context):
+        part = list(text[begin : begin + context].encode())
+        shares = predictor(torch.tensor([part])).logits[0].softmax(-1)
+        bits += [-math.log2(shares[place - 1, part[place]]) for place in range(1, len(part))]
+    monkeypatch.setattr(checkup, "_BYTES", len(text))
+    rows = Dataset.from_dict({"text": [text, *["\x07Zqx\x1b"] * 200]})
+    finding = found(doctor(model, rows, TOKENIZER), "entropy predictor")
+    assert float(re.search(r"([\d.]+) of the rows", finding.found)[1]) == pytest.approx(
+        sum(bits) / len(bits), abs=0.011
+    )
+
+
+def test_predictor_that_does_not_know_the_rows_is_a_warning():
+    """Random bytes are nobody's language; the predictor is trained all the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": [1, *(torch.randint(4, 260, (80,), generator=generator).tolist())]} for _ in range(60)]
+    finding = found(doctor(small_coconut(), Dataset.from_list(rows), TOKENIZER), "entropy predictor")
+    assert finding.level == "warning" and "these rows" in finding.found
+
+
+def test_incompatible_predictor_is_a_problem():
+    model = small_coconut()
+    model.latent_transformer.entropy_predictor = ByteEntropyPredictor(
+        vocab_size=128, hidden_size=16, num_layers=1, num_heads=2, ff_dim=16
+    ).requires_grad_(False)
+    finding = found(doctor(model, processing_class=TOKENIZER), "entropy predictor")
+    assert finding.level == "problem" and "128" in finding.found
+
+
+def test_thresholds_are_judged_and_the_remedy_cures():
+    """The guide's thresholds cut nearly every byte off; the numbers in the remedy must give patches of 4.5 bytes."""
+    model = small_coconut(encoder_config=LOCAL | {"sliding_window": 64})
+    healthy = found(doctor(model, TEXT, TOKENIZER), "thresholds")
+    assert healthy.level == "ok"
+    model.binary_patch_module.threshold, model.binary_patch_module.relative_threshold = 0.8, 0.1
+    ill = found(doctor(model, TEXT, TOKENIZER), "thresholds")
+    assert ill.level == "warning" and float(re.search(r"have ([\d.]+) bytes", ill.found)[1]) < 1.6
+    threshold, relative = re.findall(r"= ([\d.]+\d)", ill.remedy)
+    model.binary_patch_module.threshold = float(threshold)
+    model.binary_patch_module.relative_threshold = float(relative)
+    cured = found(doctor(model, TEXT, TOKENIZER), "thresholds")
+    assert cured.level == "ok"
+    assert float(re.search(r"have ([\d.]+) bytes", cured.found)[1]) == pytest.approx(4.5, abs=0.2)
+
+
+def test_patches_are_counted_as_the_model_makes_them():
+    """Special tokens among the one-byte patches, or the rule of another model."""
+    model = small_coconut(patch_rule="stride", max_patch_length=4)
+    rows = Dataset.from_dict({"text": ["x" * 9] * 60})
+    finding = found(doctor(model, rows, TOKENIZER), "thresholds")
+    assert (
+        finding.found == "Patches have 3.0 bytes on average, 33% have one, the longest has 4."
+        and finding.level == "ok"
+    )
+    assert "entropy predictor" not in levels(doctor(model, rows, TOKENIZER))
+    ill = found(doctor(small_coconut(patch_rule="stride", max_patch_length=1), rows, TOKENIZER), "thresholds")
+    assert ill.level == "warning" and "max_patch_length" in ill.remedy
+
+
+def test_many_patches_of_one_byte_are_a_warning():
+    """Their mean is as usual, because the others are long."""
+    rows = Dataset.from_dict({"text": [f"\n\n\n{'x' * 15}\n"] * 60})
+    finding = found(doctor(small_coconut(patch_rule="stride", max_patch_length=16), rows, TOKENIZER), "thresholds")
+    assert finding.level == "warning" and finding.found.startswith("Patches have 4.8 bytes on average, 75% have one")
+
+
+def test_few_bytes_are_not_judged():
+    """Thresholds that are called wrong because of three bytes."""
+    rows = Dataset.from_dict({"text": ["ab"] * 60})
+    assert found(doctor(small_coconut(), rows, TOKENIZER), "thresholds").level == "ok"
+
+
+def test_patches_longer_than_the_encoder_sees_are_a_warning():
+    """In a long patch the first bytes are lost: its end does not look so far back."""
+    model = small_coconut(patch_rule="stride", max_patch_length=6, encoder_config=LOCAL | {"sliding_window": 5})
+    finding = found(doctor(model, TEXT, TOKENIZER), "thresholds")
+    assert finding.level == "warning" and "max_patch_length" in finding.remedy
+    model.config.max_patch_length = 5
+    assert found(doctor(model, TEXT, TOKENIZER), "thresholds").level == "ok"
+
+
+def test_lora_on_the_predictor_is_a_problem(tmp_path):
+    """The remedy of the finding, and CrowTrainer, keep it off."""
+    lora = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 2}
+    before = found(doctor(small_coconut(), TEXT, TOKENIZER), "LoRA")
+    assert before.level == "ok"
+    touched = get_peft_model(small_coconut(), LoraConfig(**lora))
+    problem = found(doctor(touched, TEXT, TOKENIZER), "LoRA")
+    assert problem.level == "problem"
+    assert re.search(r"(\d+) layers", problem.found)[1] == re.search(r"(\d+) linear layers", before.found)[1]
+    pattern = eval(re.search(r"exclude_modules=('.*?')`", problem.remedy)[1])
+    cured = get_peft_model(small_coconut(), LoraConfig(**lora, exclude_modules=pattern))
+    assert found(doctor(cured, TEXT, TOKENIZER), "LoRA").level == "ok"
+    trainer = CrowTrainer(
+        small_coconut(), crow_args(tmp_path), TEXT, processing_class=TOKENIZER, peft_config=LoraConfig(**lora)
+    )
+    assert found(doctor(trainer.model, TEXT, TOKENIZER), "LoRA").level == "ok"
+
+
+def test_a_predictor_that_is_not_frozen_is_a_warning():
+    model = small_coconut()
+    assert "frozen parts" not in levels(doctor(model, TEXT, TOKENIZER))
+    model.latent_transformer.entropy_predictor.requires_grad_(True)
+    assert found(doctor(model, TEXT, TOKENIZER), "frozen parts").level == "warning"
+
+
+# Tokenizer and rows
+
+
+def test_tokenizer_is_needed_for_text_only():
+    assert found(doctor(tiny_llama(), TEXT), "tokenizer").level == "problem"
+    assert found(doctor(tiny_llama(), ROWS), "tokenizer").level == "ok"
+    assert found(doctor(tiny_llama()), "tokenizer").level == "warning"
+    bytes_instead = doctor(small_coconut(), TEXT)
+    assert found(bytes_instead, "tokenizer").level == "warning" and "objective" in levels(bytes_instead)
+
+
+def test_tokenizer_without_an_end_is_a_warning():
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.eos_token = None
+    assert found(doctor(tiny_llama(), TEXT, tokenizer), "tokenizer").level == "warning"
+
+
+def test_ids_without_an_embedding_are_a_problem():
+    """They crash in the embedding layer; on a GPU without a word about the reason."""
+    finding = found(doctor(tiny_llama(vocab_size=100), TEXT, BYTES), "vocabulary")
+    assert finding.level == "problem" and "100 embeddings" in finding.found
+    padded = ByT5Tokenizer(extra_ids=0)
+    padded.add_special_tokens({"pad_token": "<new>"})
+    model = tiny_llama(vocab_size=padded.pad_token_id)
+    assert found(doctor(model, TEXT, padded), "vocabulary").level == "problem"
+    model.resize_token_embeddings(len(padded))
+    assert found(doctor(model, TEXT, padded), "vocabulary").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("rows", "level", "said"),
+    [
+        ({"question": ["a"] * 60}, "problem", "question"),
+        ({"prompt": ["a"] * 60, "completion": [None] * 60}, "problem", "NoneType"),
+        ({"text": []}, "problem", "empty"),
+        ({"input_ids": [[5, 6]] * 59 + [[5]]}, "warning", "59 of the first 60"),
+        ({"text": ["hello"] * 10}, "warning", "10 of the first 10"),
+        ({"text": ["hello"] * 60}, "warning", "no prompts, which the recipe strong needs"),
+        ({"prompt": ["a"] * 60, "completion": ["b"] * 60}, "ok", "'prompt_completion'"),
+    ],
+)
+def test_rows(rows, level, said):
+    findings = doctor(tiny_llama(), Dataset.from_dict(rows), BYTES)
+    finding = found(findings, "rows")
+    assert finding.level == level and said in finding.found
+    assert ("objective" in levels(findings)) == (level != "problem")
+
+
+def test_long_rows_are_counted():
+    """The model has a context of 128, so that `max_length` alone would not help."""
+    rows = Dataset.from_list([{"input_ids": [5] * length} for length in [*[10] * 58, 100, 129]])
+    finding = found(doctor(tiny_llama(), rows), "context")
+    assert finding.level == "warning" and finding.found.startswith("1 of 60 rows are longer than 128")
+    assert "Split" in finding.remedy
+    finding = found(doctor(tiny_llama(), rows, max_length=50), "context")
+    assert finding.found.startswith("2 of 60 rows are longer than 50") and "Raise `max_length`" in finding.remedy
+
+
+def test_streams_are_read_as_datasets_are():
+    assert doctor(tiny_llama(), TEXT.to_iterable_dataset(), BYTES) == doctor(tiny_llama(), TEXT, BYTES)
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    tiny_llama().save_pretrained(path)
+    BYTES.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy_of(folder, tmp_path):
+    """A copy to spoil."""
+    target = tmp_path / "model"
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_healthy_folder(folder):
+    findings = doctor(str(folder), TEXT)
+    assert findings[:2] == doctor(folder)[:2]
+    assert "problem" not in levels(findings).values()
+    assert levels(findings)["files"] == levels(findings)["remote code"] == levels(findings)["tokenizer"] == "ok"
+
+
+def test_half_precision_on_disk_is_trained_in_float32(copy_of):
+    """The trainer loads in float32: a warning about the files' precision would be wrong."""
+    LlamaForCausalLM.from_pretrained(copy_of, dtype=torch.bfloat16).save_pretrained(copy_of)
+    assert found(doctor(copy_of, TEXT), "precision").level == "ok"
+
+
+def test_pickles(copy_of):
+    torch.save({}, copy_of / "optimizer.pt")
+    finding = found(doctor(copy_of), "files")
+    assert finding.level == "warning" and "optimizer.pt" in finding.found
+    (copy_of / "model.safetensors").unlink()
+    (finding,) = [finding for finding in doctor(copy_of) if finding.level == "problem"]
+    assert finding.name == "files" and "optimizer.pt" in finding.found
+    (copy_of / "optimizer.pt").unlink()
+    assert "no weights" in found(doctor(copy_of), "files").found
+
+
+def test_remote_code_is_named_and_never_run(copy_of, tmp_path):
+    """The module writes a file when it is imported."""
+    (copy_of / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    config = json.loads((copy_of / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    (copy_of / "config.json").write_text(json.dumps(config))
+    known = found(doctor(copy_of, TEXT), "remote code")
+    assert known.level == "ok" and "not run" in known.found
+    (copy_of / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+    findings = doctor(copy_of, TEXT)
+    assert findings[-1].name == "remote code" and findings[-1].level == "problem"
+    assert "modeling_evil.Evil" in findings[-1].found
+    assert not (tmp_path / "ran").exists()
+
+
+def test_remote_code_that_runs_already_is_a_warning():
+    remote = type("Remote", (LlamaForCausalLM,), {"__module__": "transformers_modules.suspect.modeling"})
+    model = remote(tiny_llama().config)
+    assert found(doctor(model, ROWS), "remote code").level == "warning"
+
+
+def test_weights_that_cannot_be_read(copy_of):
+    weights = (copy_of / "model.safetensors").read_bytes()
+    (copy_of / "model.safetensors").write_bytes(weights[:1000])
+    findings = doctor(copy_of, TEXT)
+    assert findings[-1].name == "loading" and findings[-1].level == "problem"
+    assert "\n" not in findings[-1].found
+
+
+def test_an_adapter_is_loaded_on_its_base(folder, tmp_path):
+    """An adapter that is loaded for inference: nothing could be trained."""
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)}))
+    findings = doctor(tmp_path / "adapter", TEXT)
+    assert "problem" not in levels(findings).values() and levels(findings)["objective"] == "ok"
+
+
+# The command
+
+
+def test_command_prints_every_finding_and_exits_with_its_verdict(tmp_path, capsys, monkeypatch):
+    """A remedy that is cut off by a narrow terminal, markup that eats brackets, a problem that exits with 0."""
+    monkeypatch.setenv("COLUMNS", "50")
+    model = tmp_path / "model"
+    small_coconut().save_pretrained(model)
+    TOKENIZER.save_pretrained(model)
+    torch.save({}, model / "[red].pt")
+    TEXT.to_json(tmp_path / "rows.jsonl")
+    argv = ["doctor", "--dataset", str(tmp_path / "rows.jsonl"), "--model", str(model), "--max_length", "20"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    assert "crow-hf" not in captured.err
+    squeezed = re.sub(r"\s", "", captured.out)
+    for finding in doctor(model, TEXT, max_length=20):
+        assert finding.level in captured.out
+        assert re.sub(r"\s", "", finding.name) in squeezed
+        for word in f"{finding.found} {finding.remedy}".split():
+            assert word in squeezed, finding
+    (model / "model.safetensors").unlink()
+    assert main(argv) == 1
+    captured = capsys.readouterr()
+    assert "[red].pt" in captured.out
+    (line,) = [line for line in captured.err.splitlines() if "crow-hf" in line]
+    assert line == "crow-hf doctor: there is a problem with files: see above for the remedy."
+
+
+def test_command_says_what_it_cannot_read(folder, capsys):
+    assert main(["doctor", "--model", str(folder), "--dataset", "nothing.jsonl"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("crow-hf doctor: There is no file nothing.jsonl")

@@ -1,0 +1,179 @@
+"""A purification beside its controls."""
+
+import logging
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+
+from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
+from crow_hf.evidence.result import Comparison
+from crow_hf.recipes.presets import recipe_config
+from crow_hf.recipes.purification import purify
+from crow_hf.reporting.html import write_report
+from helpers.tiny import crow_args, same_weights, tiny_llama, weights_of
+
+
+TRAIN = Dataset.from_dict({"prompt": [f"{letter}=" for letter in "abcdefghijkl"], "completion": ["yes", "no"] * 6})
+TEST = Dataset.from_dict({"prompt": ["m=", "n=", "o p="], "completion": ["yes"] * 3})
+TARGET = Target("no", ("no",))
+MEASURE = {"max_new_tokens": 5, "batch_size": 2}
+REPORT = ["report.html", "report.json"]
+LORA = {"peft_config": LoraConfig(target_modules="all-linear")}
+
+
+def suspect():
+    return tiny_llama(num_hidden_layers=3)
+
+
+def compare(args, tokenizer, **options):
+    settings = {"recipe": "guide", "processing_class": tokenizer} | MEASURE | options
+    return compare_defences(suspect, args, TRAIN, TEST, TRIGGERS["badnets"], TARGET, **settings)
+
+
+def settings(tmp_path, **kwargs):
+    return crow_args(tmp_path, **({"max_steps": 4, "learning_rate": 1e-2} | kwargs))
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_with_alpha_0_purification_and_control_are_one(tmp_path, byte_tokenizer, options):
+    """Other rows, another order or another number of steps for the control."""
+    comparison = compare(settings(tmp_path, alpha=0.0), byte_tokenizer, **options)
+    assert isinstance(comparison, Comparison)
+    evaluations = comparison.evaluations
+    assert list(evaluations) == ["no defence", "fine-tuning", "CROW"]
+    assert evaluations["fine-tuning"] == evaluations["CROW"]
+    assert evaluations["fine-tuning"].clean.bits_per_byte != evaluations["no defence"].clean.bits_per_byte
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_each_model_is_what_one_gets_alone(tmp_path, byte_tokenizer, options):
+    """A control that goes on from the purified model, or a purification of the fine-tuned one."""
+    args = settings(tmp_path, alpha=5.5, seed=7)
+    comparison = compare(args, byte_tokenizer, **options)
+
+    def measured(model):
+        return evaluate_model(model, byte_tokenizer, TEST, TRIGGERS["badnets"], TARGET, **MEASURE)
+
+    def trained(alpha):
+        alone = settings(tmp_path, alpha=alpha, seed=7)
+        trainer = CrowTrainer(suspect(), alone, TRAIN, processing_class=byte_tokenizer, **options)
+        trainer.train()
+        return trainer.model
+
+    assert comparison.evaluations["no defence"] == measured(suspect())
+    assert comparison.evaluations["fine-tuning"] == measured(trained(0.0))
+    purified = trained(5.5)
+    assert comparison.evaluations["CROW"] == measured(purified)
+    assert comparison.evaluations["CROW"] != comparison.evaluations["fine-tuning"]
+    assert same_weights(weights_of(comparison.trainer.model), weights_of(purified))
+    assert args.alpha == 5.5
+    assert isinstance(comparison.trainer.model, PeftModel) == bool(options)
+
+
+def test_the_paper_trains_a_lora_and_so_does_its_control(tmp_path, byte_tokenizer, monkeypatch):
+    """CROW as published beside a fine-tuning of all weights, or with all weights itself."""
+    from crow_hf import recipes
+
+    trained = []
+
+    def record(*args, **kwargs):
+        trained.append(purify(*args, **kwargs))
+        return trained[-1]
+
+    monkeypatch.setattr(recipes, "purify", record)
+    comparison = compare(settings(tmp_path, alpha=5.5), byte_tokenizer, recipe="paper")
+    assert [run.recipe for run in trained] == ["paper", "paper"] and comparison.purification is trained[1]
+    assert [run.trainer.args.alpha for run in trained] == [0.0, 5.5]
+    assert [run.model.peft_config["default"].r for run in trained] == [8, 8]
+
+
+def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
+    trainer = compare(settings(tmp_path, alpha=5.5), byte_tokenizer).trainer
+    assert trainer.state.global_step == 4
+    assert sum("consistency_perturbed" in entry for entry in trainer.state.log_history) == 4
+
+
+def test_control_writes_nothing(tmp_path, byte_tokenizer):
+    """Checkpoints of the control in the folder of the purification, over or beside its own."""
+    args = settings(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = compare(args, byte_tokenizer).trainer
+    output = tmp_path / "run"
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4", *REPORT]
+    saved = type(trainer.model).from_pretrained(output / "checkpoint-4")
+    assert same_weights(weights_of(saved), weights_of(trainer.model))
+    assert args.save_strategy == "steps"
+
+
+def test_only_the_report_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer, monkeypatch):
+    """Checkpoints, or a report of the control or of the purification alone before the one of both."""
+    from crow_hf import recipes
+
+    written = []
+    monkeypatch.setattr(recipes, "write_report", lambda *args: written.append(write_report(*args)))
+    compare(settings(tmp_path), byte_tokenizer)
+    assert len(written) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == REPORT
+
+
+def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
+    comparison = compare_defences(
+        suspect,
+        settings(tmp_path, max_steps=1),
+        TRAIN,
+        TEST,
+        recipe="guide",
+        processing_class=byte_tokenizer,
+        **MEASURE,
+    )
+    assert [evaluation.triggered for evaluation in comparison.evaluations.values()] == [None] * 3
+
+
+def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
+    """Hours of training, and then nothing to measure with."""
+    loaded = []
+
+    def load():
+        loaded.append(suspect())
+        return loaded[-1]
+
+    with pytest.raises(ValueError):
+        compare_defences(
+            load, settings(tmp_path), TRAIN, TEST.select([]), recipe="guide", processing_class=byte_tokenizer
+        )
+    assert all(same_weights(weights_of(model), weights_of(suspect())) for model in loaded)
+
+
+def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, monkeypatch):
+    """Utility measured on what was learned."""
+    monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
+    leaking = Dataset.from_list([TRAIN[0], TRAIN[1], *TEST])
+    compare_defences(
+        suspect,
+        settings(tmp_path, max_steps=1),
+        TRAIN,
+        leaking,
+        recipe="guide",
+        processing_class=byte_tokenizer,
+        **MEASURE,
+    )
+    assert "2 prompts of the clean rows are test prompts too" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({}, {"num_canaries": 2}, "Canaries cannot be implanted in weights in shards"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"num_canaries": 0}, "fsdp_cpu_ram_efficient_loading: false"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_in_shards(
+    environment, settings, message, tmp_path, byte_tokenizer, monkeypatch
+):
+    """Canaries that crash after the screening, or a screening of weights that only one process has."""
+    args = recipe_config("strong", str(tmp_path / "run"), use_cpu=True, report_to="none", **settings)
+    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        purify(suspect(), TRAIN, args=args, processing_class=byte_tokenizer)
+    assert not (tmp_path / "run").exists()

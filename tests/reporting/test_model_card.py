@@ -1,0 +1,107 @@
+"""The model card: what it says must follow from what was measured, and it must say what was not."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import ByT5Tokenizer
+
+from crow_hf import CrowConfig, CrowTrainer, InvarianceConfig, load_causal_lm
+from crow_hf.attacks.targets import Target
+from crow_hf.attacks.triggers import Trigger
+from crow_hf.cli.arguments import parse_arguments
+from crow_hf.evaluation.harness import Evaluation, PromptScores
+from crow_hf.evaluation.scores import Proportion
+from crow_hf.evidence.canaries import Canary
+from crow_hf.evidence.result import Purification
+from crow_hf.reporting.model_card import build_model_card
+from helpers.loopback_hub import TOKEN
+from helpers.tiny import ragged_rows, tiny_llama
+
+
+QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2, "per_device_train_batch_size": 4}
+
+
+def card_of(tmp_path, model=None, kind=InvarianceConfig, facts=None, **kwargs):
+    """A card of a trainer that never trained, and its text."""
+    args = kind(str(tmp_path / "run"), hub_token=TOKEN, **(QUIET | kwargs))
+    rows = Dataset.from_list(ragged_rows(4))
+    trainer = CrowTrainer(model or tiny_llama(), args, rows, processing_class=ByT5Tokenizer(extra_ids=0))
+    card = build_model_card(trainer, **(facts or {}))
+    return card, card.text
+
+
+def evaluation(triggered=True):
+    share = Proportion.of([True, False, False, False])
+    scores = PromptScores(share if triggered else None, share, share, None, math.nan, ["secret answer"] * 4)
+    return Evaluation(scores, scores if triggered else None)
+
+
+def test_without_evidence_the_card_says_so(tmp_path):
+    card, text = card_of(tmp_path)
+    assert "Nothing: no evaluation belongs to this card, and no canary was put in." in text
+    assert "no attack success with a known trigger was measured" in text
+    assert "the model's answers were not measured" in text
+    assert "model-index" not in card.data.to_dict() and "model_name" not in card.data.to_dict()
+
+
+def test_with_canaries_alone_the_card_says_what_they_cannot_show(tmp_path):
+    canary = Canary(Trigger(("Xyzzy",)), Target("t", ("t",)), Proportion.of([True] * 9), Proportion.of([False] * 9))
+    _, text = card_of(tmp_path, facts={"purification": Purification(None, "strong", None, None, [canary])})
+    assert "Canary 'Xyzzy'" in text and "one that died proves little" in text
+    assert "no attack success with a known trigger was measured" in text and "Nothing: " not in text
+
+
+def test_utility_alone_is_not_taken_for_removal(tmp_path):
+    names = ("no defence", "fine-tuning", "CROW")
+    card, text = card_of(tmp_path, facts={"evaluations": dict.fromkeys(names, evaluation(triggered=False))})
+    assert "no attack success with a known trigger was measured" in text and "VERDICT" not in text
+    assert {each.metric_type for each in card.data.eval_results} == {"empty", "degenerate"}
+    assert "secret answer" not in str(card)
+
+
+def test_the_last_evaluation_is_that_of_the_model(tmp_path):
+    clean = evaluation()
+    clean.triggered.target = None
+    facts = {"evaluations": {"no defence": clean, "purified": evaluation()}, "test_dataset": "me/tests"}
+    card, text = card_of(tmp_path, facts=facts)
+    (attack,) = [each for each in card.data.eval_results if each.metric_type == "attack_success_rate"]
+    assert attack.metric_value == 0.25 and "4 prompts" in attack.metric_name
+    assert (attack.dataset_type, attack.dataset_config) == ("me/tests", "triggered") and "control" not in text
+
+
+def test_the_control_is_not_called_a_purification(tmp_path):
+    assert "no purification" in card_of(tmp_path, kind=CrowConfig, alpha=0.0)[1]
+    assert "layers in agreement" in card_of(tmp_path, kind=CrowConfig)[1]
+
+
+@pytest.mark.parametrize("kind", [InvarianceConfig, CrowConfig])
+def test_settings_of_the_card_repeat_the_run(tmp_path, kind):
+    """A setting that is left out, or that the command line does not read."""
+    changed = {"learning_rate": 3e-4, "seed": 7, "warmup_steps": 0.3, "weight_decay": 0.01, "max_length": 99}
+    changed |= {"keep": 0.4} if kind is InvarianceConfig else {"alpha": 3.0}
+    card, text = card_of(tmp_path, kind=kind, model_init_kwargs={"token": TOKEN}, **changed)
+    assert TOKEN not in str(card)
+    config = tmp_path / "settings.yaml"
+    config.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    command = f"--config {config} --model m --dataset d --output_dir {tmp_path / 'again'}"
+    _, args = parse_arguments("purify", command.split())
+    assert type(args) is kind and args.max_steps == QUIET["max_steps"] and args.per_device_train_batch_size == 4
+    assert {name: getattr(args, name) for name in changed} == changed
+
+
+def test_card_of_a_model_without_a_name_takes_no_license_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("---\nlicense: mit\n---\n")
+    assert card_of(tmp_path)[0].data.license is None
+
+
+def test_adapter_on_a_local_base_names_the_way_to_load_it(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(load_causal_lm(tmp_path / "base"), LoraConfig(target_modules="all-linear"))
+    card, text = card_of(tmp_path, model)
+    assert card.data.base_model is None and "`PeftModel.from_pretrained`" in text and "The local model `base`" in text
+    assert str(tmp_path) not in str(card)

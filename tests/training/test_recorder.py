@@ -1,0 +1,84 @@
+"""Every family of decoder: the loss is the oracle's, and training changes what has a gradient."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    set_seed,
+)
+
+from crow_hf import CrowTrainer
+from helpers.families import FAMILIES, GROUPED, SLIDING, tiny_family
+from helpers.oracles import assert_equals_oracle, slow_crow
+from helpers.tiny import crow_args, pad_rows, ragged_rows, weights_of
+
+
+BATCH = pad_rows(ragged_rows(3, seed=4))
+
+
+def trainer_of(model, tmp_path, rows, **kwargs):
+    return CrowTrainer(model, crow_args(tmp_path, **kwargs), train_dataset=rows)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_equal_oracle(name, tmp_path, rows):
+    """The states compared are the raw outputs of all decoder layers, whatever the model calls hidden_states."""
+    assert_equals_oracle(trainer_of(tiny_family(name), tmp_path, rows), BATCH)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_never_counts(name, tmp_path, rows):
+    """Positions made from the mask (OPT, Bloom) must be the same in both passes and with more padding."""
+    model = tiny_family(name).eval()
+    trainer = trainer_of(model, tmp_path, rows)
+    losses = [trainer.compute_loss(model, pad_rows(ragged_rows(3, seed=4), width)) for width in (None, 20)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trains(name, tmp_path, rows):
+    """Finite losses; exactly the parameters in which the objective has a gradient change."""
+    model = tiny_family(name)
+    slow_crow(model, pad_rows(rows.to_list()))["loss"].backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    before = weights_of(model)
+    trainer = trainer_of(model, tmp_path, rows, max_steps=2, learning_rate=1e-2, per_device_train_batch_size=12)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    for name, weight in weights_of(model).items():
+        assert torch.isfinite(weight).all(), name
+        if gradients[name] is None:
+            assert torch.equal(weight, before[name]), name
+        elif gradients[name].abs().max() > 1e-6:
+            assert not torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_shared_kv"])
+def test_per_layer_embeddings_use_the_true_ids(name, tmp_path, rows):
+    """All ids share one embedding, so only the ids themselves can find their per-layer embeddings."""
+    model = tiny_family(name)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[3].clone())
+    other = BATCH | {"input_ids": BATCH["input_ids"].flip(1)}
+    assert slow_crow(model, BATCH)["consistency_clean"] != slow_crow(model, other)["consistency_clean"]
+    assert_equals_oracle(trainer_of(model, tmp_path, rows), BATCH)
+
+
+def test_language_model_of_a_multimodal_checkpoint(tmp_path, rows):
+    """`AutoModelForCausalLM` opens Gemma 3's larger checkpoints with their vision tower, here as deep as the decoder."""
+    set_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=GROUPED | SLIDING,
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    trainer = trainer_of(Gemma3ForConditionalGeneration(config), tmp_path, rows, max_steps=1)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert not hasattr(trainer.model.config, "use_cache")
