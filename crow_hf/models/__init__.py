@@ -1,6 +1,6 @@
-"""The models. The files of this folder import nothing of the rest of the package: they also serve as remote code.
+"""The models and their registration with the Auto classes of transformers.
 
-Importing this folder registers them with the Auto classes of transformers.
+These files also serve as remote code on the Hub, so they import nothing from the rest of the package.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer

@@ -1,24 +1,25 @@
-"""Where patches begin: the rules, as pure functions of bytes and entropies.
+"""The patch rules: pure functions of bytes and entropies that decide where patches begin.
 
-`entropies[i]` is the uncertainty about byte `i + 1`, so it decides whether a patch starts at `i + 1`: a surprising byte is
-the first of its patch (BLT, section 2.3). Below, `H` is the entropy that byte `t` was predicted with, `entropies[t - 1]`,
-and `rise` is `entropies[t - 1] - entropies[t - 2]`.
+`entropies[i]` is the uncertainty about byte `i + 1`. It decides whether a patch starts at `i + 1`, so a surprising
+byte is the first byte of its patch (BLT, section 2.3). In the table, `H` is `entropies[t - 1]`, the entropy of the
+prediction of byte `t`, and `rise` is `entropies[t - 1] - entropies[t - 2]`.
 
 | rule | a patch starts at byte `t` if |
 |---|---|
-| `"either"` | `H > threshold` or `rise > relative_threshold`: the rule of the project's guide |
-| `"global"` | `H > threshold`: BLT's global constraint |
-| `"monotonic"` | `rise > relative_threshold`: BLT's approximate monotonic constraint |
+| `"either"` | `H > threshold` or `rise > relative_threshold` (the rule of the project's guide) |
+| `"global"` | `H > threshold` (BLT's global constraint) |
+| `"monotonic"` | `rise > relative_threshold` (BLT's approximate monotonic constraint) |
 | `"both"` | `H > threshold` and `rise > relative_threshold` |
-| `"running_minimum"` | `H > threshold` or `H` exceeds the lowest entropy since the patch began by `relative_threshold` |
-| `"stride"` | `max_patch_length` bytes have passed: the entropies are not looked at |
-| `"whitespace"` | byte `t - 1` is ASCII whitespace and byte `t` is not: the entropies are not looked at |
+| `"running_minimum"` | `H > threshold` or `H` is `relative_threshold` above the lowest entropy since the patch began |
+| `"stride"` | `max_patch_length` bytes have passed (entropies are not used) |
+| `"whitespace"` | byte `t - 1` is ASCII whitespace and byte `t` is not (entropies are not used) |
 
-Whatever the rule, special tokens are patches of their own, the first byte of a text starts a patch, so does the byte after a
-newline if `reset_on_newline`, and no patch is longer than `max_patch_length`.
+Under every rule, a special token is a patch of its own, the first byte of a text starts a patch, and no patch is
+longer than `max_patch_length`. With `reset_on_newline`, the byte after a newline starts a patch too.
 
-The end of a text is the exception: its token, or padding, starts a patch only where a byte would have. Whether a patch has ended is what a
-model knows when it predicts the next byte, and a text's end is one of the things it has to predict.
+The end of a text is an exception: the end-of-sequence token, or padding, starts a patch only where a byte would start
+one. The model knows whether a patch has ended when it predicts the next byte. The end of the text is one of the things
+it has to predict, so the boundary must not reveal it.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ WHITESPACE = tuple(b" \t\n\r\v\f")
 @dataclass(frozen=True)
 class PatchRule:
     """
-    A rule and its parameters.
+    A patch rule and its parameters.
 
     Args:
         rule (`str`, *optional*, defaults to `"either"`):
@@ -49,10 +50,10 @@ class PatchRule:
         reset_on_newline (`bool`, *optional*, defaults to `True`):
             Whether the byte after a newline starts a patch.
         max_patch_length (`int`, *optional*):
-            Longer patches are cut into pieces of this length and a rest.
+            Maximum length of a patch in bytes. Longer patches are cut into pieces of this length and a remainder.
 
     Raises:
-        `ValueError`: If the rule is unknown or `max_patch_length` is missing or not positive.
+        `ValueError`: If the rule is unknown, `max_patch_length` is not positive, or the rule `"stride"` has none.
     """
 
     rule: str = "either"
@@ -63,31 +64,32 @@ class PatchRule:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"There is no patch rule {self.rule!r}: take one of {', '.join(RULES)}.")
+            raise ValueError(f"Unknown patch rule {self.rule!r}. Choose one of {', '.join(RULES)}.")
         if self.max_patch_length is not None and self.max_patch_length < 1:
             raise ValueError(f"`max_patch_length` must be at least 1, got {self.max_patch_length}.")
         if self.rule == "stride" and self.max_patch_length is None:
-            raise ValueError("The rule 'stride' needs `max_patch_length`, the length of its patches.")
+            raise ValueError("The rule 'stride' needs `max_patch_length`, the length of each patch.")
 
     @property
     def needs_entropies(self) -> bool:
-        """Whether the rule looks at the entropies at all."""
+        """Whether the rule uses entropies."""
         return self.rule not in RULES_WITHOUT_ENTROPY
 
 
 class PatchState(NamedTuple):
     """
-    What the boundaries ahead of a row depend on.
+    The part of a row's past that its next patch boundaries depend on.
 
     Attributes:
         previous_ids (`torch.LongTensor` of shape `(batch_size, 2)`):
             The last two ids.
         entropies (`torch.FloatTensor` of shape `(batch_size, 2)`):
-            Theirs.
+            The entropies at these two ids.
         length (`torch.LongTensor` of shape `(batch_size,)`):
-            How long the patch at the end is so far.
+            Current length of the open patch, the last one of the row.
         lowest (`torch.FloatTensor` of shape `(batch_size,)`):
-            The lowest entropy that a byte of it, but the first, was predicted with; for the rule `"running_minimum"`.
+            The lowest entropy with which a byte of the open patch was predicted. The first byte does not count. Only
+            the rule `"running_minimum"` uses it.
     """
 
     previous_ids: torch.LongTensor
@@ -97,7 +99,7 @@ class PatchState(NamedTuple):
 
     @classmethod
     def initial(cls, batch_size: int, device: torch.device | str | None = None) -> "PatchState":
-        """Before the first byte."""
+        """The state before the first byte."""
         return cls(
             torch.full((batch_size, 2), PAD_TOKEN_ID, device=device),
             torch.zeros(batch_size, 2, device=device),
@@ -110,20 +112,20 @@ def patch_starts(
     input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule
 ) -> torch.BoolTensor:
     """
-    Tell where patches start.
+    Find where patches start.
 
-    The answer for a byte depends on what comes before it only.
+    The result for a byte depends only on the bytes before it.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Ids of the byte vocabulary. Special tokens, padding among them, separate texts.
+            Ids of the byte vocabulary. Special tokens (including padding) separate texts.
         entropies (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            In bits, about the next byte each. What stands at special tokens is not looked at.
+            Entropy of the prediction of the next byte, in bits. Values at special tokens are ignored.
         rule (`PatchRule`):
-            The rule.
+            The patch rule.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch_size, sequence_length)`: True where a patch starts.
+        `torch.BoolTensor` of shape `(batch_size, sequence_length)`: `True` where a patch starts.
     """
     return continue_patches(
         input_ids, entropies, rule, PatchState.initial(input_ids.shape[0], device=input_ids.device)
@@ -134,11 +136,22 @@ def continue_patches(
     input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule, state: PatchState
 ) -> tuple[torch.BoolTensor, torch.BoolTensor, PatchState]:
     """
-    [`patch_starts`] for the next bytes of rows whose beginning is known by its state only.
+    Find where patches start in the next bytes of rows, given the state after their earlier bytes.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            The next ids of each row.
+        entropies (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Entropy of the prediction of the next byte, in bits.
+        rule (`PatchRule`):
+            The patch rule.
+        state (`PatchState`):
+            The state after the earlier bytes.
 
     Returns:
-        `tuple`: Where patches start; where they would if a byte stood there, which is known before the byte is; both of shape
-        `(batch_size, sequence_length)`. And the state after these bytes.
+        `tuple`: Three values. A mask of shape `(batch_size, sequence_length)` of the positions where patches start. A
+        mask of the same shape of the positions where a byte would start a patch, which is known before that byte. The
+        state after these bytes.
     """
     ids = torch.cat([state.previous_ids, input_ids], dim=1)
     if entropies is None:
@@ -165,21 +178,21 @@ def continue_patches(
 def _rule_starts(
     ids: torch.LongTensor, scores: torch.FloatTensor, ordinary: torch.BoolTensor, rule: PatchRule
 ) -> torch.BoolTensor:
-    """Without what is forced. The arguments begin two bytes earlier than the answer."""
+    """Starts by the rule alone, without forced ones. The arguments begin two positions before the result."""
     if rule.rule == "stride":
         return torch.zeros_like(ordinary[:, 2:])
     if rule.rule == "whitespace":
         space = torch.isin(ids, torch.tensor(WHITESPACE, device=ids.device) + BYTE_OFFSET)
         return space[:, 1:-1] & ~space[:, 2:]
     before = scores[:, 1:-1]
-    # No rise from one text into the next.
+    # The entropy does not rise across the border of two texts.
     rises = (before - scores[:, :-2] > rule.relative_threshold) & ordinary[:, :-2]
     high = before > rule.threshold
     return {"either": high | rises, "global": high, "monotonic": rises, "both": high & rises}[rule.rule]
 
 
 def _last_start(starts: torch.BoolTensor, index: torch.LongTensor, state: PatchState) -> torch.LongTensor:
-    """Where the patch of each byte began; below 0 if before the first of them."""
+    """Position where the patch of each byte began. Negative if it began before the first of these bytes."""
     return torch.where(starts, index, -state.length[:, None]).cummax(dim=1).values
 
 
@@ -190,7 +203,7 @@ def _scan_running_minimum(
     rule: PatchRule,
     state: PatchState,
 ) -> tuple[torch.BoolTensor, torch.LongTensor, torch.FloatTensor]:
-    """A patch's bounds depend on where it began, so this rule is a scan; on plain floats, which Python is quickest with."""
+    """Scan byte by byte, since a patch's end depends on its begin. Plain floats are the fastest way in Python."""
     rows, lengths, minima = [], [], []
     longest = rule.max_patch_length or float("inf")
     columns = (forced, alone, before, state.length, state.lowest)

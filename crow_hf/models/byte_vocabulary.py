@@ -1,4 +1,4 @@
-"""The byte vocabulary: BLT's 260 ids (4 special tokens, then the bytes), then the tokens of continuous thoughts."""
+"""The byte vocabulary: BLT's 260 ids (4 special tokens, 256 bytes), 3 tokens of continuous thoughts, and padding."""
 
 import torch
 
@@ -16,5 +16,5 @@ NEWLINE = ord("\n")
 
 
 def is_byte(input_ids: torch.Tensor) -> torch.Tensor:
-    """Which ids stand for a byte, and not for a special token: a `bool` tensor of the same shape."""
+    """Return a `bool` tensor of the same shape: `True` for bytes, `False` for special tokens."""
     return (input_ids >= BYTE_OFFSET) & (input_ids < BYTE_OFFSET + 256)

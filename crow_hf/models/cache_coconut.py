@@ -1,4 +1,4 @@
-"""What a byte-latent model keeps between the bytes it generates."""
+"""The cache of the byte-latent model: its state between two forward passes of a generation."""
 
 import torch
 from transformers import Cache, DynamicCache
@@ -10,20 +10,20 @@ from .configuration_coconut import CoconutConfig
 
 class LatentCache:
     """
-    Keys and values of the latent transformer, for rows that have different numbers of patches.
+    Keys and values of the latent transformer, for rows with different numbers of patches.
 
-    A column is a patch of some rows and a hole in the others. `positions` tells each row's patches apart from its holes.
+    A column holds a patch of some rows and a hole in the other rows. `positions` tells patches and holes apart.
 
     Attributes:
         keys_and_values (`DynamicCache`):
-            Of all layers; `(batch_size, num_heads, num_columns, head_dim)`. Layers with a sliding window keep all columns too:
-            how many of them the window spans differs from row to row.
+            Keys and values of all layers, each of shape `(batch_size, num_heads, num_columns, head_dim)`. Layers with
+            a sliding window keep all columns too, because the number of columns in a window differs between rows.
         positions (`torch.LongTensor` of shape `(batch_size, num_columns)`):
             The patch's position in its row, -1 for a hole.
         num_patches (`torch.LongTensor` of shape `(batch_size,)`):
-            Patches of each row so far.
+            Number of patches in each row so far.
         last_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`):
-            The latent output of each row's last patch; zeros if there is none yet.
+            The latent output of each row's last patch, zeros before the first patch.
     """
 
     def __init__(self, config: CoconutConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,34 +35,34 @@ class LatentCache:
 
 class CoconutCache(Cache):
     """
-    The state of a [`CoconutModel`] after some bytes: of constant size but for keys and values.
+    The state of a [`CoconutModel`] between forward passes. Only its keys and values grow with the sequence.
 
-    The patch at the end stays open until a byte comes that begins another: its bytes' states wait in `open_states`, and only
-    whole patches go through the latent transformer.
+    The last patch of a row stays open until a byte begins the next one. Until then the states of its bytes are kept in
+    `open_states`. Only complete patches go through the latent transformer.
 
     Args:
         config (`CoconutConfig`):
-            Of the model.
+            The model's configuration.
 
     Attributes:
         entropy, encoder, decoder (`DynamicCache`):
-            Keys and values of the entropy predictor and of the layers over bytes.
+            Keys and values of the entropy predictor, the byte encoder and the byte decoder.
         latent (`LatentCache`):
-            Of the latent transformer.
+            The cache of the latent transformer.
         patches (`PatchState`):
-            What the next boundaries depend on.
+            The state that the next patch boundaries depend on.
         open_states (`torch.FloatTensor` of shape `(batch_size, longest, encoder_width)`):
             Encoder states of the bytes of the open patch.
         open_mask (`torch.BoolTensor` of shape `(batch_size, longest)`):
-            Which of them there are.
+            `True` where `open_states` holds a byte.
         history (`torch.LongTensor` of shape `(batch_size, num_bytes)`):
-            The ids before, as many as the longest hashed n-gram looks back on.
+            The last ids, as many as the longest hashed n-gram needs.
         real (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
-            All positions so far: False for padding.
+            All positions so far, `False` for padding.
         num_bytes (`torch.LongTensor` of shape `(batch_size,)`):
-            Positions of each row that are not padding.
+            Number of positions of each row that are not padding.
         segment_length (`torch.LongTensor` of shape `(batch_size,)`):
-            Bytes since the entropy predictor's context began.
+            Number of bytes since the context of the entropy predictor began.
     """
 
     is_compileable = False
@@ -90,11 +90,11 @@ class CoconutCache(Cache):
         self.segment_length = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions so far, padding included."""
+        """Number of positions so far, including padding."""
         return 0 if self.latent is None else self.real.shape[1]
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        """Keep these rows, in this order, as often as they are named."""
+        """Keep the rows with these indices, in this order. An index may occur several times."""
         if self.latent is None:
             return
         for cache in (self.entropy, self.encoder, self.decoder, self.latent.keys_and_values):
@@ -107,7 +107,7 @@ class CoconutCache(Cache):
             setattr(self.latent, name, getattr(self.latent, name)[indices])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """For beam search."""
+        """Select rows for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -117,12 +117,12 @@ class CoconutCache(Cache):
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Return to the empty state."""
         self.__init__(self.config)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: patches that were closed cannot be opened again."""
-        raise NotImplementedError("A CoconutCache cannot be shortened: start from a new one.")
+        """Not supported, because a closed patch cannot be opened again."""
+        raise NotImplementedError("A CoconutCache cannot be shortened. Start with a new one.")
 
 
 __all__ = ["CoconutCache"]

@@ -9,30 +9,31 @@ class ByteEntropyConfig(MistralConfig):
     """
     Configuration of a [`ByteEntropyPredictor`]: a small Mistral-shaped causal LM over the 256 bytes.
 
-    The defaults are those of the project's guide. Every other field is one of [`~transformers.MistralConfig`]. The names of
-    the guide, `num_layers`, `num_heads` and `ff_dim`, are accepted too.
+    The defaults come from the project's guide. All other fields are those of [`~transformers.MistralConfig`]. The
+    guide's names `num_layers`, `num_heads` and `ff_dim` are accepted too.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 256):
-            A byte is its own id; there are no special tokens.
+            Vocabulary size. The id of a byte is its value, and there are no special tokens.
         hidden_size (`int`, *optional*, defaults to 512):
-            Width.
+            Dimension of the hidden states.
         num_hidden_layers (`int`, *optional*, defaults to 4):
-            Layers.
+            Number of layers.
         num_attention_heads (`int`, *optional*, defaults to 8):
-            Heads of each layer.
+            Number of attention heads per layer.
         intermediate_size (`int`, *optional*, defaults to 2048):
-            Width of the gated feed-forward layer.
+            Dimension of the gated feed-forward layer.
         max_position_embeddings (`int`, *optional*, defaults to 512):
-            Context in bytes: longer texts are scored in overlapping windows of this length.
+            Context length in bytes. Longer texts are scored in overlapping windows of this length.
         sliding_window (`int`, *optional*):
-            How many bytes, its own included, a layer looks back; all of them by default. With it, windows over a long
-            text give the same entropies as one long pass.
+            Number of bytes that a layer attends to, including the current one. By default a layer attends to all. With
+            a sliding window, overlapping windows over a long text give the same entropies as one long pass.
         reset_on_newline (`bool`, *optional*, defaults to `True`):
-            Whether the context begins anew at each newline byte, with positions from 0 (BLT, section 4.4): repetitive
-            text does not become ever less surprising.
+            Whether the context restarts at each newline byte, with positions from 0 (BLT, section 4.4). Without it,
+            repetitive text becomes ever less surprising.
         patch_threshold (`float`, *optional*, defaults to 0.8):
-            Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors, so each carries its own.
+            Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors, so each predictor
+            carries its own.
         patch_relative_threshold (`float`, *optional*, defaults to 0.1):
             Highest rise of the entropy inside a patch, in bits.
     """
@@ -60,7 +61,7 @@ class ByteEntropyConfig(MistralConfig):
     patch_relative_threshold: float = 0.1
 
     def __post_init__(self, **kwargs):
-        # Before the parent derives the number of key-value heads from them.
+        # The parent class derives the number of key-value heads from these fields, so they are set first.
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
@@ -68,7 +69,7 @@ class ByteEntropyConfig(MistralConfig):
 
     @property
     def receptive_field(self) -> int | None:
-        """How many bytes, the last included, a prediction depends on; `None` if on all of them."""
+        """Number of bytes that a prediction depends on, including the last one. `None` if it depends on all."""
         if self.sliding_window is None:
             return None
         return self.num_hidden_layers * (self.sliding_window - 1) + 1

@@ -20,48 +20,55 @@ class CoconutConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a [`~transformers.LlamaConfig`]):
-            The latent transformer over patches: any decoder-only model of transformers that takes `inputs_embeds` and
-            `position_ids`. It needs no vocabulary: its `vocab_size` is 1.
+            Configuration of the latent transformer over patches: any decoder-only model of transformers that accepts
+            `inputs_embeds` and `position_ids`. It needs no vocabulary, so its `vocab_size` is set to 1.
         encoder_config (`MistralConfig` or `dict`, *optional*):
-            Layers over bytes below the latent transformer. By default one layer of half the backbone's width, which looks
-            512 bytes back.
+            Configuration of the byte encoder, the layers below the latent transformer. By default one layer of half
+            the backbone's width with a sliding window of 512 bytes.
         decoder_config (`MistralConfig` or `dict`, *optional*):
-            Layers over bytes above it, of the same width; three by default.
+            Configuration of the byte decoder, the layers above the latent transformer. It has the width of the
+            encoder, and three layers by default.
         entropy_config (`ByteEntropyConfig` or `dict`, *optional*):
-            The frozen model whose uncertainty tells where patches begin. It carries the thresholds, in bits.
+            Configuration of the frozen entropy predictor, which decides where patches begin. It carries the thresholds
+            in bits.
         vocab_size (`int`, *optional*, defaults to 264):
-            BLT's 260 ids, the three tokens of continuous thoughts, and padding.
+            Vocabulary size: BLT's 260 ids, three tokens of continuous thoughts, and padding.
         patch_rule (`str`, *optional*, defaults to `"either"`):
-            One of [`~models.boundaries.RULES`], except `"whitespace"`, which asks the byte that is to be predicted.
+            One of [`~models.boundaries.RULES`], except `"whitespace"`, which depends on the byte to predict.
         max_patch_length (`int`, *optional*):
-            Longer patches are cut.
+            Maximum length of a patch in bytes. Longer patches are cut.
         cross_attention_heads (`int`, *optional*):
-            Heads of the attention between bytes and patches; those of the encoder by default.
+            Number of heads of the cross-attention between bytes and patches. Defaults to the encoder's number of
+            heads.
         cross_attention_k (`int`, *optional*, defaults to 2):
-            How many vectors of the encoder's width a patch has on the way to the latent transformer and back (BLT,
-            section 3.2.2).
+            Number of vectors of the encoder's width that represent a patch between the byte layers and the latent
+            transformer (BLT, section 3.2.2).
         binary_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether the eight bits of a byte, through a learned projection, are added to its embedding.
+            Whether a learned projection of the eight bits of a byte is added to its embedding.
         hash_ngram_sizes (`list[int]`, *optional*):
-            Lengths of the byte n-grams that are hashed and embedded beside each byte (BLT, section 3.2.1); none by default.
+            Lengths of the byte n-grams that are hashed and embedded with each byte (BLT, section 3.2.1). By default
+            there are no n-gram embeddings.
         hash_vocab_size (`int`, *optional*, defaults to 30000):
-            Rows of the table for each of these lengths.
+            Number of embeddings for each n-gram length.
         max_thoughts (`int`, *optional*, defaults to 8):
-            Most continuous thoughts in a row.
+            Maximum number of continuous thoughts in a row.
         thought_mode (`str`, *optional*, defaults to `"sequential"`):
-            How thoughts are computed in a pass without a cache. `"sequential"`: one after the other, on the keys and values
-            of what comes before. `"recompute"`: as many passes over all patches as there are thoughts, and one more; the
-            same result, and the mode that `"sequential"` falls back on where it cannot be had: under gradient
-            checkpointing, which drops keys and values, and in packed rows. `"jacobi"`: `thought_iterations` such passes,
-            each over all thoughts at once; an approximation, and exact from as many on as there are thoughts.
+            How a forward pass without a cache computes thoughts.
+
+            - `"sequential"` computes one thought after the other and reuses the keys and values of the patches before.
+            - `"recompute"` runs one pass over all patches for each thought and one final pass, with the same result.
+              `"sequential"` falls back to it under gradient checkpointing, which drops keys and values, and in packed
+              rows.
+            - `"jacobi"` runs `thought_iterations` passes that update all thoughts at once. This is an approximation.
+              It is exact if there are at least as many iterations as thoughts.
         thought_iterations (`int`, *optional*, defaults to 3):
-            Of `"jacobi"`.
+            Number of iterations of the mode `"jacobi"`.
         initializer_range (`float`, *optional*):
-            Standard deviation of random weights but for the backbone's and the predictor's; by default one over the root of the
-            encoder's width, as in BLT.
+            Standard deviation of the random initial weights, except those of the backbone and of the entropy
+            predictor. Defaults to one over the square root of the encoder's width, as in BLT.
 
     Raises:
-        `ValueError`: If the parts do not fit together.
+        `ValueError`: If the configurations of the parts do not fit together.
     """
 
     model_type = "coconut"
@@ -97,18 +104,19 @@ class CoconutConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         backbone = self.backbone_config or LlamaConfig()
         backbone = dict(backbone) if isinstance(backbone, dict) else backbone.to_dict()
-        # Patches are no tokens.
+        # The inputs are patches, which have no token ids.
         backbone |= {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         self.backbone_config = AutoConfig.for_model(**backbone)
         if self.backbone_config.is_encoder_decoder:
             raise ValueError(
-                f"The latent transformer must be a decoder, and {self.backbone_config.model_type} is none."
+                f"The latent transformer must be a decoder, but {self.backbone_config.model_type} is not one."
             )
         self.encoder_config = self._local_config(self.encoder_config, 1)
         self.decoder_config = self._local_config(self.decoder_config, 3)
         entropy = self.entropy_config or ByteEntropyConfig()
         entropy = dict(entropy) if isinstance(entropy, dict) else entropy.to_dict()
-        # Its head has the name of the model's own, and transformers infers device maps of tied weights by parts of names.
+        # The predictor's head has the same name as the model's head, and transformers matches tied weights by parts of
+        # names when it infers a device map.
         self.entropy_config = ByteEntropyConfig(**entropy | {"tie_word_embeddings": False})
         if self.initializer_range is None:
             self.initializer_range = self.encoder_config.hidden_size**-0.5
@@ -134,23 +142,23 @@ class CoconutConfig(PreTrainedConfig):
         return MistralConfig(**config)
 
     def validate_architecture(self):
-        """Whether the parts fit together."""
+        """Raise a `ValueError` if the configurations of the parts do not fit together."""
         if self.entropy_config.vocab_size != 256:
             raise ValueError(
-                f"The entropy predictor has a vocabulary of {self.entropy_config.vocab_size}, but must have the 256 bytes."
+                f"The entropy predictor has a vocabulary of {self.entropy_config.vocab_size}, but needs the 256 bytes."
             )
         if self.encoder_config.hidden_size != self.decoder_config.hidden_size:
             raise ValueError(
                 f"The byte encoder is {self.encoder_config.hidden_size} wide and the byte decoder "
-                f"{self.decoder_config.hidden_size}: make them equally wide."
+                f"{self.decoder_config.hidden_size}. Both must be equally wide."
             )
         if self.encoder_config.hidden_size % self.cross_attention_heads:
             raise ValueError(
-                f"`cross_attention_heads` is {self.cross_attention_heads}, which does not divide the width of the byte "
-                f"encoder, {self.encoder_config.hidden_size}."
+                f"`cross_attention_heads`={self.cross_attention_heads} does not divide the width of the byte encoder, "
+                f"{self.encoder_config.hidden_size}."
             )
         if self.patch_rule == "whitespace":
-            raise ValueError("The patch rule 'whitespace' asks the byte that is to be predicted: choose another.")
+            raise ValueError("The patch rule 'whitespace' depends on the byte to predict. Choose another rule.")
         PatchRule(self.patch_rule, max_patch_length=self.max_patch_length)
         if self.thought_mode not in ThoughtMode.__args__:
             raise ValueError(
@@ -160,9 +168,9 @@ class CoconutConfig(PreTrainedConfig):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if any(size < 2 for size in self.hash_ngram_sizes or ()):
-            raise ValueError(f"`hash_ngram_sizes` are lengths of 2 bytes or more, got {self.hash_ngram_sizes}.")
+            raise ValueError(f"`hash_ngram_sizes` must be lengths of at least 2 bytes, got {self.hash_ngram_sizes}.")
 
-    # What users of transformers ask every decoder: the answers are the latent transformer's.
+    # Fields that transformers expects from every decoder. They describe the latent transformer.
     @property
     def hidden_size(self) -> int:
         """Width of the latent transformer."""
@@ -170,17 +178,17 @@ class CoconutConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of the latent transformer."""
+        """Number of layers of the latent transformer."""
         return self.backbone_config.num_hidden_layers
 
     @property
     def num_attention_heads(self) -> int:
-        """Heads of the latent transformer."""
+        """Number of attention heads of the latent transformer."""
         return self.backbone_config.num_attention_heads
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """Most patches of a row; so many bytes always fit."""
+        """Maximum number of patches in a row. A row of this many bytes always fits."""
         return getattr(self.backbone_config, "max_position_embeddings", None)
 
 

@@ -1,4 +1,4 @@
-"""The byte-entropy predictor: a causal LM over bytes whose uncertainty tells where patches begin."""
+"""The byte-entropy predictor: a causal LM over bytes whose uncertainty decides where patches begin."""
 
 import math
 from typing import Any, Literal
@@ -23,20 +23,20 @@ def segment_positions(
     seen: torch.LongTensor | None = None,
 ) -> torch.LongTensor:
     """
-    Positions that begin at 0 with the first real byte and, if wanted, again with each newline.
+    Return positions that start from 0 at the first real byte and, with `reset_on_newline`, at each newline.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
             Bytes.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            0 for padding, on either side. Padding has position 0 too: it is cut off from everything else.
+            0 for padding, on either side. Padding has position 0 too, which isolates it from all other positions.
         reset_on_newline (`bool`, *optional*, defaults to `True`):
-            Whether a newline begins a segment, of which it is the first byte.
+            Whether a newline is the first byte of a new segment.
         seen (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            How many bytes of the first segment came before; none by default.
+            Number of earlier bytes of the first segment, 0 by default.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size, sequence_length)`: The distance to the beginning of the segment.
+        `torch.LongTensor` of shape `(batch_size, sequence_length)`: Distance to the first byte of the segment.
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     begins = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -51,15 +51,15 @@ def segment_positions(
 
 class ByteEntropyPredictor(MistralForCausalLM):
     """
-    A causal LM over bytes: rotary positions, optional sliding window, a context that begins anew at newlines.
+    A causal LM over bytes with rotary positions, an optional sliding window and a context that restarts at newlines.
 
-    The plain [`~transformers.Trainer`] trains it, on `input_ids` and `labels` that are bytes (0 to 255).
+    Train it with the plain [`~transformers.Trainer`]. `input_ids` and `labels` are bytes (0 to 255).
 
     Args:
         config (`ByteEntropyConfig`, *optional*):
-            The configuration. Without one, it is made of the keyword arguments.
+            The configuration. By default it is built from the keyword arguments.
         **kwargs:
-            Fields of [`ByteEntropyConfig`], if no `config` is given.
+            Fields of [`ByteEntropyConfig`]. Cannot be combined with `config`.
 
     Example:
 
@@ -71,14 +71,14 @@ class ByteEntropyPredictor(MistralForCausalLM):
     """
 
     config_class = ByteEntropyConfig
-    # It knows no mask that keeps segments apart.
+    # Flash attention has no mask that separates the segments.
     _supports_flash_attn = False
 
     def __init__(self, config: ByteEntropyConfig | None = None, **kwargs: Any) -> None:
         if config is not None and kwargs:
-            raise TypeError(f"Pass a config or its fields, not both: got a config and {sorted(kwargs)}.")
+            raise TypeError(f"Pass a config or its fields, not both. Got a config and {sorted(kwargs)}.")
         super().__init__(ByteEntropyConfig(**kwargs) if config is None else config)
-        # Elsewhere inferred from the name of the class.
+        # transformers infers the loss type from the class name, which does not fit here.
         self.loss_type = "ForCausalLM"
 
     def forward(
@@ -98,63 +98,66 @@ class ByteEntropyPredictor(MistralForCausalLM):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Bytes.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                0 for padding, on either side. Not looked at with a filled cache: `position_ids` say it all.
+                0 for padding, on either side. Ignored with a filled cache, where `position_ids` carry the same
+                information.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Distance to the beginning of the segment, where the context begins: [`segment_positions`] by default. They
-                must be given with a filled cache, which does not know where its last newline was.
+                Distance to the first byte of the segment, where the context begins. [`segment_positions`] by default.
+                Required with a filled cache, which does not store the position of the last newline.
             past_key_values (`Cache`, *optional*):
-                The cache of the bytes before.
+                The cache of the earlier bytes.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The same bytes, -100 where there is nothing to learn.
+                The same bytes, or -100 at positions without loss.
             reset_on_newline (`bool`, *optional*):
-                Overrides the configuration.
+                Overrides the field of the configuration.
             **kwargs:
-                As for [`~transformers.MistralForCausalLM`].
+                Passed on to [`~transformers.MistralForCausalLM`].
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape
             `(batch_size, sequence_length, vocab_size)`.
 
         Raises:
-            `ValueError`: If the cache is filled and `position_ids` are missing, or there are no `input_ids`.
+            `ValueError`: If `input_ids` are missing, or if the cache is filled and `position_ids` are missing.
         """
         if input_ids is None:
-            raise ValueError("Pass `input_ids`: the context is cut at newlines, which embeddings do not show.")
+            raise ValueError("Pass `input_ids`. The context is cut at newlines, which embeddings do not show.")
         reset_on_newline = self.config.reset_on_newline if reset_on_newline is None else reset_on_newline
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            if seen:
-                raise ValueError("With a filled cache pass `position_ids`, the bytes since the last newline.")
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError("A filled cache needs `position_ids`, the number of bytes since the last newline.")
             if not reset_on_newline and attention_mask is None:
                 return super().forward(input_ids, past_key_values=past_key_values, labels=labels, **kwargs)
             position_ids = segment_positions(input_ids, attention_mask, reset_on_newline)
+        return super().forward(
+            input_ids,
+            attention_mask=self._segment_mask(position_ids, past_key_values),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            **kwargs,
+        )
 
-        begin = seen + torch.arange(input_ids.shape[1], device=input_ids.device) - position_ids
+    def _segment_mask(self, position_ids: torch.LongTensor, cache: Cache | None) -> torch.Tensor:
+        """Return a causal mask that keeps attention inside the segment and the sliding window."""
+        rows, length = position_ids.shape
+        seen = cache.get_seq_length() if cache is not None else 0
+        begin = seen + torch.arange(length, device=position_ids.device) - position_ids
         window = self.config.sliding_window or math.inf
 
         def in_segment_and_window(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
             return (key <= query) & (key > query - window) & (key >= begin[batch, query - seen])
 
-        length = input_ids.shape[1]
-        keys, first_key = (length, 0) if past_key_values is None else past_key_values.get_mask_sizes(length, 0)
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            batch_size=len(input_ids),
+        keys, first_key = (length, 0) if cache is None else cache.get_mask_sizes(length, 0)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            batch_size=rows,
             q_length=length,
             kv_length=keys,
             q_offset=seen,
             kv_offset=first_key,
             mask_function=in_segment_and_window,
             allow_is_causal_skip=False,
-            device=input_ids.device,
+            device=position_ids.device,
             dtype=self.dtype,
-        )
-        return super().forward(
-            input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            labels=labels,
-            **kwargs,
         )
 
     def prepare_inputs_for_generation(
@@ -172,7 +175,7 @@ class ByteEntropyPredictor(MistralForCausalLM):
         **kwargs: Any,
     ) -> torch.FloatTensor:
         """
-        How uncertain the next byte is: `entropies[:, i]` is about byte `i + 1`, given the bytes up to `i`.
+        Compute the entropy of each prediction. `entropies[:, i]` is about byte `i + 1`, given the bytes up to `i`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -180,17 +183,18 @@ class ByteEntropyPredictor(MistralForCausalLM):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 0 for padding, on either side.
             unit (`str`, *optional*, defaults to `"bits"`):
-                `"bits"` or `"nats"`.
+                Unit of the entropies, `"bits"` or `"nats"`.
             **kwargs:
-                For [`~ByteEntropyPredictor.forward`].
+                Passed on to [`~ByteEntropyPredictor.forward`].
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, sequence_length)`, in float32: Between 0 and 8 bits; 0 for padding.
+            `torch.FloatTensor` of shape `(batch_size, sequence_length)`: Entropies in float32, between 0 and 8 bits.
+            Padding has entropy 0.
         """
         if unit not in ("bits", "nats"):
             raise ValueError(f"`unit` must be 'bits' or 'nats', got {unit!r}.")
         logits = self(input_ids, attention_mask, use_cache=False, **kwargs).logits
-        # Not torch.special.entr, which is several times as slow on a CPU.
+        # torch.special.entr is several times slower on a CPU.
         log_probabilities = logits.float().log_softmax(dim=-1)
         entropies = -torch.linalg.vecdot(log_probabilities.exp(), log_probabilities)
         if attention_mask is not None:

@@ -1,12 +1,13 @@
-"""COCONUT: a causal LM over bytes that thinks in patches.
+"""COCONUT: a byte-latent causal LM with continuous thoughts.
 
-Bytes are grouped into patches where the next byte is hard to predict (BLT, arXiv 2412.09871); a latent transformer runs over
-the patches, one step for each; continuous thoughts are patches whose embedding is the latent output before them (COCONUT,
-arXiv 2412.06769).
+Bytes are grouped into patches that begin where the next byte is hard to predict (BLT, arXiv 2412.09871). A latent
+transformer runs one step per patch. A continuous thought is a patch whose embedding is the previous latent output
+(COCONUT, arXiv 2412.06769).
 
     bytes -> byte encoder -> patches -> latent transformer (thoughts) -> byte decoder -> next byte
 
-Shapes in names: B rows, S bytes, P patches, K vectors of a patch, H heads, D width.
+Shape suffixes of names: B rows, S bytes, N bytes of all rows, P patches, K vectors of a patch, H heads, D width, d
+width of a head.
 """
 
 from dataclasses import dataclass
@@ -50,28 +51,30 @@ _ENOUGH_BYTES = 200
 @dataclass
 class CoconutOutput(ModelOutput):
     """
-    What [`CoconutModel`] and [`CoconutForCausalLM`] tell about their insides.
+    Base class of the outputs of [`CoconutModel`] and [`CoconutForCausalLM`].
 
-    In a pass with a cache, patches are those that ended in it; the patch at the end is still open.
+    In a pass with a cache, the patches are those that ended in this pass. The last patch may still be open.
 
     Args:
         past_key_values (`CoconutCache`, *optional*):
-            The cache that was passed.
+            The updated cache.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
-            The latent chain, and nothing else: patch embeddings with thoughts filled in, then the outputs of the layers as
-            the latent transformer reports them; each `(batch_size, num_patches, hidden_size)`.
+            Patch embeddings with thoughts filled in, then the layer outputs that the latent transformer reports. Each
+            has the shape `(batch_size, num_patches, hidden_size)`.
         encoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
-            Byte embeddings, then the outputs of the byte encoder's layers; `(batch_size, sequence_length, encoder_width)`.
+            Byte embeddings, then the layer outputs of the byte encoder. Each has the shape
+            `(batch_size, sequence_length, encoder_width)`.
         decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_hidden_states=True`):
-            The byte decoder's input, then the outputs of its layers; `(batch_size, sequence_length, decoder_width)`.
+            The input of the byte decoder, then its layer outputs. Each has the shape
+            `(batch_size, sequence_length, decoder_width)`.
         patch_lengths (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-            In bytes, 0 where a row has fewer patches.
+            Length of each patch in bytes, 0 where a row has fewer patches.
         patch_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
-            Which patches there are.
+            `True` for patches, `False` where a row has fewer patches.
         thought_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
-            Which of them are continuous thoughts.
+            `True` for continuous thoughts.
         entropies (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            In bits, each about the next byte; `None` where the patches were given.
+            Entropy of the prediction of the next byte, in bits. `None` if the patches were passed in.
     """
 
     past_key_values: Cache | None = None
@@ -87,11 +90,11 @@ class CoconutOutput(ModelOutput):
 @dataclass
 class CoconutModelOutput(CoconutOutput):
     """
-    Outputs of a [`CoconutModel`]: those of [`CoconutOutput`] and
+    Outputs of a [`CoconutModel`]: the fields of [`CoconutOutput`] and `last_hidden_state`.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, decoder_width)`):
-            Of the byte decoder.
+            Output of the byte decoder.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -100,13 +103,13 @@ class CoconutModelOutput(CoconutOutput):
 @dataclass
 class CoconutCausalLMOutput(CoconutOutput):
     """
-    Outputs of a [`CoconutForCausalLM`]: those of [`CoconutOutput`] and
+    Outputs of a [`CoconutForCausalLM`]: the fields of [`CoconutOutput`], the loss and the logits.
 
     Args:
         loss (`torch.FloatTensor`, *optional*, with `labels`):
             Mean negative log-likelihood of the labels, in nats.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            Of the next byte.
+            Logits of the next byte.
     """
 
     loss: torch.FloatTensor | None = None
@@ -119,12 +122,12 @@ class LatentOutput(NamedTuple):
 
     Attributes:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
-            After the final norm.
+            Latent outputs after the final norm.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*):
-            The chain.
+            Patch embeddings and layer outputs.
         order (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-            If the backbone was called several times for the parts of a row: where each patch stands in its outputs, put one
-            after the other. If it is `None`, the last call saw all patches.
+            If the backbone was called several times for the parts of a row: the position of each patch in the
+            concatenated outputs. `None` if the last call processed all patches.
     """
 
     last_hidden_state: torch.FloatTensor
@@ -132,17 +135,76 @@ class LatentOutput(NamedTuple):
     order: torch.LongTensor | None
 
     def assemble(self, calls: list[torch.Tensor]) -> torch.Tensor:
-        """What a module inside the backbone returned in all of its calls, as `(batch_size, num_patches, ...)`."""
+        """Combine the outputs of all calls of a backbone module into `(batch_size, num_patches, ...)`."""
         return calls[-1] if self.order is None else _take(torch.cat(calls, dim=1), self.order)
+
+
+class _Boundaries(NamedTuple):
+    """
+    The patches of the bytes of one forward pass.
+
+    Attributes:
+        patch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Index of each byte's patch in its row, counted from the patch that the cache left open.
+        ends (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+            `True` for bytes after which the patch is known to have ended before the next byte is seen.
+        entropies (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Entropy of the prediction of the next byte, in bits.
+        state (`PatchState`, *optional*):
+            The state after these bytes. `None` if the patches were passed in.
+    """
+
+    patch_ids: torch.LongTensor
+    ends: torch.BoolTensor
+    entropies: torch.FloatTensor | None
+    state: PatchState | None
+
+
+class _Patches(NamedTuple):
+    """
+    The bytes of one forward pass and of the patch that the cache left open, grouped into patches.
+
+    Attributes:
+        states (`torch.FloatTensor` of shape `(batch_size, num_bytes, encoder_width)`):
+            Byte states, those of the open patch first.
+        patch_ids (`torch.LongTensor` of shape `(batch_size, num_bytes)`):
+            Index of each byte's patch in its row.
+        byte_mask (`torch.BoolTensor` of shape `(batch_size, num_bytes)`):
+            `False` for padding.
+        complete (`torch.BoolTensor` of shape `(batch_size, num_bytes)`):
+            `True` for bytes of patches that go through the latent transformer in this pass.
+        lengths (`torch.LongTensor` of shape `(batch_size, num_patches)`):
+            Length of each complete patch in bytes, 0 where a row has fewer patches.
+        thought_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
+            `True` for continuous thoughts.
+        num_thoughts (`int`):
+            Maximum number of thoughts in a row.
+        num_patches (`torch.LongTensor` of shape `(batch_size,)`):
+            Number of complete patches in each row.
+        num_earlier (`torch.LongTensor` of shape `(batch_size,)`):
+            Number of patches in each row before this pass.
+    """
+
+    states: torch.FloatTensor
+    patch_ids: torch.LongTensor
+    byte_mask: torch.BoolTensor
+    complete: torch.BoolTensor
+    lengths: torch.LongTensor
+    thought_mask: torch.BoolTensor
+    num_thoughts: int
+    num_patches: torch.LongTensor
+    num_earlier: torch.LongTensor
 
 
 class CoconutByteEmbedding(nn.Module):
     """
-    Everything that is known of a byte before attention: its row in a table, its bits, and hashed n-grams that end with it.
+    Byte embedding: the sum of a table entry, a projection of the bits, and embeddings of hashed n-grams.
+
+    The n-grams of a byte are those that end with it.
 
     Args:
         config (`CoconutConfig`):
-            Of the model.
+            The model's configuration.
     """
 
     def __init__(self, config: CoconutConfig) -> None:
@@ -157,11 +219,11 @@ class CoconutByteEmbedding(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The table."""
+        """The embedding table of the bytes."""
         return self.table.weight
 
     def forward(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
-        """Embeddings `(batch_size, sequence_length, encoder_width)` of ids `(batch_size, sequence_length)`."""
+        """Embed ids `(batch_size, sequence_length)` as `(batch_size, sequence_length, encoder_width)`."""
         embeddings = self.table(input_ids)
         if self.bit_projection is not None:
             embeddings = embeddings + self.bit_projection(self._bits(input_ids).to(embeddings.dtype))
@@ -171,13 +233,13 @@ class CoconutByteEmbedding(nn.Module):
 
     @staticmethod
     def _bits(input_ids: torch.LongTensor) -> torch.LongTensor:
-        """-1 and 1, the highest bit first; zeros for special tokens."""
+        """Return bits as -1 and 1, highest bit first. Special tokens have zeros."""
         shifts = torch.arange(7, -1, -1, device=input_ids.device)
         bits = ((input_ids - BYTE_OFFSET)[..., None] >> shifts) & 1
         return (2 * bits - 1) * is_byte(input_ids)[..., None]
 
     def _hashes(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Rows of the n-gram table, `(batch_size, sequence_length, num_sizes)`. No n-gram reaches beyond its text's begin."""
+        """Table indices `(batch_size, sequence_length, num_sizes)`. N-grams do not extend beyond the start of a text."""
         hashed, power = torch.zeros_like(input_ids), 1
         reaches = torch.ones_like(input_ids, dtype=torch.bool)
         rows, shifted = {}, input_ids
@@ -193,7 +255,7 @@ class CoconutByteEmbedding(nn.Module):
 
 
 class CoconutByteLayers(MistralPreTrainedModel):
-    """Causal layers over bytes with rotary positions and a sliding window: what encoder and decoder share."""
+    """Base class of encoder and decoder: causal layers over bytes with rotary positions and a sliding window."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -207,7 +269,7 @@ class CoconutByteLayers(MistralPreTrainedModel):
         position_ids: torch.LongTensor,
         cache: Cache | None,
     ) -> dict[str, Any]:
-        """What every layer is given besides its input."""
+        """Return the arguments that all layers share."""
         create_mask = create_sliding_window_causal_mask if self.config.sliding_window else create_causal_mask
         return {
             "attention_mask": create_mask(
@@ -225,10 +287,10 @@ class CoconutByteLayers(MistralPreTrainedModel):
 
 class CoconutLocalEncoder(CoconutByteLayers):
     """
-    From byte embeddings to byte states, and from the states of a patch's bytes to its embedding.
+    The byte encoder: computes byte states from byte embeddings, and patch embeddings from byte states.
 
-    A patch is the maximum over its bytes' states, split into K vectors, each of which then attends to those bytes (BLT,
-    section 3.2.2).
+    The maximum over the states of a patch's bytes is split into K vectors. Each vector then attends to these bytes
+    (BLT, section 3.2.2).
     """
 
     def __init__(self, config: CoconutConfig) -> None:
@@ -246,7 +308,7 @@ class CoconutLocalEncoder(CoconutByteLayers):
         self.post_init()
 
     def forward(self, hidden_states: torch.FloatTensor, **inputs: Any) -> tuple[torch.FloatTensor, ...]:
-        """Embeddings and the outputs of all layers, each `(batch_size, sequence_length, encoder_width)`."""
+        """Return the input and the outputs of all layers, each `(batch_size, sequence_length, encoder_width)`."""
         chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
         for layer in self.layers:
             chain.append(layer(chain[-1], **shared))
@@ -256,26 +318,27 @@ class CoconutLocalEncoder(CoconutByteLayers):
         self, states: torch.FloatTensor, patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: int
     ) -> torch.FloatTensor:
         """
-        Embed patches.
+        Compute patch embeddings.
 
-        Linear in the number of bytes: each byte has one patch, so a softmax over a patch's bytes needs no table of all pairs.
+        The cost is linear in the number of bytes. Each byte belongs to one patch, so the attention weights of all
+        patches fit into one value per byte, vector and head.
 
         Args:
             states (`torch.FloatTensor` of shape `(batch_size, sequence_length, encoder_width)`):
-                Of the bytes.
+                Byte states.
             patch_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Which patch of its row a byte belongs to.
+                Index of each byte's patch in its row.
             mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
-                Which bytes count.
+                `True` for bytes of complete patches. Other bytes are ignored.
             num_patches (`int`):
-                Most patches of a row.
+                Maximum number of patches in a row.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`
+            `torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`: The patch embeddings.
         """
         rows, _, width = states.shape
         states_ND = states.flatten(0, 1)
-        # The bytes that do not count go to a patch beyond the last, which is dropped.
+        # Ignored bytes go to an extra patch after the last one, which is dropped.
         first_patches = num_patches * torch.arange(rows, device=states.device)[:, None]
         total = rows * num_patches
         target_N = torch.where(mask, first_patches + patch_ids, total).flatten()
@@ -300,7 +363,7 @@ class CoconutLocalEncoder(CoconutByteLayers):
 
 
 class CoconutPatchReader(nn.Module):
-    """Cross-attention of a byte to the K vectors of one patch, the last one that ended before the byte to be predicted."""
+    """Cross-attention from each byte to the K vectors of the last patch that ended before the byte to predict."""
 
     def __init__(self, config: CoconutConfig) -> None:
         super().__init__()
@@ -321,15 +384,20 @@ class CoconutPatchReader(nn.Module):
         has_patch: torch.BoolTensor,
     ) -> torch.FloatTensor:
         """
+        Add the attention output to the byte states.
+
         Args:
             hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, decoder_width)`):
-                Of the bytes.
+                Byte states.
             patches (`torch.FloatTensor` of shape `(batch_size, num_patches, K, decoder_width)`):
-                The latent outputs.
+                Projected latent outputs.
             index (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Which of them each byte attends to.
+                Index of the patch that each byte attends to.
             has_patch (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
-                Whether there is one yet.
+                Whether a patch ended before. If not, the byte state stays as it is.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, decoder_width)`: The new byte states.
         """
         heads = (self.num_heads, hidden_states.shape[-1] // self.num_heads)
         normed_BPKD = self.k_norm(patches)
@@ -343,7 +411,7 @@ class CoconutPatchReader(nn.Module):
 
 
 class CoconutLocalDecoder(CoconutByteLayers):
-    """From byte states and latent outputs to the states that predict the next byte (BLT, section 3.3)."""
+    """The byte decoder: combines byte states and latent outputs to predict the next byte (BLT, section 3.3)."""
 
     def __init__(self, config: CoconutConfig) -> None:
         super().__init__(config.decoder_config)
@@ -362,7 +430,7 @@ class CoconutLocalDecoder(CoconutByteLayers):
         has_patch: torch.BoolTensor,
         **inputs: Any,
     ) -> tuple[torch.FloatTensor, ...]:
-        """The input, the outputs of all layers but the last, and that of the last after the final norm."""
+        """Return the input and the outputs of all layers. The last output is normalized."""
         chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
         patches_BPKD = self.latent_projection(latent_outputs).unflatten(-1, (self.num_vectors, -1))
         for read, layer in zip(self.patch_readers, self.layers, strict=True):
@@ -372,11 +440,11 @@ class CoconutLocalDecoder(CoconutByteLayers):
 
 class BinaryPatchModule(nn.Module):
     """
-    Decides where patches begin. The thresholds are those of the entropy predictor's configuration, and are saved with it.
+    Decides where patches begin. The thresholds belong to the entropy predictor's configuration and are saved with it.
 
     Args:
         config (`CoconutConfig`):
-            Of the model.
+            The model's configuration.
     """
 
     def __init__(self, config: CoconutConfig) -> None:
@@ -403,7 +471,7 @@ class BinaryPatchModule(nn.Module):
 
     @property
     def rule(self) -> PatchRule:
-        """The rule with its parameters."""
+        """The patch rule with its parameters."""
         return PatchRule(
             self.config.patch_rule,
             self.threshold,
@@ -416,21 +484,30 @@ class BinaryPatchModule(nn.Module):
         self, input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, state: PatchState
     ) -> tuple[torch.BoolTensor, torch.BoolTensor, PatchState]:
         """
-        Cut the next bytes of rows.
+        Cut the next bytes of rows into patches.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                The next ids of each row.
+            entropies (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Entropy of the prediction of the next byte, in bits.
+            state (`PatchState`):
+                The state after the earlier bytes.
 
         Returns:
-            `tuple`: Where patches start, and where they end as far as that is known before the next byte is; both of shape
-            `(batch_size, sequence_length)`. And the state after these bytes.
+            `tuple`: Three values. A mask of shape `(batch_size, sequence_length)` of the positions where patches
+            start. A mask of the same shape of the positions where a patch is known to end before the next byte is
+            seen. The state after these bytes.
         """
         starts, expected, state = continue_patches(input_ids, entropies, self.rule, state)
-        # Any byte will do: whether one starts a patch does not depend on which it is.
-        anything = torch.full_like(input_ids[:, :1], BYTE_OFFSET)
-        _, following, _ = continue_patches(anything, None, self.rule, state)
+        # Whether the next byte would start a patch does not depend on its value, so any byte works.
+        any_byte = torch.full_like(input_ids[:, :1], BYTE_OFFSET)
+        _, following, _ = continue_patches(any_byte, None, self.rule, state)
         return starts, torch.cat([expected[:, 1:], following], dim=1), state
 
 
 class CoconutPreTrainedModel(PreTrainedModel):
-    """Loading, saving and the conventions of transformers, for the models of this file."""
+    """Base class for loading and saving, with the flags that transformers expects."""
 
     config_class = CoconutConfig
     base_model_prefix = "model"
@@ -439,35 +516,35 @@ class CoconutPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["entropy_predictor"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    # Its cache cannot go back.
+    # The cache cannot be rolled back.
     _is_stateful = True
 
 
 class CoconutLatentTransformer(CoconutPreTrainedModel):
     """
-    The decoder over patches, its continuous thoughts, and the model that says where patches begin.
+    The latent transformer: a decoder over patches with continuous thoughts. It also holds the entropy predictor.
 
     Args:
         config (`CoconutConfig`):
-            Of the model.
+            The model's configuration.
     """
 
     def __init__(self, config: CoconutConfig) -> None:
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
-        # It knows no flash attention, and is small.
+        # The predictor does not support flash attention. It is small, so SDPA is fast enough.
         self.entropy_predictor = ByteEntropyPredictor._from_config(config.entropy_config, attn_implementation="sdpa")
-        # Where what a thought is made of can be watched, and changed.
+        # A place for hooks that observe or change the embedding of a thought.
         self.thoughts = nn.Identity()
         self.post_init()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "CoconutLatentTransformer":
-        """As for any module, but the entropy predictor stays in evaluation mode, and what is not trained stays frozen."""
+        """Set the mode. The entropy predictor stays in evaluation mode, and frozen weights stay frozen."""
         super().train(mode)
-        # Here and not when they are made: `from_pretrained` replaces the weights by others, and calls this afterwards.
+        # Not in `__init__`, because `from_pretrained` replaces the weights and calls this method afterwards.
         self.entropy_predictor.requires_grad_(False).eval()
-        # It is never looked at, and must not be missed in a backward pass.
+        # The backbone's own embedding is never used. Distributed training must not wait for its gradient.
         self.backbone.get_input_embeddings().requires_grad_(False)
         return self
 
@@ -486,21 +563,26 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
         output_hidden_states: bool = False,
     ) -> LatentOutput:
         """
+        Run the backbone over the patches of all rows.
+
         Args:
             patch_embeds (`torch.FloatTensor` of shape `(batch_size, num_patches, hidden_size)`):
-                Patches, each row's from the left.
+                Patch embeddings. Each row is padded on the right.
             patch_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
-                Which there are.
+                `True` for patches, `False` for padding.
             thought_mask (`torch.BoolTensor` of shape `(batch_size, num_patches)`):
-                Which are thoughts: the latent output before them takes the place of their embedding.
+                `True` for thoughts. Their embedding is replaced by the latent output of the patch before.
             num_thoughts (`int`):
-                Most thoughts of a row.
+                Maximum number of thoughts in a row.
             cache (`LatentCache`, *optional*):
-                Of the patches before; it is updated.
+                The cache of the earlier patches. It is updated.
             position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-                For packed rows, which have no padding between patches: positions that begin anew with each document.
+                Positions of packed rows, which restart with each document.
             output_hidden_states (`bool`, *optional*, defaults to `False`):
-                Whether to return the chain.
+                Whether to return patch embeddings and layer outputs.
+
+        Returns:
+            [`LatentOutput`]
         """
         sequential = self.config.thought_mode == "sequential" and position_ids is None and not self._drops_caches
         if cache is not None or (num_thoughts and sequential):
@@ -521,15 +603,15 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
         position_ids: torch.LongTensor | None,
         output_hidden_states: bool,
     ) -> LatentOutput:
-        """All patches at once; with thoughts several times, each pass on the thoughts of the one before (Jacobi)."""
+        """Process all patches in one pass. With thoughts, repeat it with the thoughts of the pass before (Jacobi)."""
         if self.config.thought_mode == "jacobi":
             num_thoughts = min(num_thoughts, self.config.thought_iterations)
         if position_ids is not None:
             inputs = {"position_ids": position_ids}
         else:
-            # A row of padding alone still sees something: softmax over nothing is NaN on some devices.
+            # A row of padding must attend to something, because a softmax over nothing is NaN on some devices.
             inputs = {"attention_mask": nn.functional.pad(patch_mask[:, 1:], (1, 0), value=True).long()}
-        # The first patch of a document follows none: it stays what it is.
+        # The first patch of a document has no patch before it and keeps its embedding.
         positions = torch.arange(thought_mask.shape[1], device=thought_mask.device)
         filled_in = thought_mask & ((positions if position_ids is None else position_ids) > 0)
         embeds = patch_embeds
@@ -552,8 +634,10 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
         output_hidden_states: bool,
     ) -> LatentOutput:
         """
-        What comes before each row's first thought in one call, then each thought and what follows it up to the next in one
-        call: rows may have different numbers of thoughts at different places.
+        Call the backbone once for the patches before each row's first thought, then once for each thought.
+
+        The call for a thought includes the patches up to the next thought. Rows may have different numbers of thoughts
+        at different positions.
         """
         rounds = thought_mask.cumsum(dim=1)
         counts = torch.stack([(patch_mask & (rounds == number)).sum(dim=1) for number in range(num_thoughts + 1)])
@@ -568,7 +652,7 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
             index = (begin[:, None] + columns).clamp(max=patch_embeds.shape[1] - 1)
             embeds = _take(patch_embeds, index)
             if number:
-                # It begins with a thought, but in rows that have fewer.
+                # The round begins with a thought, except in rows with fewer thoughts.
                 follows = active[:, :1] & (cache.num_patches > 0)[:, None]
                 first = torch.where(follows, self.thoughts(cache.last_output), embeds[:, 0])
                 embeds = torch.cat([first[:, None], embeds[:, 1:]], dim=1)
@@ -583,13 +667,13 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
     def _step(
         self, embeds: torch.FloatTensor, active: torch.BoolTensor, cache: LatentCache, output_hidden_states: bool
     ) -> tuple[torch.FloatTensor, ...]:
-        """Run the backbone on the next patches of the rows that have some. Returns the chain, or its end alone."""
+        """Run the backbone on the next patches. Return all hidden states, or a tuple of the last one only."""
         positions = cache.num_patches[:, None] + active.cumsum(dim=1) - 1
         cache.positions = torch.cat([cache.positions, torch.where(active, positions, -1)], dim=1)
         positions = positions.clamp(min=0)
         outputs = self.backbone(
             inputs_embeds=embeds,
-            # A single row has no holes.
+            # A single row has no holes and needs no mask.
             attention_mask=None if len(embeds) == 1 else self._masks(positions, cache.positions, embeds.dtype),
             position_ids=positions,
             past_key_values=cache.keys_and_values,
@@ -605,12 +689,12 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
     def _masks(
         self, queries: torch.LongTensor, keys: torch.LongTensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Who sees whom, by positions and not by columns, as prepared masks `(batch_size, 1, num_queries, num_keys)`."""
+        """Return masks `(batch_size, 1, num_queries, num_keys)` that compare positions instead of columns."""
         config = self.backbone.config
         if config._attn_implementation.startswith("flash"):
             return (keys >= 0).long()
         distance = queries[:, :, None] - keys[:, None, :]
-        # A hole sees at least itself: nothing must become NaN, for 0 * NaN is NaN.
+        # A hole attends to itself. Otherwise it would become NaN, and 0 * NaN is NaN in the gradient.
         own = torch.eye(queries.shape[1], dtype=torch.bool, device=keys.device)
         own = nn.functional.pad(own, (keys.shape[1] - queries.shape[1], 0))
         whole = ((keys >= 0)[:, None, :] & (distance >= 0)) | own
@@ -648,7 +732,7 @@ class CoconutModel(CoconutPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> CoconutByteEmbedding:
-        """The module from ids to all that is known of a byte: table, bits and n-grams."""
+        """Return the module that embeds ids: table, bits and n-grams."""
         return self.byte_embedding
 
     def set_input_embeddings(self, value: CoconutByteEmbedding) -> None:
@@ -667,10 +751,10 @@ class CoconutModel(CoconutPreTrainedModel):
                 0 for padding.
 
         Returns:
-            `dict`: `patch_lengths` and `patch_ends`, as [`CoconutModel.forward`] takes them.
+            `dict`: `patch_lengths` and `patch_ends`, the arguments of [`CoconutModel.forward`].
         """
-        input_ids, real = self._with_padding(input_ids, attention_mask)
-        starts, ends, _, _ = self._boundaries(input_ids, None)
+        input_ids, real = self._mark_padding(input_ids, attention_mask)
+        starts, ends, _, _ = self._find_boundaries(input_ids, None)
         patch_ids = (starts & real).cumsum(dim=1) - 1
         return {"patch_lengths": _lengths(patch_ids, real, int(patch_ids.max()) + 1), "patch_ends": ends}
 
@@ -687,36 +771,40 @@ class CoconutModel(CoconutPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> CoconutModelOutput:
         """
+        Compute the states that predict the next byte at each position.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Bytes and special tokens; with a cache, those that are new.
+                Bytes and special tokens. With a cache, only the new ones.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                0 for padding, on either side; with a cache, it may also cover what came before. The pad token is padding with
-                or without it.
+                0 for padding, on either side. With a cache, it may also cover the earlier positions. The pad token
+                always counts as padding, also without a mask.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                For packed rows, with `patch_position_ids` and without `attention_mask`: positions that begin anew with each
-                document, as [`PackedPatchDataCollator`] makes them.
+                Positions of packed rows, which restart with each document, as [`PackedPatchDataCollator`] makes them.
+                They require `patch_position_ids` and exclude `attention_mask`.
             patch_lengths (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-                Bytes of each patch, 0 where a row has fewer; without them the model patches by itself.
+                Length of each patch in bytes, 0 where a row has fewer patches. By default the model finds the patches.
             patch_ends (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                After which bytes the patch is known to have ended before the next one is seen. Without it, that is taken from
-                `patch_lengths`, which do not tell it of a row's last byte and of one before a token that is always a patch of
-                its own: those are taken to be inside of one, unless they are special tokens themselves.
+                `True` for bytes after which the patch is known to have ended before the next byte is seen. By default
+                this is derived from `patch_lengths`. Lengths do not tell it for a row's last byte and for a byte
+                before a token that is always a patch of its own. These positions count as inside a patch, unless they
+                hold special tokens themselves.
             patch_position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-                For packed rows.
+                Positions of the patches in packed rows.
             past_key_values (`CoconutCache`, *optional*):
-                The state after the bytes before; it is updated.
+                The state after the earlier bytes. It is updated.
             use_cache (`bool`, *optional*, defaults to `False`):
-                Whether to begin a cache if none was passed.
+                Whether to start a cache if none is passed.
             output_hidden_states (`bool`, *optional*):
-                Whether to return the three chains.
+                Whether to return the hidden states of encoder, latent transformer and decoder.
 
         Returns:
             [`CoconutModelOutput`]
 
         Raises:
-            `ValueError`: If there are no bytes, patches and bytes do not fit together, or there are more thoughts or patches
-                than the configuration allows.
+            `ValueError`: If there are no bytes, if patches and bytes do not fit together, or if there are more
+            thoughts or
+                patches than the configuration allows.
         """
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
@@ -724,111 +812,66 @@ class CoconutModel(CoconutPreTrainedModel):
         if cache is None and use_cache:
             cache = CoconutCache(self.config)
         self._check_arguments(input_ids, patch_lengths, position_ids, patch_position_ids, cache)
-        input_ids, real = self._with_padding(input_ids, attention_mask)
-        rows, length = input_ids.shape
+        input_ids, real = self._mark_padding(input_ids, attention_mask)
         if cache is not None and cache.latent is None:
-            cache.begin(rows, input_ids.device, self.dtype)
+            cache.begin(len(input_ids), input_ids.device, self.dtype)
 
-        # Boundaries: which patch a byte belongs to, counted from the one that the cache left open, and whether it ends there.
-        if patch_lengths is not None:
-            entropies = None
-            patch_ids, ends = _from_lengths(patch_lengths, real, input_ids)
-            ends = ends if patch_ends is None else patch_ends
-        else:
-            starts, ends, entropies, state = self._boundaries(input_ids, cache)
-            left_open = 0 if cache is None else cache.open_mask.any(dim=1, keepdim=True)
-            patch_ids = ((starts & real).cumsum(dim=1) - 1 + left_open).clamp(min=0)
-
-        # Bytes
-        history = None if cache is None else cache.history
-        embeds = self._embed(input_ids, history)
+        boundaries = self._assign_bytes(input_ids, real, patch_lengths, patch_ends, cache)
         inputs = self._byte_inputs(real, position_ids, cache)
-        encoder_chain = self.local_encoder(embeds, cache=getattr(cache, "encoder", None), **inputs)
-        states, of_patch, counts = encoder_chain[-1], patch_ids, real
-        if cache is not None:
-            states = torch.cat([cache.open_states, states], dim=1)
-            of_patch = torch.cat([torch.zeros_like(cache.open_mask, dtype=torch.long), patch_ids], dim=1)
-            counts = torch.cat([cache.open_mask, real], dim=1)
-        num_patches = torch.where(counts, of_patch + 1, 0).amax(dim=1)
-        if cache is not None:
-            # Whether the last patch has ended: the others have, as there is one after them.
-            num_patches = num_patches - (~ends[:, -1] & (num_patches > 0)).long()
-        thoughts = ((input_ids == THOUGHT_TOKEN_ID) & real).sum(dim=1)
-        before = torch.zeros_like(num_patches) if cache is None else cache.latent.num_patches
-        after = before + num_patches if patch_position_ids is None else patch_position_ids.amax(dim=1) + 1
-        width, num_thoughts, longest = torch.stack([num_patches, thoughts, after]).amax(dim=1).tolist()
-        self._check_sizes(num_thoughts, longest)
-        if entropies is not None and not self._checked_patch_size:
-            self._check_patch_size(int(real.sum()), int(num_patches.sum()))
-
-        # Patches
-        if patch_position_ids is not None:
-            width = patch_position_ids.shape[1]
-        whole = counts & (of_patch < num_patches[:, None])
-        lengths = _lengths(of_patch, whole, width)
-        patch_mask = lengths > 0
-        thought_mask = torch.zeros_like(patch_mask)
-        if num_thoughts:
-            is_thought = ((input_ids == THOUGHT_TOKEN_ID) & real).long()
-            thought_mask = torch.zeros_like(lengths).scatter_add(1, patch_ids.clamp(max=width - 1), is_thought) > 0
-        last_output = states.new_zeros(rows, self.config.hidden_size) if cache is None else cache.latent.last_output
-        latent, latent_outputs = None, last_output[:, None]
-        if width:
-            latent = self.latent_transformer(
-                self.local_encoder.pool(states, of_patch, whole, width),
-                patch_mask,
-                thought_mask,
-                num_thoughts,
-                cache=getattr(cache, "latent", None),
-                position_ids=patch_position_ids,
-                output_hidden_states=output_hidden_states,
-            )
-            latent_outputs = torch.cat([latent_outputs, latent.last_hidden_state], dim=1)
-
-        # Bytes again. Column 0 of the latent outputs is what came before the first of these patches.
-        index = patch_ids + ends
-        has_patch = (index > 0) | (before > 0)[:, None]
-        if patch_position_ids is not None:
-            # What came before the first patch of a document is another document.
-            has_patch = has_patch & (ends | (_take(patch_position_ids, patch_ids) > 0))
+        encoder_chain = self.local_encoder(
+            self._embed(input_ids, cache), cache=getattr(cache, "encoder", None), **inputs
+        )
+        patches = self._group_bytes(encoder_chain[-1], input_ids, real, boundaries, patch_position_ids, cache)
+        self._check_patch_size(real, boundaries, patches)
+        latent, latent_outputs = self._run_latent(patches, patch_position_ids, cache, output_hidden_states)
+        index, has_patch = self._readable_patches(boundaries, patches, patch_position_ids)
         decoder_chain = self.local_decoder(
-            encoder_chain[-1],
-            latent_outputs,
-            index.clamp(max=width),
-            has_patch,
-            cache=getattr(cache, "decoder", None),
-            **inputs,
+            encoder_chain[-1], latent_outputs, index, has_patch, cache=getattr(cache, "decoder", None), **inputs
         )
         if cache is not None:
-            cache.patches = state
-            self._keep_open(cache, states, counts & ~whole)
-            cache.history = torch.cat([cache.history, input_ids], dim=1)[:, length:]
-            cache.num_bytes = cache.num_bytes + real.sum(dim=1)
+            self._update_cache(cache, input_ids, real, boundaries, patches)
         return CoconutModelOutput(
             last_hidden_state=decoder_chain[-1],
             past_key_values=cache,
             hidden_states=latent.hidden_states if latent is not None else None,
             encoder_hidden_states=encoder_chain if output_hidden_states else None,
             decoder_hidden_states=decoder_chain if output_hidden_states else None,
-            patch_lengths=lengths,
-            patch_mask=patch_mask,
-            thought_mask=thought_mask,
-            entropies=entropies,
+            patch_lengths=patches.lengths,
+            patch_mask=patches.lengths > 0,
+            thought_mask=patches.thought_mask,
+            entropies=boundaries.entropies,
         )
 
-    def _with_padding(
+    def _mark_padding(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """From here on the pad token is the mask."""
+        """Replace masked ids by the pad token. Return the ids and the mask of real positions."""
         if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :].bool()
             input_ids = torch.where(attention_mask, input_ids, PAD_TOKEN_ID)
         return input_ids, input_ids != PAD_TOKEN_ID
 
-    def _boundaries(
+    def _assign_bytes(
+        self,
+        input_ids: torch.LongTensor,
+        real: torch.BoolTensor,
+        patch_lengths: torch.LongTensor | None,
+        patch_ends: torch.BoolTensor | None,
+        cache: CoconutCache | None,
+    ) -> _Boundaries:
+        """Assign each byte to a patch, by the given lengths or by the patch rule."""
+        if patch_lengths is not None:
+            patch_ids, ends = _from_lengths(patch_lengths, real, input_ids)
+            return _Boundaries(patch_ids, ends if patch_ends is None else patch_ends, None, None)
+        starts, ends, entropies, state = self._find_boundaries(input_ids, cache)
+        left_open = 0 if cache is None else cache.open_mask.any(dim=1, keepdim=True)
+        patch_ids = ((starts & real).cumsum(dim=1) - 1 + left_open).clamp(min=0)
+        return _Boundaries(patch_ids, ends, entropies, state)
+
+    def _find_boundaries(
         self, input_ids: torch.LongTensor, cache: CoconutCache | None
     ) -> tuple[torch.BoolTensor, torch.BoolTensor, torch.FloatTensor | None, PatchState]:
-        """Where patches start, where they are known to end, the entropies, and the state after these bytes."""
+        """Return the starts and known ends of patches, the entropies, and the state after these bytes."""
         entropies = None
         if self.binary_patch_module.rule.needs_entropies:
             predictor, ordinary = self.latent_transformer.entropy_predictor, is_byte(input_ids)
@@ -836,7 +879,7 @@ class CoconutModel(CoconutPreTrainedModel):
             positions = segment_positions(
                 data, ordinary, self.config.entropy_config.reset_on_newline, getattr(cache, "segment_length", None)
             )
-            # In float32 whatever the rest is trained in: the boundaries must not depend on it.
+            # Always in float32, because the boundaries must not depend on the precision of the rest.
             with torch.autocast(input_ids.device.type, enabled=False):
                 entropies = predictor.entropies(
                     data, ordinary, position_ids=positions, past_key_values=getattr(cache, "entropy", None)
@@ -847,15 +890,15 @@ class CoconutModel(CoconutPreTrainedModel):
         starts, ends, state = self.binary_patch_module(input_ids, entropies, state)
         return starts, ends, entropies, state
 
-    def _embed(self, input_ids: torch.LongTensor, history: torch.LongTensor | None) -> torch.FloatTensor:
-        if history is None:
+    def _embed(self, input_ids: torch.LongTensor, cache: CoconutCache | None) -> torch.FloatTensor:
+        if cache is None:
             return self.byte_embedding(input_ids)
-        return self.byte_embedding(torch.cat([history, input_ids], dim=1))[:, history.shape[1] :]
+        return self.byte_embedding(torch.cat([cache.history, input_ids], dim=1))[:, cache.history.shape[1] :]
 
     def _byte_inputs(
         self, real: torch.BoolTensor, position_ids: torch.LongTensor | None, cache: CoconutCache | None
     ) -> dict[str, torch.Tensor | None]:
-        """Mask and positions of the bytes: in packed rows, positions alone tell documents apart."""
+        """Return mask and positions of the bytes. In packed rows, positions alone separate documents."""
         if position_ids is not None:
             return {"real": None, "position_ids": position_ids}
         position_ids = (real.cumsum(dim=1) - 1).clamp(min=0)
@@ -864,12 +907,99 @@ class CoconutModel(CoconutPreTrainedModel):
             real = cache.real = torch.cat([cache.real, real], dim=1)
         return {"real": None if real.all() else real, "position_ids": position_ids}
 
+    def _group_bytes(
+        self,
+        states: torch.FloatTensor,
+        input_ids: torch.LongTensor,
+        real: torch.BoolTensor,
+        boundaries: _Boundaries,
+        patch_position_ids: torch.LongTensor | None,
+        cache: CoconutCache | None,
+    ) -> _Patches:
+        """Group the bytes into patches, together with the bytes of the open patch in the cache."""
+        patch_ids, byte_mask = boundaries.patch_ids, real
+        if cache is not None:
+            states = torch.cat([cache.open_states, states], dim=1)
+            patch_ids = torch.cat([torch.zeros_like(cache.open_mask, dtype=torch.long), patch_ids], dim=1)
+            byte_mask = torch.cat([cache.open_mask, real], dim=1)
+        num_patches = torch.where(byte_mask, patch_ids + 1, 0).amax(dim=1)
+        if cache is not None:
+            # Only the last patch may be open. All others have ended, because another patch follows.
+            num_patches = num_patches - (~boundaries.ends[:, -1] & (num_patches > 0)).long()
+
+        is_thought = (input_ids == THOUGHT_TOKEN_ID) & real
+        num_earlier = torch.zeros_like(num_patches) if cache is None else cache.latent.num_patches
+        total = num_earlier + num_patches if patch_position_ids is None else patch_position_ids.amax(dim=1) + 1
+        sizes = torch.stack([num_patches, is_thought.sum(dim=1), total]).amax(dim=1)
+        width, num_thoughts, longest = sizes.tolist()
+        self._check_sizes(num_thoughts, longest)
+        if patch_position_ids is not None:
+            width = patch_position_ids.shape[1]
+
+        complete = byte_mask & (patch_ids < num_patches[:, None])
+        lengths = _lengths(patch_ids, complete, width)
+        thought_mask = torch.zeros_like(lengths, dtype=torch.bool)
+        if num_thoughts:
+            of_thought = boundaries.patch_ids.clamp(max=width - 1)
+            thought_mask = torch.zeros_like(lengths).scatter_add(1, of_thought, is_thought.long()) > 0
+        return _Patches(
+            states, patch_ids, byte_mask, complete, lengths, thought_mask, num_thoughts, num_patches, num_earlier
+        )
+
+    def _run_latent(
+        self,
+        patches: _Patches,
+        patch_position_ids: torch.LongTensor | None,
+        cache: CoconutCache | None,
+        output_hidden_states: bool,
+    ) -> tuple[LatentOutput | None, torch.FloatTensor]:
+        """Run the latent transformer. Column 0 of the outputs is the output before the first of these patches."""
+        rows, width = patches.lengths.shape
+        if cache is None:
+            earlier = patches.states.new_zeros(rows, self.config.hidden_size)
+        else:
+            earlier = cache.latent.last_output
+        if not width:
+            return None, earlier[:, None]
+        latent = self.latent_transformer(
+            self.local_encoder.pool(patches.states, patches.patch_ids, patches.complete, width),
+            patches.lengths > 0,
+            patches.thought_mask,
+            patches.num_thoughts,
+            cache=getattr(cache, "latent", None),
+            position_ids=patch_position_ids,
+            output_hidden_states=output_hidden_states,
+        )
+        return latent, torch.cat([earlier[:, None], latent.last_hidden_state], dim=1)
+
     @staticmethod
-    def _keep_open(cache: CoconutCache, states: torch.FloatTensor, kept: torch.BoolTensor) -> None:
-        """Keep the states of these bytes, each row's from the left."""
+    def _readable_patches(
+        boundaries: _Boundaries, patches: _Patches, patch_position_ids: torch.LongTensor | None
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Return the column of latent outputs that each byte reads, and whether a patch ended before."""
+        index = boundaries.patch_ids + boundaries.ends
+        has_patch = (index > 0) | (patches.num_earlier > 0)[:, None]
+        if patch_position_ids is not None:
+            # The patch before the first patch of a document belongs to another document.
+            has_patch = has_patch & (boundaries.ends | (_take(patch_position_ids, boundaries.patch_ids) > 0))
+        return index.clamp(max=patches.lengths.shape[1]), has_patch
+
+    @staticmethod
+    def _update_cache(
+        cache: CoconutCache,
+        input_ids: torch.LongTensor,
+        real: torch.BoolTensor,
+        boundaries: _Boundaries,
+        patches: _Patches,
+    ) -> None:
+        cache.patches = boundaries.state
+        kept = patches.byte_mask & ~patches.complete
         longest = int(kept.sum(dim=1).max())
+        # Each row's kept bytes move to the left.
         order = (~kept).int().argsort(dim=1, stable=True)[:, :longest]
-        cache.open_states, cache.open_mask = _take(states, order), _take(kept, order)
+        cache.open_states, cache.open_mask = _take(patches.states, order), _take(kept, order)
+        cache.history = torch.cat([cache.history, input_ids], dim=1)[:, input_ids.shape[1] :]
+        cache.num_bytes = cache.num_bytes + real.sum(dim=1)
 
     def _check_arguments(
         self,
@@ -880,63 +1010,65 @@ class CoconutModel(CoconutPreTrainedModel):
         cache: CoconutCache | None,
     ) -> None:
         if not input_ids.numel():
-            raise ValueError(
-                "`input_ids` is empty: pass at least one byte, the beginning-of-sequence token for instance."
-            )
+            raise ValueError("`input_ids` is empty. Pass at least one id, such as the beginning-of-sequence token.")
         packed = position_ids is not None
         if packed != (patch_position_ids is not None) or (packed and patch_lengths is None):
             raise ValueError(
                 "Packed rows need `position_ids`, `patch_lengths` and `patch_position_ids` together, as "
-                "`PackedPatchDataCollator` makes them; other rows need none of the positions."
+                "`PackedPatchDataCollator` makes them. Other rows need neither of the positions."
             )
         if cache is None:
             return
         if patch_lengths is not None:
-            raise ValueError("With a cache the model patches by itself: leave out `patch_lengths`.")
+            raise ValueError("With a cache the model finds the patches itself. Do not pass `patch_lengths`.")
         if not isinstance(cache, CoconutCache):
             raise ValueError(f"`past_key_values` must be a CoconutCache, got {type(cache).__name__}.")
         if self.training and self.is_activation_checkpointing:
-            raise ValueError("Gradient checkpointing drops caches: call `model.eval()`, or pass `use_cache=False`.")
+            raise ValueError("Gradient checkpointing drops caches. Call `model.eval()` or pass `use_cache=False`.")
 
     def _check_sizes(self, num_thoughts: int, num_patches: int) -> None:
         if num_thoughts > self.config.max_thoughts:
             raise ValueError(
-                f"A row has {num_thoughts} thoughts, and the model is configured for {self.config.max_thoughts}: use fewer, or "
-                "raise `config.max_thoughts`."
+                f"A row has {num_thoughts} thoughts, but the model is configured for {self.config.max_thoughts}. Use "
+                "fewer thoughts or raise `config.max_thoughts`."
             )
         longest = self.config.max_position_embeddings
         if longest is not None and num_patches > longest:
             raise ValueError(
-                f"A row has {num_patches} patches, and the latent transformer takes {longest}: cut the text, or raise the "
-                "thresholds for longer patches."
+                f"A row has {num_patches} patches, but the latent transformer takes at most {longest}. Shorten the "
+                "text, or raise the thresholds for longer patches."
             )
 
-    def _check_patch_size(self, num_bytes: int, num_patches: int) -> None:
-        """Say once what makes the model slow or blind: thresholds of another predictor, or one that was never trained."""
+    def _check_patch_size(self, real: torch.BoolTensor, boundaries: _Boundaries, patches: _Patches) -> None:
+        """Warn once about an unusual mean patch size. Very short patches are slow, very long ones lose information."""
+        if boundaries.entropies is None or self._checked_patch_size:
+            return
+        num_bytes = int(real.sum())
         if num_bytes < _ENOUGH_BYTES:
             return
         self._checked_patch_size = True
-        size = num_bytes / max(num_patches, 1)
+        size = num_bytes / max(int(patches.num_patches.sum()), 1)
         if not _USUAL_PATCH_SIZES[0] <= size <= _USUAL_PATCH_SIZES[1]:
             logger.warning(
-                f"The mean patch is {size:.1f} bytes long: `crow_hf.calibrate_threshold` finds thresholds for the size you want, "
-                "and `model.binary_patch_module` takes them."
+                f"The mean patch is {size:.1f} bytes long. Use `crow_hf.calibrate_threshold` to find thresholds for "
+                "another size, and set them on `model.binary_patch_module`."
             )
 
 
 class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
     """
-    The byte-latent model with a head over bytes.
+    The byte-latent model with a language modeling head over bytes.
 
     Args:
         config (`CoconutConfig`):
-            The configuration. All weights are random, also the entropy predictor's: [`CoconutForCausalLM.from_backbone`]
-            takes trained ones.
+            The model's configuration. All weights are random, including those of the entropy predictor. Use
+            [`CoconutForCausalLM.from_backbone`] to start from trained weights.
 
     Example:
 
     ```python
-    >>> model = CoconutForCausalLM.from_backbone(LlamaConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4))
+    >>> backbone = LlamaConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+    >>> model = CoconutForCausalLM.from_backbone(backbone)
     >>> tokenizer = CoconutTokenizer()
     >>> outputs = model(**tokenizer("Bytes in patches.", return_tensors="pt"))
     >>> outputs.logits.shape
@@ -960,30 +1092,31 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> "CoconutForCausalLM":
         """
-        Put a decoder of transformers between byte encoder and byte decoder.
+        Build a byte-latent model around a pretrained decoder.
 
-        Its layers keep their weights; its vocabulary is left out. What is new (the layers over bytes) is random and wants
-        training.
+        The decoder's layers keep their weights, and its vocabulary is dropped. The new layers over bytes are random
+        and need training.
 
         Args:
             backbone (`str`, `Path`, `PreTrainedModel` or `PreTrainedConfig`):
-                The decoder, with or without a head: a folder or a name on the Hub, a model, which is copied, or a
-                configuration, for random weights.
+                The decoder, with or without a head: a folder, a repository on the Hub, a model (its weights are
+                copied), or a configuration (for random weights).
             entropy_predictor (`str`, `Path` or `ByteEntropyPredictor`, *optional*):
-                The model that says where patches begin; the small one that ships beside this file by default.
+                The model that decides where patches begin. Defaults to the small predictor that ships with the
+                package.
             **kwargs:
                 Fields of [`CoconutConfig`].
 
         Returns:
-            `CoconutForCausalLM`: In the backbone's precision; the entropy predictor in float32.
+            `CoconutForCausalLM`: The model, in the precision of the backbone. The entropy predictor is in float32.
 
         Raises:
-            `ValueError`: If there is no predictor, or the backbone is no decoder.
+            `ValueError`: If there is no predictor, or if the backbone is not a decoder.
         """
         if entropy_predictor is None:
             entropy_predictor = Path(__file__).parent / "default_entropy_predictor"
             if not entropy_predictor.is_dir():
-                raise ValueError("No entropy predictor is beside this file: pass one as `entropy_predictor`.")
+                raise ValueError("There is no default entropy predictor beside this file. Pass `entropy_predictor`.")
         if not isinstance(entropy_predictor, ByteEntropyPredictor):
             entropy_predictor = ByteEntropyPredictor.from_pretrained(
                 entropy_predictor, dtype=torch.float32, use_safetensors=True
@@ -1010,17 +1143,19 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
             missing = set(latent.backbone.load_state_dict(weights, strict=False).missing_keys)
             own = {name for name, _ in latent.backbone.named_parameters()} & missing
             if len(own) > 1:
-                raise ValueError(f"{type(source).__name__} cannot be a backbone: nothing fills {sorted(own)[:3]}.")
+                raise ValueError(
+                    f"{type(source).__name__} cannot be a backbone. It has no weights for {sorted(own)[:3]}."
+                )
         return model
 
     @property
     def latent_transformer(self) -> CoconutLatentTransformer:
-        """The decoder over patches; holds `entropy_predictor`."""
+        """The decoder over patches. It holds `entropy_predictor`."""
         return self.model.latent_transformer
 
     @property
     def binary_patch_module(self) -> BinaryPatchModule:
-        """Holds `threshold` and `relative_threshold`, in bits."""
+        """The module that holds `threshold` and `relative_threshold`, in bits."""
         return self.model.binary_patch_module
 
     @property
@@ -1030,18 +1165,18 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
 
     @property
     def local_decoder(self) -> CoconutLocalDecoder:
-        """The layers over bytes above it."""
+        """The layers over bytes above the latent transformer."""
         return self.model.local_decoder
 
     def get_input_embeddings(self) -> CoconutByteEmbedding:
-        """The module from ids to all that is known of a byte: table, bits and n-grams."""
+        """Return the module that embeds ids: table, bits and n-grams."""
         return self.model.byte_embedding
 
     def set_input_embeddings(self, value: CoconutByteEmbedding) -> None:
         self.model.byte_embedding = value
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
+        """Return the language modeling head."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
@@ -1065,16 +1200,19 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         """
         Predict the next byte at each position.
 
-        Besides the arguments of [`CoconutModel.forward`]: `labels`, the same ids, -100 where there is nothing to learn;
-        `logits_to_keep`, how many of the last positions get logits, or which, 0 for all; and for the loss,
-        `num_items_in_batch`.
+        This method takes the arguments of [`CoconutModel.forward`] and three more. `labels` are the same ids, or -100
+        at positions without loss. `logits_to_keep` is the number of last positions that get logits (0 for all), or
+        their indices. `num_items_in_batch` is the number of labels that the loss is averaged over.
 
         Returns:
             [`CoconutCausalLMOutput`]
+
+        Raises:
+            `ValueError`: If `input_ids` are missing, or if [`CoconutModel.forward`] rejects the arguments.
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "Pass `input_ids`: patches are made of the bytes themselves, which embeddings do not show."
+                "Pass `input_ids`. Patches are made from the bytes themselves, which embeddings do not show."
             )
         outputs = self.model(
             input_ids,
@@ -1096,39 +1234,39 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         return CoconutCausalLMOutput(loss=loss, logits=logits, **outputs)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
-        """As for any model, without positions: the model counts its bytes itself."""
+        """Prepare the inputs as for any model, but without positions. The model counts its bytes itself."""
         kwargs.pop("position_ids", None)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation` is {generation_config.cache_implementation!r}, but the model has a cache of its own: "
-                "leave it out."
+                f"`cache_implementation` is {generation_config.cache_implementation!r}, but the model has a cache of its "
+                "own. Do not set it."
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = CoconutCache(self.config)
 
 
 def _take(values: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
-    """Positions `(batch_size, n)` of values `(batch_size, length, ...)`, row by row."""
+    """Index values `(batch_size, length, ...)` row by row with positions `(batch_size, n)`."""
     rows, length = values.shape[:2]
     flat = index + length * torch.arange(rows, device=index.device)[:, None]
     return values.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
 
 
 def _softmax_within(scores: torch.Tensor, group: torch.LongTensor, num_groups: int) -> torch.Tensor:
-    """Softmax of `(n, ...)` over the rows that belong to the same group."""
+    """Softmax of `(n, ...)` over the rows of the same group."""
     index = group.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
     highest = scores.new_full((num_groups, *scores.shape[1:]), -torch.inf).scatter_reduce(0, index, scores, "amax")
-    # A shift by a constant: it needs no gradient.
+    # The maximum only shifts the scores by a constant, so it needs no gradient.
     weights = (scores - highest.detach().index_select(0, group)).exp()
     totals = scores.new_zeros((num_groups, *scores.shape[1:])).index_add(0, group, weights)
     return weights / totals.index_select(0, group)
 
 
 def _lengths(patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: int) -> torch.LongTensor:
-    """How many of the positions that count belong to each patch."""
+    """Number of masked-in positions of each patch."""
     lengths = torch.zeros(len(patch_ids), num_patches + 1, dtype=torch.long, device=patch_ids.device)
     return lengths.scatter_add(1, patch_ids.clamp(0, num_patches), mask.long())[:, :num_patches]
 
@@ -1136,7 +1274,7 @@ def _lengths(patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: i
 def _from_lengths(
     patch_lengths: torch.LongTensor, real: torch.BoolTensor, input_ids: torch.LongTensor
 ) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    """Which patch a byte belongs to, and whether it ends there as far as can be told."""
+    """Return the patch of each byte, and the ends of patches as far as the lengths tell them."""
     borders = patch_lengths.cumsum(dim=1)
     after_gap = (patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)
     wrong = (borders[:, -1] != real.sum(dim=1)).any() | after_gap.any() | (patch_lengths < 0).any()
@@ -1145,15 +1283,15 @@ def _from_lengths(
     shared = ((input_ids == THOUGHT_TOKEN_ID) & (patch_lengths.gather(1, patch_ids) != 1)).any()
     if wrong | shared:
         raise ValueError(
-            "`patch_lengths` do not fit the batch: in each row they must sum to the number of positions that are not padding, "
-            "be 0 only at the end, and be 1 for a thought."
+            "`patch_lengths` do not fit the batch. In each row they must sum to the number of positions that are not "
+            "padding, be 0 only at the end, and be 1 for a thought."
         )
     ordinary = is_byte(input_ids) | (input_ids == EOS_TOKEN_ID)
     ends = (patch_ids[:, 1:] != patch_ids[:, :-1]) & ordinary[:, 1:]
     return patch_ids, nn.functional.pad(ends, (0, 1)) | ~is_byte(input_ids)
 
 
-# Saved models carry these files, so that they load where this package is not installed.
+# Saved models carry these files as remote code, so they load without this package.
 CoconutConfig.register_for_auto_class()
 CoconutForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 

@@ -1,4 +1,4 @@
-"""Bytes as tokens, for the byte-latent model."""
+"""The tokenizer of the byte-latent model: one token per byte."""
 
 from typing import Any
 
@@ -17,16 +17,17 @@ from .byte_vocabulary import (
 
 class CoconutTokenizer(PreTrainedTokenizer):
     """
-    UTF-8 bytes, with BLT's ids: 4 special tokens, the 256 bytes, the tokens of continuous thoughts, and padding.
+    A tokenizer over UTF-8 bytes with BLT's ids: 4 special tokens, 256 bytes, 3 tokens of continuous thoughts, and
+    padding.
 
-    It has no files to load. A text is opened by `<bos>` and left open at the end. Bytes that are no UTF-8 are decoded to the
-    replacement character, `\ufffd`.
+    It needs no vocabulary files. A text begins with `<bos>` and has no end token. Bytes that are not valid UTF-8 are
+    decoded to the replacement character, `\ufffd`.
 
     Args:
         prepend_bos (`bool`, *optional*, defaults to `True`):
-            Whether a text is opened by `<bos>`.
+            Whether a text begins with `<bos>`.
         padding_side (`str`, *optional*, defaults to `"left"`):
-            Generation needs it on the left.
+            Side of the padding. Generation needs padding on the left.
 
     Example:
 
@@ -66,28 +67,28 @@ class CoconutTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The bytes."""
+        """Number of bytes, without special tokens."""
         return 256
 
     def get_vocab(self) -> dict[str, int]:
-        """Tokens and their ids; a byte is written as the character of its number."""
+        """Return tokens and their ids. The token of a byte is the character with its value as code point."""
         return {chr(byte): byte + BYTE_OFFSET for byte in range(256)} | self.added_tokens_encoder
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`<bos>`, the first text, and the second, if there is one."""
+        """Return `<bos>`, the first text, and the second text if there is one."""
         begin = [BOS_TOKEN_ID] if self.prepend_bos else []
         return [*begin, *token_ids_0, *(token_ids_1 or [])]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text; what is no UTF-8 becomes the replacement character."""
+        """Decode tokens to text. Bytes that are not valid UTF-8 become the replacement character."""
         special = self.added_tokens_encoder
         data = (token.encode() if token in special else bytes([ord(token)]) for token in tokens)
         return b"".join(data).decode("utf-8", errors="replace")
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """There is nothing to save."""
+        """Do nothing, because the tokenizer has no vocabulary files."""
         return ()
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
