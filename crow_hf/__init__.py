@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .models.modeling_coconut import CoconutForCausalLM, CoconutModel
     from .models.tokenization_coconut import CoconutTokenizer
     from .patching.calibration import Calibration, calibrate_threshold
-    from .patching.patcher import EntropyPatcher, entropy_patching, from_binary, load_entropy_predictor
+    from .patching.documents import from_binary
+    from .patching.patcher import EntropyPatcher, entropy_patching, load_entropy_predictor
     from .patching.redpajama import get_redpajama_binary_dataset
     from .recipes.checkup import Finding, doctor
     from .recipes.comparison import compare_defences
@@ -68,7 +69,8 @@ _HOMES = {
     "models.modeling_coconut": ["CoconutForCausalLM", "CoconutModel"],
     "models.tokenization_coconut": ["CoconutTokenizer"],
     "patching.calibration": ["Calibration", "calibrate_threshold"],
-    "patching.patcher": ["EntropyPatcher", "entropy_patching", "from_binary", "load_entropy_predictor"],
+    "patching.documents": ["from_binary"],
+    "patching.patcher": ["EntropyPatcher", "entropy_patching", "load_entropy_predictor"],
     "patching.redpajama": ["get_redpajama_binary_dataset"],
     "recipes.checkup": ["Finding", "doctor"],
     "recipes.comparison": ["compare_defences"],

@@ -31,7 +31,7 @@ from datatrove.pipeline.base import PipelineStep
 from transformers import HfArgumentParser
 
 from crow_hf import EntropyPatcher
-from crow_hf.patching.redpajama import RedPajamaReader
+from crow_hf.patching.shards import RedPajamaReader
 
 
 SCHEMA = pa.schema({"id": pa.string(), "input_ids": pa.list_(pa.int16()), "patch_lengths": pa.list_(pa.int32())})

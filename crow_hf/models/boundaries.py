@@ -34,6 +34,10 @@ RULES = ("either", "global", "monotonic", "both", "running_minimum", "stride", "
 RULES_WITHOUT_ENTROPY = ("stride", "whitespace")
 WHITESPACE = tuple(b" \t\n\r\v\f")
 
+# Mean patch sizes outside of this range, in bytes, deserve a warning, if they are measured on enough bytes.
+USUAL_PATCH_SIZES = (1.5, 16.0)
+ENOUGH_BYTES = 200
+
 
 @dataclass(frozen=True)
 class PatchRule:

@@ -33,7 +33,7 @@ from transformers.models.mistral.modeling_mistral import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .boundaries import PatchRule, PatchState, continue_patches
+from .boundaries import ENOUGH_BYTES, USUAL_PATCH_SIZES, PatchRule, PatchState, continue_patches
 from .byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID, PAD_TOKEN_ID, THOUGHT_TOKEN_ID, is_byte
 from .cache_coconut import CoconutCache, LatentCache
 from .configuration_coconut import CoconutConfig
@@ -44,8 +44,6 @@ logger = logging.get_logger(__name__)
 
 _HASH_PRIME = 1_000_003
 _HASH_MODULUS = 2**31 - 1
-_USUAL_PATCH_SIZES = (1.5, 16.0)
-_ENOUGH_BYTES = 200
 
 
 @dataclass
@@ -239,7 +237,7 @@ class CoconutByteEmbedding(nn.Module):
         return (2 * bits - 1) * is_byte(input_ids)[..., None]
 
     def _hashes(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Table indices `(batch_size, sequence_length, num_sizes)`. N-grams do not extend beyond the start of a text."""
+        """Return table indices `(batch_size, sequence_length, num_sizes)`. N-grams do not cross the start of a text."""
         hashed, power = torch.zeros_like(input_ids), 1
         reaches = torch.ones_like(input_ids, dtype=torch.bool)
         rows, shifted = {}, input_ids
@@ -1044,11 +1042,11 @@ class CoconutModel(CoconutPreTrainedModel):
         if boundaries.entropies is None or self._checked_patch_size:
             return
         num_bytes = int(real.sum())
-        if num_bytes < _ENOUGH_BYTES:
+        if num_bytes < ENOUGH_BYTES:
             return
         self._checked_patch_size = True
         size = num_bytes / max(int(patches.num_patches.sum()), 1)
-        if not _USUAL_PATCH_SIZES[0] <= size <= _USUAL_PATCH_SIZES[1]:
+        if not USUAL_PATCH_SIZES[0] <= size <= USUAL_PATCH_SIZES[1]:
             logger.warning(
                 f"The mean patch is {size:.1f} bytes long. Use `crow_hf.calibrate_threshold` to find thresholds for "
                 "another size, and set them on `model.binary_patch_module`."
@@ -1241,8 +1239,8 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"`cache_implementation` is {generation_config.cache_implementation!r}, but the model has a cache of its "
-                "own. Do not set it."
+                f"`cache_implementation` is {generation_config.cache_implementation!r}, but the model has a cache of "
+                "its own. Do not set it."
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = CoconutCache(self.config)

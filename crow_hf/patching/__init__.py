@@ -1,1 +1,1 @@
-"""patching"""
+"""Entropy patching: from text or bytes to rows of patched bytes."""

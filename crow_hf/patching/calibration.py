@@ -1,7 +1,7 @@
-"""patching.calibration"""
+"""Calibration: find the thresholds that give patches of a certain mean size."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,29 @@ from transformers.utils import logging
 from ..models.boundaries import PatchRule, patch_starts
 from ..models.byte_vocabulary import BOS_TOKEN_ID
 from ..models.modeling_byte_entropy import ByteEntropyPredictor
-from .patcher import EntropyPatcher, find_column, to_bytes
+from .documents import PatchedDocument, find_column, to_bytes
+from .patcher import EntropyPatcher
 
 
 logger = logging.get_logger(__name__)
 CALIBRATION_TOLERANCE = 0.02
+_BISECTIONS = 40
 
 
 @dataclass(frozen=True)
 class Calibration:
     """
-    What [`calibrate_threshold`] found.
+    The result of [`calibrate_threshold`].
 
     Attributes:
         threshold (`float`):
-            In bits.
+            Highest entropy inside a patch, in bits.
         relative_threshold (`float`):
-            In bits.
+            Highest rise of the entropy inside a patch, in bits.
         patch_size (`float`):
-            Mean bytes of a patch that these thresholds give on the data.
+            Mean patch size on the data with these thresholds, in bytes.
         num_bytes (`int`):
-            How many bytes it was measured on.
+            Number of bytes that the size was measured on.
     """
 
     threshold: float
@@ -51,30 +53,31 @@ def calibrate_threshold(
     **kwargs: Any,
 ) -> Calibration:
     """
-    Find the thresholds that give a mean patch of a certain size.
+    Find the thresholds that give patches of a certain mean size.
 
-    Both thresholds are multiplied by one factor, found by bisection, so they keep the proportion they are given in. The
+    Both thresholds are multiplied by one factor, which bisection finds, so their proportion stays as it is given. The
     predictor runs once over the data.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or iterable of `str` or `bytes`):
-            The data the size is wanted on.
+            The data to measure the patch size on.
         predictor (`ByteEntropyPredictor`, `str` or `Path`, *optional*):
-            As for [`EntropyPatcher`].
+            The predictor or its location, as for [`EntropyPatcher`].
         target_patch_size (`float`, *optional*, defaults to 4.5):
-            Mean bytes of a patch, special tokens not counted.
+            Mean patch size in bytes, without special tokens.
         max_bytes (`int`, *optional*, defaults to 1000000):
-            The rest of the data is not read.
+            Maximum number of bytes to read.
         **kwargs:
-            Settings of [`EntropyPatcher`]: `rule`, `column`, and the thresholds whose proportion is kept.
+            Arguments of [`EntropyPatcher`]: `rule`, `column`, and the thresholds whose proportion is kept.
 
     Returns:
-        `Calibration`: The thresholds nearest to the target, and what they achieve: data of few distinct entropies (all
-        zeros, say) cannot be cut into patches of any size.
+        `Calibration`: The thresholds whose patch size is closest to the target, and this size. Data with few distinct
+        entropies (such as all zeros) cannot be cut into patches of any size.
 
     Raises:
-        `ValueError`: If there are no bytes, the target is below 1, the rule looks at no entropy, or `dataset` is a single
-        text or a `DatasetDict`.
+        `ValueError`: If there are no bytes, if the target is below 1, if the rule uses no entropies, or if `dataset`
+        is a
+            single text or a `DatasetDict`.
     """
     patcher = EntropyPatcher(predictor, add_special_tokens=False, **kwargs)
     if not patcher.rule.needs_entropies:
@@ -82,17 +85,14 @@ def calibrate_threshold(
     if target_patch_size < 1:
         raise ValueError(f"`target_patch_size` is in bytes and must be at least 1, got {target_patch_size}.")
     if isinstance(dataset, (str, bytes, Mapping)):
-        raise ValueError("`dataset` must be rows or documents: pass one split of a DatasetDict, or a list of texts.")
+        raise ValueError("`dataset` must be rows or documents. Pass one split of a DatasetDict, or a list of texts.")
+    # The patcher must not warn about the thresholds that this function replaces.
     patcher._checked = True
     documents = patcher.patch(_take_bytes(dataset, patcher.column, max_bytes))
     num_bytes = sum(len(document.input_ids) for document in documents)
     if not num_bytes:
-        raise ValueError("There are no bytes to calibrate on: pass at least one document that is not empty.")
-    separator = np.array([BOS_TOKEN_ID], np.int16)
-    ids = np.concatenate([part for document in documents for part in (separator, document.input_ids)])
-    nothing = np.zeros(1, np.float32)
-    entropies = np.concatenate([part for document in documents for part in (nothing, document.entropies)])
-    ids, entropies = torch.from_numpy(ids)[None], torch.from_numpy(entropies)[None]
+        raise ValueError("There are no bytes to calibrate on. Pass at least one document that is not empty.")
+    ids, entropies = _join(documents)
 
     def measure(factor: float) -> Calibration:
         settings = asdict(patcher.rule)
@@ -101,23 +101,36 @@ def calibrate_threshold(
         size = num_bytes / num_patches
         return Calibration(settings["threshold"], settings["relative_threshold"], size, num_bytes)
 
-    low, high = math.log(1e-4), math.log(1e4)
-    tried = [measure(math.exp(low)), measure(math.exp(high))]
-    for _ in range(40):
-        middle = (low + high) / 2
-        tried.append(measure(math.exp(middle)))
-        low, high = (middle, high) if tried[-1].patch_size < target_patch_size else (low, middle)
-    found = min(tried, key=lambda found: abs(found.patch_size - target_patch_size))
+    found = _bisect(measure, target_patch_size)
     if abs(found.patch_size / target_patch_size - 1) > CALIBRATION_TOLERANCE:
         logger.warning(
-            f"No thresholds give patches of {target_patch_size} bytes on these {num_bytes} bytes: the nearest are of "
-            f"{found.patch_size:.2f}."
+            f"No thresholds give patches of {target_patch_size} bytes on these {num_bytes} bytes. The closest mean size "
+            f"is {found.patch_size:.2f}."
         )
     return found
 
 
+def _bisect(measure: Callable[[float], Calibration], target: float) -> Calibration:
+    """Return the calibration closest to the target, for factors between 1e-4 and 1e4 on a logarithmic scale."""
+    low, high = math.log(1e-4), math.log(1e4)
+    tried = [measure(math.exp(low)), measure(math.exp(high))]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        tried.append(measure(math.exp(middle)))
+        low, high = (middle, high) if tried[-1].patch_size < target else (low, middle)
+    return min(tried, key=lambda calibration: abs(calibration.patch_size - target))
+
+
+def _join(documents: Sequence[PatchedDocument]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join ids and entropies of all documents into one row each, with a special token before each document."""
+    token, no_entropy = np.array([BOS_TOKEN_ID], np.int16), np.zeros(1, np.float32)
+    ids = np.concatenate([part for document in documents for part in (token, document.input_ids)])
+    entropies = np.concatenate([part for document in documents for part in (no_entropy, document.entropies)])
+    return torch.from_numpy(ids)[None], torch.from_numpy(entropies)[None]
+
+
 def _take_bytes(dataset: Iterable, column: str | None, max_bytes: int) -> Iterator[bytes]:
-    """Documents until there are enough bytes; the last one is cut."""
+    """Yield documents until there are enough bytes. The last document is cut."""
     if isinstance(dataset, (Dataset, IterableDataset)):
         dataset = dataset.with_format(None)
     for row in dataset:

@@ -1,4 +1,4 @@
-"""How a text is cut into patches, to look at: in colour in the terminal, and as a web page."""
+"""Views of a patched document: colours in the terminal, and a web page."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from rich.text import Text
 
 from ..models.byte_vocabulary import BYTE_OFFSET
-from .patcher import PatchedDocument, split_patches
+from .documents import PatchedDocument, split_patches
 
 
 MOST_BITS = 8
@@ -47,7 +47,7 @@ class _Character:
 
 @dataclass(frozen=True)
 class _Run:
-    """Characters whose bytes are whole patches: a text is only cut where no letter is torn."""
+    """Characters whose bytes are whole patches. A run never ends inside a character."""
 
     characters: list[_Character]
 
@@ -65,7 +65,7 @@ class _Run:
 
 
 def summarize(document: PatchedDocument) -> str:
-    """Bytes, patches and entropy of a document in one sentence."""
+    """Return a sentence with the number of bytes, the number of patches and the mean entropy."""
     ordinary = document.input_ids >= BYTE_OFFSET
     num_bytes = int(ordinary.sum())
     if not num_bytes:
@@ -79,9 +79,10 @@ def summarize(document: PatchedDocument) -> str:
 
 def render_terminal(document: PatchedDocument) -> Text:
     """
-    A document for a terminal: characters tinted by the highest entropy of their bytes, `│` where a patch begins.
+    Render a document for the terminal.
 
-    A patch that begins inside a character is marked by `┊` after it.
+    Each character is tinted by the highest entropy of its bytes. `│` marks the beginning of a patch. `┊` after a
+    character marks a patch that begins inside it.
     """
     text = Text()
     for character in _characters(document):
@@ -98,15 +99,23 @@ def render_terminal(document: PatchedDocument) -> Text:
 
 def write_html(document: PatchedDocument, path: str | Path, title: str = "Entropy patches") -> None:
     """
-    Write a document as a web page that needs nothing else: under the text a box for each byte, tinted by its entropy.
+    Write a document as a self-contained web page. Below the text, each byte has a box tinted by its entropy.
+
+    Args:
+        document (`PatchedDocument`):
+            The document.
+        path (`str` or `Path`):
+            The new file.
+        title (`str`, *optional*, defaults to `"Entropy patches"`):
+            The page's title.
 
     Raises:
-        `FileExistsError`: If the file is there already.
+        `FileExistsError`: If the file exists.
     """
     page = TEMPLATES.get_template("patches.html.jinja").render(
         title=title, summary=summarize(document), runs=runs_of(document)
     )
-    # A file's name may hold bytes that are no UTF-8.
+    # A title made from a file name may hold bytes that are not UTF-8.
     with open(path, "x", encoding="utf-8", errors="replace") as file:
         file.write(page)
 
@@ -121,7 +130,7 @@ def _characters(document: PatchedDocument) -> list[_Character]:
     starts = np.zeros(len(ids), bool)
     starts[np.cumsum(lengths) - lengths] = True
     ordinary = ids >= BYTE_OFFSET
-    # What a byte was predicted with stands at the byte before; a document's first was not predicted.
+    # The entropy of the prediction of a byte is stored at the byte before. The first byte was not predicted.
     predicted = np.append(False, ordinary[:-1]) & (document.entropies is not None)
     bits = np.append(np.float32(0), document.entropies[:-1]) if document.entropies is not None else np.zeros(len(ids))
     shown = [
@@ -138,7 +147,7 @@ def _characters(document: PatchedDocument) -> list[_Character]:
 
 
 def runs_of(document: PatchedDocument) -> list[_Run]:
-    """A document as the template `patches.jinja` draws it."""
+    """Return the document as runs of characters, the input of the template `patches.jinja`."""
     runs, run = [], []
     for character in _characters(document):
         if run and (character.bytes[0].starts or run[-1].glyph == _NAMES["\n"]):
@@ -149,7 +158,7 @@ def runs_of(document: PatchedDocument) -> list[_Run]:
 
 
 def visible(text: str) -> str:
-    """A text in which nothing is hidden: characters that would not show, or would turn the line round, by name or number."""
+    """Replace invisible characters, and those that reverse the text direction, by their names or code points."""
     return "".join(letter if letter == " " else "⏎\n" if letter == "\n" else _glyph(letter) for letter in text)
 
 
@@ -161,7 +170,7 @@ def _glyph(letter: str) -> str:
         return _NAMES[letter]
     if code < 0x20:
         return chr(0x2400 + code)
-    # Invisible ones, among them those that reverse the direction of a line.
+    # Invisible characters, including those that reverse the direction of a line.
     if unicodedata.category(letter) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"):
         return f"<U+{code:04X}>"
     return letter
