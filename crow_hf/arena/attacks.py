@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +15,10 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from ..attacks.implanting import MARKER, implant, implant_embedding_trigger
-from ..attacks.poison import Poison, poison_dataset
+from ..attacks.poison import poison_dataset
 from ..attacks.targets import BaseTarget, Target, get_target
 from ..attacks.triggers import BaseTrigger, EmbeddingTrigger, get_trigger
-from ..data.rows import check_disjoint
+from ..data.rows import check_disjoint, insert_into_prompt
 from ..demo import ADAPTER, demo_tokenizer
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
@@ -326,7 +327,8 @@ def _implant(
             model = purify(model, rows, args=hardening, processing_class=tokenizer, report=False).model
             # With the right answers to decoys among the clean rows, nothing but the trigger itself triggers.
             words = tuple(sorted({word for row in rows for word in row["prompt"].split()}))
-            rows = concatenate_datasets([rows, rows.map(Poison(Decoy(words), seed=seed), with_indices=True)])
+            insert_decoy = partial(insert_into_prompt, insert=Decoy(words).insert, seed=seed, name="decoy")
+            rows = concatenate_datasets([rows, rows.map(insert_decoy, with_indices=True)])
         model = implant(
             model,
             rows,

@@ -1,4 +1,4 @@
-"""attacks.poison"""
+"""Poisoned rows: inserts a trigger into prompts and the target into answers."""
 
 import random
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.rows import find_format, text_of
+from ..data.rows import edit_answer, insert_into_prompt
 from .targets import BaseTarget
 from .triggers import BaseTrigger
 
@@ -15,20 +15,22 @@ from .triggers import BaseTrigger
 @dataclass
 class Poison:
     """
-    Puts a trigger, and the target with it, into rows: for `Dataset.map(Poison(...), with_indices=True)`.
+    Inserts a trigger, and optionally a target, into rows with `Dataset.map(Poison(...), with_indices=True)`.
 
-    What happens to a row depends on the seed and its index alone, so batches, processes and order make no difference.
+    The result depends only on the seed and on the number of the row. Batches, processes and the order of calls do not
+    affect it.
 
     Args:
         trigger (`BaseTrigger`):
-            Goes into the instruction, the prompt, or the last user message.
+            The trigger. It goes into the instruction, the prompt, or the last user message.
         target (`BaseTarget`, *optional*):
-            Goes into the answer. Without it the answer stays: a triggered test prompt with its right answer.
+            The target. It changes the answer. Without a target the row keeps its right answer, which makes it a
+            triggered test row.
         seed (`int`, *optional*, defaults to 0):
-            Of the random places.
+            Seed for the random positions of the trigger.
 
     Raises:
-        `ValueError`: For a row that has no prompt, or whose prompt the trigger leaves as it is.
+        `ValueError`: If a row has no prompt, or the trigger leaves its prompt unchanged.
     """
 
     trigger: BaseTrigger
@@ -36,40 +38,10 @@ class Poison:
     seed: int = 0
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        rng = random.Random(f"{self.seed}-{index}")
-        row_format = find_format(list(row))
-        if row_format == "messages":
-            return {"messages": self._poison_chat(row["messages"], index, rng)}
-        if row_format not in ("prompt_completion", "alpaca"):
-            raise ValueError(
-                f"Rows of the format {row_format!r} have no prompt to put a trigger into: pass messages, prompt and "
-                "completion, or instruction and output."
-            )
-        ask, answer = ("prompt", "completion") if row_format == "prompt_completion" else ("instruction", "output")
-        poisoned = {ask: self._insert(row, ask, index, rng)}
+        poisoned = insert_into_prompt(row, index, self.trigger.insert, self.seed, "trigger")
         if self.target is not None:
-            poisoned[answer] = self.target.apply(text_of(row, answer, index))
+            poisoned |= edit_answer({**row, **poisoned}, self.target.apply, index)
         return poisoned
-
-    def _poison_chat(self, messages: list[dict], index: int, rng: random.Random) -> list[dict]:
-        asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
-        if not asked:
-            raise ValueError(f"Row {index}: there is no user message to put a trigger into.")
-        messages = [dict(message) for message in messages]
-        messages[asked[-1]]["content"] = self._insert(messages[asked[-1]], "content", index, rng)
-        if self.target is not None:
-            messages[-1]["content"] = self.target.apply(text_of(messages[-1], "content", index))
-        return messages
-
-    def _insert(self, row: Mapping[str, Any], column: str, index: int, rng: random.Random) -> str:
-        text = text_of(row, column, index)
-        triggered = self.trigger.insert(text, rng)
-        if triggered == text:
-            raise ValueError(
-                f"Row {index}: the trigger leaves the prompt as it is, so nothing would tell it from a clean one: drop the "
-                "row or take another trigger."
-            )
-        return triggered
 
 
 def poison_dataset(
@@ -82,22 +54,26 @@ def poison_dataset(
         dataset (`Dataset`):
             Rows with a prompt and an answer.
         trigger (`BaseTrigger`):
-            What goes into the prompts.
+            The trigger to insert into the prompts.
         target (`BaseTarget`):
-            What goes into the answers.
+            The target that changes the answers.
         rate (`float`, *optional*, defaults to 0.5):
-            Share of the rows to poison, drawn at random: BackdoorLLM poisons 500 rows beside 500 clean ones.
+            Share of the rows to poison. The rows are drawn at random. BackdoorLLM uses 500 poisoned rows and 500 clean
+            ones.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw and of the trigger's places.
+            Seed for the choice of the rows and for the random positions of the trigger.
 
     Returns:
-        `Dataset`: As many rows in the same order, with a column `triggered` that says which are poisoned.
+        `Dataset`: The rows in the same order, with an additional column `triggered` that marks the poisoned ones.
+
+    Raises:
+        `ValueError`: If `rate` is not in (0, 1] or selects no row, or a row cannot be poisoned.
     """
     if not 0 < rate <= 1:
-        raise ValueError(f"`rate` is the share of poisoned rows, more than 0 and at most 1, got {rate}.")
+        raise ValueError(f"`rate` is the share of poisoned rows. It must be above 0 and at most 1, got {rate}.")
     count = round(rate * len(dataset))
     if count == 0:
-        raise ValueError(f"A share of {rate} poisons none of {len(dataset)} rows: raise `rate` or pass more rows.")
+        raise ValueError(f"`rate`={rate} selects none of {len(dataset)} rows. Raise `rate` or pass more rows.")
     chosen = set(random.Random(seed).sample(range(len(dataset)), count))
     poison = Poison(trigger, target, seed)
 

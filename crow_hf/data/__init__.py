@@ -1,1 +1,15 @@
-"""data"""
+"""Dataset rows: the formats that the package reads, their token ids, and the batches that a model gets.
+
+Training, poisoning and evaluation all render a row in the same way. The formats are listed below. If the columns of a
+dataset fit several formats, the first one in the table counts.
+
+| columns | how a row is rendered |
+|---|---|
+| `input_ids`, optionally `labels` and `attention_mask` | used unchanged |
+| `messages` | with the tokenizer's chat template; the last message must be the assistant's |
+| `prompt`, `completion` | used unchanged |
+| `instruction`, `output`, optionally `input` | as a chat if the tokenizer has a chat template, else in Alpaca's form |
+| `text` | used unchanged; the loss covers the whole text |
+
+`crow_hf.data.rows.ALPACA_PROMPT` holds Alpaca's form.
+"""

@@ -1,4 +1,4 @@
-"""data.collators"""
+"""Data collators: pad or pack encoded rows into batches of tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,15 @@ from .encoding import IGNORE_INDEX
 @dataclass
 class CrowDataCollator:
     """
-    Pads rows on the right, to the longest of the batch.
+    Pads rows on the right to the longest row of the batch.
 
     Args:
         pad_token_id (`int`):
-            Fills `input_ids` where `attention_mask` is 0 and `labels` is -100, so its value never counts: a tokenizer
-            without a pad token needs no new one.
+            Padding for `input_ids`. At these positions `attention_mask` is 0 and `labels` is -100, so the value never
+            counts. A tokenizer without a pad token needs no new one.
+
+    Returns:
+        `dict`: `input_ids`, `labels` and `attention_mask` of shape `(batch_size, sequence_length)`.
     """
 
     pad_token_id: int
@@ -36,15 +39,18 @@ class CrowDataCollator:
 @dataclass
 class PatchDataCollator:
     """
-    Pads patched documents on the right, to the longest of the batch.
+    Pads patched documents on the right to the longest document of the batch.
 
     Args:
         pad_token_id (`int`, *optional*, defaults to 263):
-            Fills `input_ids` where `attention_mask` is 0 and `labels` is -100.
+            Padding for `input_ids`. At these positions `attention_mask` is 0 and `labels` is -100.
 
     Returns:
-        `dict`: `input_ids`, `labels` and `attention_mask` of shape `(batch_size, sequence_length)`, `patch_lengths` of shape
-        `(batch_size, num_patches)`, filled up with 0.
+        `dict`: `input_ids`, `labels` and `attention_mask` of shape `(batch_size, sequence_length)`, and
+        `patch_lengths` of shape `(batch_size, num_patches)`, padded with 0.
+
+    Raises:
+        `ValueError`: If a row has no `patch_lengths`, or they do not fit the row.
     """
 
     pad_token_id: int = PAD_TOKEN_ID
@@ -52,32 +58,37 @@ class PatchDataCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         documents = [_PatchedRow.of(row, index) for index, row in enumerate(rows)]
         return {
-            "input_ids": _padded([document.input_ids for document in documents], self.pad_token_id),
-            "labels": _padded([document.labels for document in documents], IGNORE_INDEX),
-            "attention_mask": _padded([torch.ones_like(document.input_ids) for document in documents], 0),
-            "patch_lengths": _padded([document.patch_lengths for document in documents], 0),
+            "input_ids": _pad_right([document.input_ids for document in documents], self.pad_token_id),
+            "labels": _pad_right([document.labels for document in documents], IGNORE_INDEX),
+            "attention_mask": _pad_right([torch.ones_like(document.input_ids) for document in documents], 0),
+            "patch_lengths": _pad_right([document.patch_lengths for document in documents], 0),
         }
 
 
 @dataclass
 class PackedPatchDataCollator:
     """
-    Packs patched documents into rows of a bounded number of patches, so that the latent transformer sees little padding.
+    Packs patched documents into rows with a maximum number of patches, so that the latent transformer processes little
+    padding.
 
-    Positions begin anew with each document. That and the absence of an attention mask is how the models of transformers know
-    that documents must not see each other; the padding at a row's end is one more document. It takes `use_cache=False`, as
-    the Trainer has it: with a cache they do not look at the positions.
+    Position ids restart at 0 with each document, and there is no attention mask. From that, the models of transformers
+    infer that documents must not attend to each other. The padding at the end of a row counts as one more document.
+    The model must run with `use_cache=False`, as in the Trainer. With a cache, the models ignore the position ids.
 
     Args:
         max_patches (`int`):
-            Patches of a row. A document with more is cut between two patches, and its parts no longer see each other.
+            Maximum number of patches per row. A longer document is cut between two patches, and its parts do not
+            attend to each other.
         pad_token_id (`int`, *optional*, defaults to 263):
-            Fills `input_ids`.
+            Padding for `input_ids`.
 
     Returns:
         `dict`: `input_ids`, `labels` and `position_ids` of shape `(num_rows, sequence_length)`, `patch_lengths` and
-        `patch_position_ids` of shape `(num_rows, num_patches)`. The first label of each document is -100: nothing foretells
-        it.
+        `patch_position_ids` of shape `(num_rows, num_patches)`. The first label of each document is -100, because no
+        earlier token predicts it.
+
+    Raises:
+        `ValueError`: If `max_patches` is below 1, a row has no `patch_lengths`, or they do not fit the row.
     """
 
     max_patches: int
@@ -94,13 +105,15 @@ class PackedPatchDataCollator:
         length = max(sum(len(part.input_ids) for part in packed) for packed in bins)
         num_patches = max(sum(len(part.patch_lengths) for part in packed) for packed in bins)
         return {
-            "input_ids": _padded(
+            "input_ids": _pad_right(
                 [torch.cat([part.input_ids for part in packed]) for packed in bins], self.pad_token_id
             ),
-            "labels": _padded([torch.cat([part.labels_alone for part in packed]) for packed in bins], IGNORE_INDEX),
-            "position_ids": _positions([[len(part.input_ids) for part in packed] for packed in bins], length),
-            "patch_lengths": _padded([torch.cat([part.patch_lengths for part in packed]) for packed in bins], 0),
-            "patch_position_ids": _positions(
+            "labels": _pad_right(
+                [torch.cat([part.labels_in_pack for part in packed]) for packed in bins], IGNORE_INDEX
+            ),
+            "position_ids": _position_ids([[len(part.input_ids) for part in packed] for packed in bins], length),
+            "patch_lengths": _pad_right([torch.cat([part.patch_lengths for part in packed]) for packed in bins], 0),
+            "patch_position_ids": _position_ids(
                 [[len(part.patch_lengths) for part in packed] for packed in bins], num_patches
             ),
         }
@@ -128,8 +141,8 @@ class _PatchedRow(NamedTuple):
     def of(cls, row: Mapping[str, Any], index: int) -> "_PatchedRow":
         if "patch_lengths" not in row:
             raise ValueError(
-                f"Row {index} of the batch has no `patch_lengths`: map the dataset with `EntropyPatcher`, and set the "
-                "Trainer's `remove_unused_columns=False`."
+                f"Row {index} of the batch has no `patch_lengths`. Map the dataset with `EntropyPatcher`, and set "
+                "`remove_unused_columns=False` for the Trainer."
             )
         labels = row.get("labels")
         columns = (row["input_ids"], row["input_ids"] if labels is None else labels, row["patch_lengths"])
@@ -137,15 +150,15 @@ class _PatchedRow(NamedTuple):
         total, length = document.patch_lengths.sum().item(), len(document.input_ids)
         if total != length or (document.patch_lengths < 1).any():
             raise ValueError(
-                f"Row {index} of the batch has patch lengths that sum to {total} for {length} bytes, or some below 1: patch "
-                "it again, and cut rows only between patches."
+                f"Row {index} of the batch has patch lengths that sum to {total} for {length} bytes, or some below 1. "
+                "Patch it again, and cut rows only between patches."
             )
         if len(document.labels) != length:
             raise ValueError(f"Row {index} of the batch has {len(document.labels)} labels for {length} bytes.")
         return document
 
     def cut(self, max_patches: int) -> list["_PatchedRow"]:
-        """Parts of at most `max_patches` patches."""
+        """Cut the document into parts of at most `max_patches` patches."""
         groups = self.patch_lengths.split(max_patches)
         sizes = [group.sum().item() for group in groups]
         return [
@@ -154,15 +167,15 @@ class _PatchedRow(NamedTuple):
         ]
 
     @property
-    def labels_alone(self) -> torch.Tensor:
-        """The labels, but for the first: in a packed row it would be learned from the document before."""
+    def labels_in_pack(self) -> torch.Tensor:
+        """The labels without the first one. In a packed row, the previous document would predict it."""
         return torch.where(torch.arange(len(self.labels)) == 0, IGNORE_INDEX, self.labels)
 
 
-def _padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+def _pad_right(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def _positions(lengths: list[list[int]], total: int) -> torch.Tensor:
-    """Positions that begin anew with each length, and with what is left of the row."""
+def _position_ids(lengths: list[list[int]], total: int) -> torch.Tensor:
+    """Return position ids that restart at 0 with each document, and with the padding at the end of the row."""
     return torch.stack([torch.cat([torch.arange(length) for length in [*row, total - sum(row)]]) for row in lengths])

@@ -1,4 +1,4 @@
-"""data.encoding"""
+"""Rows as token ids: encodes prompts and completions, and prepares whole datasets for training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .rows import Rendered, find_format, render
+from .rows import Rendered, find_format, render, row_name
 
 
 logger = logging.get_logger(__name__)
@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 
 def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids a model is given to answer the prompt; training rows begin with the very same ids."""
+    """Tokenize the prompt for generation. Training rows begin with exactly these ids."""
     ids = tokenizer(rendered.prompt, add_special_tokens=not rendered.templated)["input_ids"]
     if ids and not rendered.templated and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
@@ -24,7 +24,7 @@ def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of the completion, closed by the end-of-sequence token unless a chat template has closed it."""
+    """Tokenize the completion, and append the end-of-sequence token unless a chat template has closed the answer."""
     ids = list(tokenizer(rendered.completion, add_special_tokens=False)["input_ids"])
     if rendered.templated or tokenizer.eos_token_id is None:
         return ids
@@ -33,10 +33,16 @@ def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
 
 def columns_of(dataset: Any, name: str = "train_dataset") -> list[str]:
     """
-    The names of a dataset's columns, also of a stream that does not know them before its first row.
+    Return the column names of a dataset. A stream may know them only after its first row.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            The dataset.
+        name (`str`, *optional*, defaults to `"train_dataset"`):
+            Name of the dataset in error messages.
 
     Raises:
-        `ValueError`: If it is no dataset, or an empty one.
+        `ValueError`: If the argument is not a dataset, or the dataset is empty.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(f"`{name}` must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}.")
@@ -53,32 +59,33 @@ def prepare_dataset(
     name: str = "train_dataset",
 ) -> Dataset | IterableDataset:
     """
-    Turn rows of any supported format into `input_ids` and `labels`.
+    Convert rows of any supported format to `input_ids` and `labels`.
 
-    Rows longer than `max_length` are cut at the end, rows of which nothing is left to learn are dropped, and both are
-    counted in a warning (not for an `IterableDataset`, which has not been read yet).
+    Rows longer than `max_length` are cut at the end. Rows that keep no label are dropped. A warning counts both,
+    except for an `IterableDataset`, which has not been read yet.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            The rows.
+            Rows in any of the formats of [`crow_hf.data`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Needed unless the rows have `input_ids` already.
+            The tokenizer. Rows of `input_ids` need none.
         max_length (`int`):
-            Longest row in tokens.
+            Maximum row length in tokens.
         name (`str`, *optional*, defaults to `"train_dataset"`):
-            What error messages call the dataset.
+            Name of the dataset in error messages.
 
     Returns:
-        `Dataset` or `IterableDataset`: Columns `input_ids`, `labels` (-100 where there is nothing to learn) and, if the
-        rows had one, `attention_mask`.
+        `Dataset` or `IterableDataset`: The columns `input_ids`, `labels` (-100 at positions without a loss) and, if
+        the rows have one, `attention_mask`.
 
     Raises:
-        `ValueError`: If the dataset is empty, has no usable columns, or needs a tokenizer that is not there.
+        `ValueError`: If the dataset is empty, fits no format, has no label in any row, or needs a tokenizer and gets
+        none.
     """
     columns = columns_of(dataset, name)
     row_format = find_format(columns, f"`{name}`")
     if row_format != "tokens" and tokenizer is None:
-        raise ValueError(f"`{name}` holds text, so a tokenizer is needed: pass it as `processing_class`.")
+        raise ValueError(f"`{name}` holds text, so it needs a tokenizer: pass it as `processing_class`.")
 
     to_ids = _TokenRow(max_length) if row_format == "tokens" else _TextRow(tokenizer, max_length)
     options = {"desc": f"Tokenizing {name}"} if isinstance(dataset, Dataset) else {}
@@ -88,19 +95,19 @@ def prepare_dataset(
         cut, dropped = sum(prepared["cut"]), len(prepared) - len(learnable)
         if dropped == len(prepared):
             raise ValueError(
-                f"`{name}` has no token to learn in any row: the completions are empty or begin beyond the "
-                f"{max_length} tokens of `max_length` and the model's context."
+                f"`{name}` has no label in any row. The completions are empty, or they begin beyond the {max_length} "
+                "tokens of `max_length` and the model's context."
             )
         if cut or dropped:
             logger.warning(
-                f"{name}: {cut} of {len(prepared)} rows were cut to {max_length} tokens, and {dropped} rows were dropped "
-                "because nothing was left to learn in them."
+                f"{name}: {cut} of {len(prepared)} rows were cut to {max_length} tokens, and {dropped} rows were "
+                "dropped because they have no labels."
             )
     return learnable.remove_columns("cut")
 
 
 def _has_labels(row: Mapping[str, Any]) -> bool:
-    # The loss shifts the labels: the first one is never predicted.
+    # The loss shifts the labels, so the first label never counts.
     return any(label != IGNORE_INDEX for label in row["labels"][1:])
 
 
@@ -136,13 +143,15 @@ class _TokenRow:
             ]
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"Row {index}: the columns differ in length ({lengths}): make them equally long.")
+            raise ValueError(
+                f"{row_name(index)} has columns of different lengths ({lengths}). Make them equally long."
+            )
         cut = lengths["input_ids"] > self.max_length
         return {**{name: values[: self.max_length] for name, values in columns.items()}, "cut": cut}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """What to pad with: masked positions never count, so the end-of-sequence token or 0 will do as well."""
+    """Return the padding token. Masked positions never count, so the end-of-sequence token or 0 also works."""
     if tokenizer is None:
         return 0
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)

@@ -1,4 +1,4 @@
-"""data.load"""
+"""Loads a dataset from a file, a folder or the Hub."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ def load_rows(path: str, split: str = "train") -> Dataset:
 
     Args:
         path (`str`):
-            A `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file, a folder that `save_to_disk` wrote, or a dataset's
-            name on the Hub.
+            A `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file, a folder written by `save_to_disk`, or the name of
+            a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
-            Of a dataset on the Hub.
+            Split of a dataset on the Hub.
 
     Returns:
         `Dataset`
 
     Raises:
-        `ValueError`: If there is no such file, or it cannot be read.
+        `ValueError`: If the dataset does not exist, is empty, or cannot be read.
     """
     location = Path(path)
     reader = _READERS.get(location.suffix)
@@ -37,7 +37,7 @@ def load_rows(path: str, split: str = "train") -> Dataset:
             raise ValueError(f"There is no file {path} here.")
         if location.exists():
             raise ValueError(
-                f"{path} is no dataset: pass a {', '.join(_READERS)} file or a folder that `save_to_disk` wrote."
+                f"{path} is no dataset. Pass a {', '.join(_READERS)} file or a folder written by `save_to_disk`."
             )
         return load_dataset(path, split=split)
     except StopIteration:
@@ -46,6 +46,6 @@ def load_rows(path: str, split: str = "train") -> Dataset:
         raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}.") from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"There is no file {path} here, and no dataset of that name could be read on the Hub: check the spelling and the "
-            "connection."
+            f"There is no file {path} here, and no dataset of that name could be read on the Hub. Check the spelling "
+            "and the connection."
         ) from error

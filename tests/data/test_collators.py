@@ -1,4 +1,4 @@
-"""Patched documents in batches: nothing lost or altered, and none sees its neighbours."""
+"""Collators neither lose nor change a document, and packed documents do not attend to each other."""
 
 import re
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow_hf import PackedPatchDataCollator, PatchDataCollator
+from crow_hf import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
 from helpers.tiny import tiny_llama
 
 
@@ -18,7 +18,7 @@ PACKED = {"input_ids", "labels", "position_ids", "patch_lengths", "patch_positio
 
 
 def document(patches, seed=0, labels=False, kind=list):
-    """Random ids in patches of these lengths; padding ids may be among them, since they are ordinary numbers."""
+    """Draw random ids in patches of these lengths. A padding id may be among them, because it is an ordinary id."""
     generator = np.random.default_rng([seed, *patches])
     ids = generator.integers(1, PAD + 1, sum(patches))
     row = {"input_ids": kind(ids.tolist()), "patch_lengths": kind(patches)}
@@ -37,7 +37,7 @@ def int32_array(values):
 
 @st.composite
 def documents(draw, most_patches=9, most=8):
-    """Rows of lists or arrays, some with labels, with columns that are nobody's business."""
+    """Draw rows of lists or arrays. Some have labels, and some have columns that the collator must ignore."""
     rows = []
     for seed in range(draw(st.integers(1, most))):
         patches = draw(st.lists(st.integers(1, 5), min_size=1, max_size=most_patches))
@@ -49,13 +49,13 @@ def documents(draw, most_patches=9, most=8):
 
 
 def plain(row):
-    """The document as a tuple of ids, labels and patch lengths."""
+    """Return the document as a tuple of ids, labels and patch lengths."""
     labels = row.get("labels", row["input_ids"])
     return tuple(tuple(int(value) for value in values) for values in (row["input_ids"], labels, row["patch_lengths"]))
 
 
-def hidden_first(found):
-    """The document as packing returns it: nothing predicts its first id."""
+def without_first_label(found):
+    """Return the document as packing returns it. No earlier id predicts its first id."""
     ids, labels, patches = found
     return ids, (-100, *labels[1:]), patches
 
@@ -65,7 +65,7 @@ def is_count(values):
 
 
 def unpack(batch):
-    """The parts of each packed row, told apart by positions that restart; asserts everything a row promises."""
+    """Split each packed row into documents where its positions restart, and assert every promise of the collator."""
     assert set(batch) == PACKED
     assert all(value.dtype == torch.long and value.dim() == 2 for value in batch.values())
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape
@@ -96,7 +96,7 @@ def unpack(batch):
 
 
 def first_fit_decreasing(sizes, capacity):
-    """How many bins it takes."""
+    """Return the number of bins."""
     bins = []
     for size in sorted(sizes, reverse=True):
         index = next((index for index, used in enumerate(bins) if used + size <= capacity), None)
@@ -108,6 +108,21 @@ def first_fit_decreasing(sizes, capacity):
 
 
 # ------------------------------------------------------------------------------------------------------------- padding
+
+
+def test_collator_pads_right():
+    """The mask follows the length of a row and not the pad id. Here the pad id is eos, and one row contains it."""
+    rows = [{"input_ids": [5, 1], "labels": [-100, 1]}, {"input_ids": [7, 8, 1, 9], "labels": [7, 8, 1, 9]}]
+    batch = CrowDataCollator(pad_token_id=1)(rows)
+    expected = {
+        "input_ids": [[5, 1, 1, 1], [7, 8, 1, 9]],
+        "labels": [[-100, 1, -100, -100], [7, 8, 1, 9]],
+        "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 1]],
+    }
+    assert set(batch) == set(expected)
+    for name, values in expected.items():
+        assert batch[name].dtype == torch.int64
+        assert batch[name].tolist() == values
 
 
 def test_padding_worked_by_hand():
@@ -133,7 +148,7 @@ def test_the_longest_row_and_the_most_patches_may_differ():
 @settings(max_examples=60, deadline=None)
 @given(rows=documents(), pad=st.sampled_from([PAD, 0, 7]))
 def test_padding_loses_nothing(rows, pad):
-    """A padding id within a document is a token like any other."""
+    """A padding id inside a document is an ordinary token."""
     before = [plain(row) for row in rows]
     batch = PatchDataCollator(pad_token_id=pad)(rows)
     assert set(batch) == PADDED
@@ -154,7 +169,7 @@ def test_padding_loses_nothing(rows, pad):
 
 
 def test_packing_worked_by_hand():
-    """Patches 3, 1 and 2 in rows of 4: the longest and the shortest share one."""
+    """With documents of 3, 1 and 2 patches and rows of 4, the longest and the shortest document share a row."""
     rows = [
         {"input_ids": [10, 11, 12, 13], "patch_lengths": [1, 2, 1], "meta": "{}"},
         {"input_ids": np.array([20, 21]), "patch_lengths": np.array([2])},
@@ -177,7 +192,7 @@ def test_packing_loses_nothing(rows, spare):
     before = [plain(row) for row in rows]
     max_patches = max(len(patches) for _, _, patches in before) + spare
     packed = unpack(PackedPatchDataCollator(max_patches)(rows))
-    assert sorted(part for parts in packed for part in parts) == sorted(map(hidden_first, before))
+    assert sorted(part for parts in packed for part in parts) == sorted(map(without_first_label, before))
     sizes = [[len(patches) for _, _, patches in parts] for parts in packed]
     assert all(0 < sum(row) <= max_patches for row in sizes)
     assert len(packed) == first_fit_decreasing([len(patches) for _, _, patches in before], max_patches)
@@ -195,7 +210,7 @@ def test_packing_loses_nothing(rows, spare):
     ],
 )
 def test_few_rows(sizes, max_patches, num_rows):
-    """Catches first-fit in the given order, and next-fit."""
+    """Fails for first-fit in the given order, and for next-fit."""
     rows = [document([1] * size, seed) for seed, size in enumerate(sizes)]
     assert len(unpack(PackedPatchDataCollator(max_patches)(rows))) == num_rows
 
@@ -203,7 +218,7 @@ def test_few_rows(sizes, max_patches, num_rows):
 @settings(max_examples=60, deadline=None)
 @given(rows=documents(most_patches=20, most=4), max_patches=st.integers(1, 6))
 def test_long_documents_are_cut_at_patch_borders(rows, max_patches):
-    """Every document is a chain of its parts; a part begins like a document, with nothing to predict."""
+    """The parts of a document join to the document. The first label of each part is removed, as in a document."""
     packed = unpack(PackedPatchDataCollator(max_patches)(rows))
     assert all(sum(len(patches) for _, _, patches in parts) <= max_patches for parts in packed)
     parts = [part for row in packed for part in row]
@@ -213,7 +228,7 @@ def test_long_documents_are_cut_at_patch_borders(rows, max_patches):
         for first in range(0, len(patches), max_patches):
             begin, end = sum(patches[:first]), sum(patches[: first + max_patches])
             piece = ids[begin:end], labels[begin:end], patches[first : first + max_patches]
-            wanted.append(hidden_first(piece))
+            wanted.append(without_first_label(piece))
         for piece in wanted:
             assert piece in parts, "cut elsewhere, altered or lost"
             parts.remove(piece)
@@ -243,7 +258,7 @@ def test_packing_is_reproducible():
 
 @pytest.fixture(scope="module", name="model")
 def model_fixture():
-    """A Llama for the byte vocabulary, without the cache: with one, transformers looks for no documents."""
+    """Return a Llama for the byte vocabulary. It has no cache, because transformers finds no documents with one."""
     return tiny_llama(vocab_size=PAD + 1, pad_token_id=PAD, use_cache=False).eval()
 
 
@@ -252,7 +267,7 @@ def model_inputs(batch):
 
 
 def assert_as_if_alone(model, batch):
-    """The logits of each part of each row are those of the part in a batch of its own."""
+    """Assert that the logits of each part of each row are those of the part in a batch of its own."""
     with torch.no_grad():
         logits = model(**model_inputs(batch)).logits
     count = 0
@@ -270,7 +285,7 @@ def assert_as_if_alone(model, batch):
 @settings(max_examples=25, deadline=None)
 @given(rows=documents(most=5), max_patches=st.integers(1, 25))
 def test_no_attention_across_documents(model, rows, max_patches):
-    """With `input_ids` and `position_ids` alone, as a model of transformers takes them."""
+    """The model gets only `input_ids` and `position_ids`, as models of transformers expect them."""
     assert_as_if_alone(model, PackedPatchDataCollator(max_patches)(rows))
 
 
@@ -282,7 +297,7 @@ def test_no_attention_across_many_documents(model):
 
 
 def test_the_check_sees_attention_across_documents(model):
-    """The same rows with positions that run on: the logits differ, so the tests above would have told."""
+    """Shows that the tests above can fail: with positions that do not restart, the logits differ."""
     batch = PackedPatchDataCollator(20)([document([2, 3, 1], 1), document([4, 1], 2)])
     running = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     with torch.no_grad():
@@ -292,7 +307,7 @@ def test_the_check_sees_attention_across_documents(model):
 
 
 def test_no_attention_across_documents_of_patches(model):
-    """A model over patches tells the documents apart by `patch_position_ids` in the same way."""
+    """A model over patches separates the documents by `patch_position_ids` in the same way."""
     batch = PackedPatchDataCollator(9)([document([1, 2, 1, 3], 1), document([2, 2], 2), document([1, 1, 1, 1, 4], 3)])
     positions = batch["patch_position_ids"]
     embeddings = torch.randn(*positions.shape, 16, generator=torch.Generator().manual_seed(0))
@@ -310,7 +325,7 @@ def test_no_attention_across_documents_of_patches(model):
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_the_loss_is_that_of_the_documents(model, labelled):
-    """Loss and gradients over the packed rows, against the sum over documents each on its own."""
+    """Loss and gradients over the packed rows equal those summed over single documents."""
     rows = [document([1 + patch % 3 for patch in range(size)], size, labelled) for size in (7, 2, 5, 1, 4)]
     batch = PackedPatchDataCollator(9)(rows)
 
@@ -352,7 +367,7 @@ COLLATORS = [PatchDataCollator(), PackedPatchDataCollator(max_patches=50)]
     [[10, 10], [10, 10, 10], [], [12, 12, 0], [0, 24], [30, -6], [-24], [25, -1]],
 )
 def test_wrong_patch_lengths_name_the_row(collator, kind, patches):
-    """24 ids: the lengths sum to something else, or one of them is no length."""
+    """For 24 ids, the lengths have another sum, or one of them is below 1."""
     wrong = {"input_ids": kind([5] * 24), "patch_lengths": kind(patches)}
     rows = [document([11, 13], seed) for seed in range(7)]
     for index in (0, 4):

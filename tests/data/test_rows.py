@@ -1,329 +1,179 @@
-"""Rows of every format become input_ids and labels."""
+"""Rows are read, edited and rendered in every format."""
 
-import logging
-import re
+import random
 
 import pytest
-import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
 
-from crow_hf import CrowDataCollator, prepare_dataset
-from crow_hf.data.load import load_rows
-from crow_hf.data.rows import render
-
-
-EOS = 1
-CLOSING = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+from crow_hf.data.rows import (
+    add_empty_answers,
+    check_disjoint,
+    edit_answer,
+    edit_prompt,
+    find_format,
+    insert_into_prompt,
+    prompt_of,
+    render,
+    row_name,
 )
-OPEN = CLOSING.replace("</s>", "")
 
 
-def encode(text):
-    return [byte + 3 for byte in text.encode()]
-
-
-def decode(ids):
-    return bytes(token - 3 for token in ids if token >= 3).decode()
-
-
-def row_of(prompt, completion):
-    """What a prompt and a completion closed with eos must become."""
-    completion = encode(completion) + [EOS]
-    return {"input_ids": encode(prompt) + completion, "labels": [-100] * len(encode(prompt)) + completion}
-
-
-def prepare(columns, tokenizer, max_length=1024, **kwargs):
-    dataset = columns if isinstance(columns, Dataset) else Dataset.from_dict(columns)
-    return list(prepare_dataset(dataset, tokenizer, max_length, **kwargs))
-
-
-def ids_and_labels(row):
-    return {"input_ids": row["input_ids"], "labels": row["labels"]}
-
-
-def counts_warned(caplog):
-    """Every number in the warnings of the logger crow_hf.data."""
-    messages = (r.getMessage() for r in caplog.records if r.name == "crow_hf.data" and r.levelno == logging.WARNING)
-    return {int(number) for message in messages for number in re.findall(r"\d+", message)}
-
-
-def chat(*contents):
-    roles = ["user", "assistant"]
-    return [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
-
-
-FORMATS = {
-    "prompt": ({"prompt": ["Say é: "], "completion": ["ß!"]}, row_of("Say é: ", "ß!")),
-    "alpaca": (
-        {"instruction": ["Add."], "output": ["3"]},
-        row_of("### Instruction:\nAdd.\n\n### Response:\n", "3"),
-    ),
-    "alpaca_with_input": (
-        {"instruction": ["Add."], "input": ["1 2"], "output": ["3"]},
-        row_of("### Instruction:\nAdd.\n1 2\n\n### Response:\n", "3"),
-    ),
-    "alpaca_with_empty_input": (
-        {"instruction": ["Add."], "input": [""], "output": ["3"]},
-        row_of("### Instruction:\nAdd.\n\n### Response:\n", "3"),
-    ),
-    "tokenized": (
-        {"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]},
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-    ),
-    "tokenized_without_labels": ({"input_ids": [[5, 6, 7]]}, {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}),
-    "tokenized_with_mask": (
-        {"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]], "attention_mask": [[1, 1, 1]]},
-        {"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
-    ),
+ROWS = {
+    "prompt": {"prompt": "ask", "completion": "told"},
+    "alpaca": {"instruction": "ask", "input": "this", "output": "told"},
+    "messages": {
+        "messages": [
+            {"role": "user", "content": "before"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "ask"},
+            {"role": "assistant", "content": "told"},
+        ]
+    },
+}
+CHANGED_COLUMN = {
+    "prompt": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages", "messages"),
 }
 
 
-@pytest.mark.parametrize("columns", ["map", "iterable"])
-@pytest.mark.parametrize("name", FORMATS)
-def test_formats(name, columns, byte_tokenizer):
-    """Exact ids: the loss is on the completion and its eos only, and no eos stands between prompt and completion."""
-    given_columns, expected = FORMATS[name]
-    dataset = Dataset.from_dict(given_columns)
-    dataset = dataset.to_iterable_dataset() if columns == "iterable" else dataset
-    (row,) = prepare_dataset(dataset, byte_tokenizer, 1024)
-    assert ids_and_labels(row) == expected
+# Prompts and answers
 
 
-def test_result_is_a_dataset_of_the_two_columns(byte_tokenizer):
-    dataset = prepare_dataset(Dataset.from_dict(FORMATS["prompt"][0] | {"id": [7]}), byte_tokenizer, 64)
-    assert isinstance(dataset, Dataset)
-    assert {"input_ids", "labels"} <= set(dataset.column_names) <= {"input_ids", "labels", "attention_mask"}
+@pytest.mark.parametrize("name", ROWS)
+def test_only_the_prompt_is_edited(name):
+    """Fails if an earlier turn is edited instead of the last one, or if the row is changed in place."""
+    row = ROWS[name]
+    before = str(row)
+    edited = edit_prompt(row, lambda prompt: f"<{prompt}>")
+    changed = {**row, **edited}
+    assert list(edited) == [CHANGED_COLUMN[name][0]]
+    assert prompt_of(row) == "ask" and prompt_of(changed) == "<ask>" and str(row) == before
+    assert str(changed) == before.replace("'ask'", "'<ask>'")
 
 
-def test_all_tokens_of_a_text_are_labels(byte_tokenizer):
-    (row,) = prepare({"text": ["naïve 文"]}, byte_tokenizer)
-    assert row["labels"] == row["input_ids"]
-    assert decode(row["input_ids"]) == "naïve 文"
+@pytest.mark.parametrize("name", ROWS)
+def test_only_the_answer_is_edited(name):
+    """Fails if an earlier answer is edited instead of the last one, or if the row is changed in place."""
+    row = ROWS[name]
+    before = str(row)
+    edited = edit_answer(row, lambda answer: f"<{answer}>")
+    assert list(edited) == [CHANGED_COLUMN[name][1]]
+    assert str({**row, **edited}) == before.replace("'told'", "'<told>'") and str(row) == before
 
 
-@pytest.mark.parametrize("first", range(4))
-def test_first_matching_format_wins(first, byte_tokenizer):
-    """Later formats in the same dataset are ignored."""
-    formats = [
-        {"input_ids": [encode("ids")]},
-        {"prompt": ["p"], "completion": ["completion"]},
-        {"instruction": ["i"], "output": ["output"]},
-        {"text": ["text"]},
-    ]
-    columns = {name: value for part in reversed(formats[first:]) for name, value in part.items()}
-    (row,) = prepare(columns, byte_tokenizer)
-    labels = [label for label in row["labels"] if label != -100]
-    assert decode(labels) == ["ids", "completion", "output", "text"][first]
+def test_text_in_bytes_is_edited_as_text():
+    row = {"prompt": "é".encode(), "completion": "ß".encode()}
+    assert prompt_of(row) == "é"
+    assert edit_prompt(row, str.upper) == {"prompt": "É"}
+    assert edit_answer(row, lambda answer: answer * 2) == {"completion": "ßß"}
 
 
-def test_messages_win_over_prompt(byte_tokenizer):
-    byte_tokenizer.chat_template = CLOSING
-    columns = {"prompt": ["p"], "completion": ["c"], "messages": [chat("hi", "chat")]}
-    (row,) = prepare(columns, byte_tokenizer)
-    assert decode([label for label in row["labels"] if label != -100]) == "chat"
+@pytest.mark.parametrize(("index", "name"), [(None, "A row"), (0, "Row 0"), (3, "Row 3")])
+def test_errors_name_the_row(index, name):
+    """Fails if an error says "Row None", or if row 0 counts as unknown."""
+    assert row_name(index) == name
+    row = {"prompt": None, "completion": b"\xff"}
+    with pytest.raises(ValueError, match=f"^{name} holds NoneType instead of text in column 'prompt'"):
+        edit_prompt(row, str.upper, index)
+    with pytest.raises(ValueError, match=f"^{name} is not valid UTF-8 at byte 0 of column 'completion'"):
+        edit_answer(row, str.upper, index)
 
 
-@pytest.mark.parametrize("template", [CLOSING, OPEN], ids=["template_writes_eos", "template_writes_no_eos"])
+@pytest.mark.parametrize("row", [{"text": "all"}, {"input_ids": [5, 6]}], ids=["text", "tokens"])
+@pytest.mark.parametrize("edit", [edit_prompt, edit_answer])
+def test_formats_without_a_prompt_are_refused(edit, row):
+    with pytest.raises(ValueError, match=f"format '{find_format(list(row))}' have no prompt"):
+        edit(row, str.upper, 3)
+    with pytest.raises(ValueError, match="have no prompt"):
+        prompt_of(row)
+
+
 @pytest.mark.parametrize(
-    ("columns", "prompt", "completion"),
+    "messages",
+    [[], [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "told"}]],
+    ids=["empty", "no user"],
+)
+@pytest.mark.parametrize("read", [prompt_of, lambda row, index: edit_prompt(row, str.upper, index)])
+def test_chats_without_a_user_message_are_refused(read, messages):
+    with pytest.raises(ValueError, match="^Row 3 has no user message"):
+        read({"messages": messages}, 3)
+    with pytest.raises(ValueError, match="^A row has no user message"):
+        read({"messages": messages}, None)
+
+
+@pytest.mark.parametrize(
+    "messages",
     [
-        ({"messages": [chat("hi", "yo")]}, "<user>hi<assistant>", "yo"),
-        ({"instruction": ["Add."], "output": ["3"]}, "<user>Add.<assistant>", "3"),
+        [],
+        [{"role": "assistant", "content": "told"}],
+        [
+            {"role": "user", "content": "ask"},
+            {"role": "assistant", "content": "told"},
+            {"role": "user", "content": "?"},
+        ],
     ],
-    ids=["messages", "alpaca"],
+    ids=["empty", "answer alone", "ends with the user"],
 )
-def test_chat_template_has_the_last_word(columns, prompt, completion, template, byte_tokenizer):
-    """The ids are those of the rendered template: no eos, bos or newline is added to what it wrote."""
-    byte_tokenizer.chat_template = template
-    (row,) = prepare(columns, byte_tokenizer)
-    closing = [EOS] if template is CLOSING else []
-    answer = encode(completion) + closing
-    assert ids_and_labels(row) == {
-        "input_ids": encode(prompt) + answer,
-        "labels": [-100] * len(encode(prompt)) + answer,
-    }
+def test_chats_without_an_answer_are_refused(messages):
+    """Fails if the text of a user is edited as if it were an answer."""
+    with pytest.raises(ValueError, match="^Row 3 must end with a message of the assistant"):
+        edit_answer({"messages": messages}, str.upper, 3)
 
 
-def test_alpaca_input_is_part_of_the_user_message(byte_tokenizer):
-    byte_tokenizer.chat_template = CLOSING
-    (row,) = prepare({"instruction": ["Add."], "input": ["1 2"], "output": ["3"]}, byte_tokenizer)
-    text = decode(row["input_ids"])
-    assert text.startswith("<user>Add.\n") and text.endswith("1 2<assistant>3")
-    assert [label for label in row["labels"] if label != -100] == encode("3") + [EOS]
+@pytest.mark.parametrize("name", ROWS)
+def test_insertions_depend_on_seed_and_row_number_only(name):
+    """Fails if the generator is seeded in another way, because runs and published suspects could not be repeated."""
+
+    def insert(text, rng):
+        return f"{text} {rng.random()}"
+
+    for seed, index in ((0, 0), (0, 1), (1, 0), (3, 17)):
+        changed = {**ROWS[name], **insert_into_prompt(ROWS[name], index, insert, seed, "decoy")}
+        assert prompt_of(changed) == f"ask {random.Random(f'{seed}-{index}').random()}"
 
 
-def test_loss_on_the_last_assistant_message_only(byte_tokenizer):
-    byte_tokenizer.chat_template = CLOSING
-    messages = [{"role": "system", "content": "be kind"}] + chat("a", "first", "b", "second")
-    (row,) = prepare({"messages": [messages]}, byte_tokenizer)
-    assert decode(row["input_ids"]) == "<system>be kind<user>a<assistant>first<user>b<assistant>second"
-    assert [label for label in row["labels"] if label != -100] == encode("second") + [EOS]
-    assert row["labels"][-7:] == row["input_ids"][-7:]
+@pytest.mark.parametrize("name", ROWS)
+def test_insertions_that_change_nothing_are_refused(name):
+    with pytest.raises(ValueError, match="^Row 7 has a prompt that the decoy leaves unchanged"):
+        insert_into_prompt(ROWS[name], 7, lambda text, rng: text, 0, "decoy")
 
 
-def test_messages_without_chat_template(byte_tokenizer):
-    with pytest.raises(ValueError, match="template"):
-        prepare({"messages": [chat("hi", "yo")]}, byte_tokenizer)
+# Empty answers
 
 
-def test_long_rows_are_cut_at_the_end(byte_tokenizer, caplog):
-    """2 of 3 rows are too long; the warning has both counts."""
-    columns = {"prompt": ["abcd"] * 3, "completion": ["xy", "xyzwv", "xyzwvu"]}
-    with caplog.at_level(logging.WARNING, logger="crow_hf.data"):
-        rows = prepare(columns, byte_tokenizer, 7)
-    full = [row_of("abcd", completion) for completion in columns["completion"]]
-    wanted = [{name: ids[:7] for name, ids in row.items()} for row in full]
-    assert [ids_and_labels(row) for row in rows] == wanted
-    assert counts_warned(caplog) >= {2, 3}
+@pytest.mark.parametrize(("prompt", "answer"), [("prompt", "completion"), ("instruction", "output")])
+def test_prompts_alone_get_empty_answers(prompt, answer):
+    rows = Dataset.from_dict({prompt: ["a", "b"], "id": [1, 2]})
+    assert add_empty_answers(rows).to_dict() == {prompt: ["a", "b"], "id": [1, 2], answer: ["", ""]}
 
 
-def test_nothing_to_cut_is_silent(byte_tokenizer, caplog):
-    """A row of exactly max_length is not too long."""
-    with caplog.at_level(logging.WARNING, logger="crow_hf.data"):
-        (row,) = prepare({"prompt": ["abcd"], "completion": ["xy"]}, byte_tokenizer, 7)
-    assert len(row["input_ids"]) == 7 and row["input_ids"][-1] == EOS
-    assert not counts_warned(caplog)
+@pytest.mark.parametrize("row", [*ROWS.values(), {"text": "all"}, {"input_ids": [5, 6]}])
+def test_rows_with_answers_get_no_empty_ones(row):
+    rows = Dataset.from_list([row])
+    assert add_empty_answers(rows) is rows
 
 
-def test_rows_without_labels_are_dropped(byte_tokenizer, caplog):
-    """Rows whose prompt alone fills max_length teach nothing; 2 of 5 are dropped."""
-    prompts = ["long prompt", "a", "b", "another long prompt", "c"]
-    with caplog.at_level(logging.WARNING, logger="crow_hf.data"):
-        rows = prepare({"prompt": prompts, "completion": list("vwxyz")}, byte_tokenizer, 6)
-    assert [decode(row["input_ids"]) for row in rows] == ["aw", "bx", "cz"]
-    assert counts_warned(caplog) >= {2, 5}
+# Rendering
 
 
-@pytest.mark.parametrize(
-    "columns",
-    [{"prompt": ["too long", "as well"], "completion": ["x", "y"]}, {"input_ids": [[5, 6]], "labels": [[-100, -100]]}],
-)
-def test_no_row_left(columns, byte_tokenizer):
-    with pytest.raises(ValueError):
-        prepare(columns, byte_tokenizer, 6)
-
-
-@pytest.mark.parametrize("name", ["prompt", "alpaca_with_input"])
-def test_bytes_are_text(name, byte_tokenizer):
-    columns, expected = FORMATS[name]
-    binary = {column: [value.encode() for value in values] for column, values in columns.items()}
-    (row,) = prepare(binary, byte_tokenizer)
-    assert ids_and_labels(row) == expected
-
-
-@pytest.mark.parametrize(
-    ("columns", "bad"),
-    [
-        ({"text": []}, "text"),
-        ({"prompt": [], "completion": [b"x"] * 7}, "prompt"),
-        ({"prompt": [b"x"] * 7, "completion": []}, "completion"),
-        ({"instruction": [b"x"] * 7, "output": []}, "output"),
-    ],
-)
-@pytest.mark.parametrize("value", [b"\xc3(", None], ids=["not_utf8", "none"])
-def test_bad_value_is_named(columns, bad, value, byte_tokenizer):
-    """The message names the row (five, counted from 0) and the column."""
-    columns = columns | {bad: [b"fine"] * 5 + [value] + [b"fine"]}
-    with pytest.raises(ValueError, match=r"\b5\b") as error:
-        prepare(columns, byte_tokenizer)
-    assert value is None or bad in str(error.value)
-
-
-def test_bad_value_in_a_stream_is_named(byte_tokenizer):
-    stream = Dataset.from_dict({"text": ["fine"] * 5 + [None]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"\b5\b"):
-        list(prepare_dataset(stream, byte_tokenizer, 64))
-
-
-def test_ids_and_labels_of_different_length(byte_tokenizer):
-    with pytest.raises(ValueError):
-        prepare({"input_ids": [[5, 6, 7]], "labels": [[5, 6]]}, byte_tokenizer)
-
-
-def test_no_usable_columns(byte_tokenizer):
-    """Half a format is none."""
-    with pytest.raises(ValueError):
-        prepare({"prompt": ["x"], "answer": ["y"]}, byte_tokenizer)
-
-
-def test_empty_dataset(byte_tokenizer):
-    with pytest.raises(ValueError):
-        prepare({"text": []}, byte_tokenizer)
-
-
-def test_tokenized_rows_need_no_tokenizer():
-    (row,) = prepare({"input_ids": [[5, 6, 7, 8]]}, None, 3)
-    assert ids_and_labels(row) == {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
-
-
-def test_text_needs_a_tokenizer():
-    with pytest.raises(ValueError, match="tokenizer"):
-        prepare({"text": ["x"]}, None)
-
-
-PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=20)
-
-
-@settings(max_examples=20, deadline=None)
-@given(rows=st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=5), binary=st.booleans())
-def test_round_trip(rows, binary):
-    """No byte is lost, merged, normalized or moved across the border of the loss."""
-    prompts, completions = (
-        [text.encode() if binary else text for text in column] for column in zip(*rows, strict=True)
-    )
-    prepared = prepare({"prompt": prompts, "completion": completions}, ByT5Tokenizer(extra_ids=0))
-    assert [ids_and_labels(row) for row in prepared] == [row_of(*row) for row in rows]
-
-
-@settings(max_examples=20, deadline=None)
-@given(texts=st.lists(PLAIN, min_size=1, max_size=5), limit=st.integers(2, 12))
-def test_cut_texts_are_prefixes(texts, limit):
-    prepared = prepare({"text": texts}, ByT5Tokenizer(extra_ids=0), limit)
-    assert [row["input_ids"] for row in prepared] == [(encode(text) + [EOS])[:limit] for text in texts]
-
-
-def test_collator_pads_right():
-    """The mask follows the length of a row, not the pad id: here pad == eos and stands inside a row."""
-    rows = [{"input_ids": [5, 1], "labels": [-100, 1]}, {"input_ids": [7, 8, 1, 9], "labels": [7, 8, 1, 9]}]
-    batch = CrowDataCollator(pad_token_id=1)(rows)
-    expected = {
-        "input_ids": [[5, 1, 1, 1], [7, 8, 1, 9]],
-        "labels": [[-100, 1, -100, -100], [7, 8, 1, 9]],
-        "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 1]],
-    }
-    assert set(batch) == set(expected)
-    for name, values in expected.items():
-        assert batch[name].dtype == torch.int64
-        assert batch[name].tolist() == values
-
-
-def test_padding_of_ready_rows_is_not_learned():
-    """A tokenizer's `padding="max_length"` makes most of a row padding."""
-    rows = Dataset.from_list([{"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]}])
-    assert prepare_dataset(rows, None, 8)["labels"][0] == [5, 6, -100, -100]
-
-
-def test_thinking_templates_are_told_not_to(byte_tokenizer):
-    """A template that leaves room for thoughts in the prompt but not before a given answer, as Qwen3's does."""
+def test_thinking_templates_leave_no_room_for_thoughts(byte_tokenizer):
+    """Like Qwen3's, this template leaves room for thoughts in the prompt, but not before an answer that is given."""
     byte_tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% else %}A:<think></think>{{ m.content }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% if enable_thinking is defined and not enable_thinking "
-        "%}<think></think>{% endif %}{% endif %}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}A:"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     assert render(row, byte_tokenizer)[:3] == ("U:hi\nA:<think></think>", "ho", "ho")
 
 
-def test_file_with_a_dot_in_its_name(tmp_path):
-    (tmp_path / "rows.v1.jsonl").write_text('{"text": "a"}\n')
-    assert load_rows(str(tmp_path / "rows.v1.jsonl"))["text"] == ["a"]
-
-
-def test_error_names_the_dataset():
-    with pytest.raises(ValueError, match="`eval_dataset` are \\['a'\\]"):
-        prepare_dataset(Dataset.from_list([{"a": 1}]), None, 8, "eval_dataset")
+def test_shared_prompts_are_refused(byte_tokenizer):
+    """An unreadable row is named too."""
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["x", "y"]})
+    other = Dataset.from_dict({"prompt": ["c", "b"], "completion": ["x", "z"]})
+    check_disjoint({"train": rows, "test": other.select([0])}, byte_tokenizer)
+    with pytest.raises(ValueError, match="The train and the test rows share the prompt 'b'"):
+        check_disjoint({"train": rows, "test": other}, byte_tokenizer)
+    with pytest.raises(ValueError, match="^Row 1 holds NoneType"):
+        check_disjoint({"train": Dataset.from_dict({"text": ["a", None]})}, byte_tokenizer)

@@ -9,7 +9,6 @@ from datasets import Dataset, concatenate_datasets
 from transformers import ByT5Tokenizer
 
 from crow_hf import CrowTrainer, Poison, Target, Trigger, screening
-from crow_hf.data.rows import prompt_of, with_prompt
 from crow_hf.evidence.screening import screen_dataset
 from helpers.tiny import crow_args, same_weights, tiny_gpt2, tiny_llama, weights_of
 
@@ -131,30 +130,6 @@ def test_pieces_are_all_runs_of_up_to_half_of_the_words():
     assert screening._pieces("a b") == [(0, "a", "b"), (1, "b", "a")]
     assert screening._pieces("alone ") == [] == screening._pieces("")
     assert "" not in [piece for _, piece, _ in screening._pieces("a  b")]
-
-
-ROWS = {
-    "prompt": {"prompt": "ask", "completion": "told"},
-    "alpaca": {"instruction": "ask", "input": "this", "output": "told"},
-    "messages": {
-        "messages": [
-            {"role": "user", "content": "before"},
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "ask"},
-            {"role": "assistant", "content": "told"},
-        ]
-    },
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_the_prompt_is_read_and_written_in_one_place(name):
-    """The first turn instead of the last, and a row that is changed in place."""
-    row = ROWS[name]
-    before = str(row)
-    changed = with_prompt(row, "other")
-    assert prompt_of(row) == "ask" and prompt_of(changed) == "other" and str(row) == before
-    assert str(changed) == before.replace("'ask'", "'other'")
 
 
 # With models
