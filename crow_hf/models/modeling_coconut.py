@@ -237,7 +237,7 @@ class CoconutByteEmbedding(nn.Module):
         return (2 * bits - 1) * is_byte(input_ids)[..., None]
 
     def _hashes(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Return table indices `(batch_size, sequence_length, num_sizes)`. N-grams do not cross the start of a text."""
+        """Return indices `(batch_size, sequence_length, num_sizes)`. N-grams do not cross the start of a text."""
         hashed, power = torch.zeros_like(input_ids), 1
         reaches = torch.ones_like(input_ids, dtype=torch.bool)
         rows, shifted = {}, input_ids

@@ -104,8 +104,8 @@ def calibrate_threshold(
     found = _bisect(measure, target_patch_size)
     if abs(found.patch_size / target_patch_size - 1) > CALIBRATION_TOLERANCE:
         logger.warning(
-            f"No thresholds give patches of {target_patch_size} bytes on these {num_bytes} bytes. The closest mean size "
-            f"is {found.patch_size:.2f}."
+            f"No thresholds give patches of {target_patch_size} bytes on these {num_bytes} bytes. "
+            f"The closest mean size is {found.patch_size:.2f}."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The patch rules against a slow reading of them, and by hand."""
+"""Tests of the patch rules, against a slow reference and against results by hand."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def is_byte(token):
 
 
 def slow_starts(ids, entropies, rule):
-    """The table of the rules, one byte at a time."""
+    """Apply the table of rules one byte at a time."""
     starts, begin = [], 0
     for t in range(len(ids)):
         start = t == 0 or not (is_byte(ids[t]) or ids[t] in (EOS_TOKEN_ID, PAD_TOKEN_ID)) or not is_byte(ids[t - 1])
@@ -53,7 +53,7 @@ def slow_starts(ids, entropies, rule):
 
 @settings(max_examples=400, deadline=None)
 @given(SEQUENCES, rules())
-def test_rules_equal_their_slow_reading(sequence, rule):
+def test_rules_equal_the_slow_reference(sequence, rule):
     ids, entropies = zip(*sequence, strict=True)
     starts = patch_starts(torch.tensor([ids]), torch.tensor([entropies]), rule)
     assert starts[0].tolist() == slow_starts(ids, entropies, rule)
@@ -61,8 +61,8 @@ def test_rules_equal_their_slow_reading(sequence, rule):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(SEQUENCES, min_size=2, max_size=4), rules(), st.data())
-def test_rows_and_what_follows_make_no_difference(rows, rule, data):
-    """Batch = single, and the starts of a prefix are a prefix of the starts."""
+def test_starts_do_not_depend_on_other_rows_or_later_bytes(rows, rule, data):
+    """A row gives the same starts alone and in a batch, and a prefix gives a prefix of the starts."""
     length = max(map(len, rows))
     ids = torch.tensor([[token for token, _ in row] + [PAD_TOKEN_ID] * (length - len(row)) for row in rows])
     entropies = torch.tensor([[entropy for _, entropy in row] + [0.0] * (length - len(row)) for row in rows])
@@ -86,7 +86,7 @@ def test_rows_and_what_follows_make_no_difference(rows, rule, data):
     ],
 )
 def test_by_hand(rule, lengths):
-    """Entropies about the next byte each: the third byte is expected with 0.5 bits, the fourth with 1.25, ..."""
+    """Each entropy is about the next byte: the third byte has 0.5 bits, the fourth 1.25, and so on."""
     ids = torch.arange(100, 106)[None]
     entropies = torch.tensor([[0.1, 0.5, 1.25, 0.9, 1.1, 7.0]])
     starts = patch_starts(ids, entropies, rule)[0].nonzero().flatten()
@@ -104,8 +104,8 @@ def test_bad_rules_are_refused(kwargs, said):
 
 @settings(max_examples=200, deadline=None)
 @given(SEQUENCES, rules(), st.data())
-def test_pieces_of_a_row_continue_each_other(sequence, rule, data):
-    """The state is all that the boundaries ahead depend on, wherever the row is cut."""
+def test_pieces_of_a_row_give_the_same_starts(sequence, rule, data):
+    """Later boundaries depend on the earlier bytes only through the state, wherever the row is cut."""
     ids, entropies = (torch.tensor([column]) for column in zip(*sequence, strict=True))
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, len(sequence))))), len(sequence)]
     state, pieces = PatchState.initial(1), []
@@ -118,8 +118,8 @@ def test_pieces_of_a_row_continue_each_other(sequence, rule, data):
 
 @settings(max_examples=200, deadline=None)
 @given(SEQUENCES, rules())
-def test_what_is_expected_is_known_before_the_byte(sequence, rule):
-    """Whether a byte at the next position would start a patch, as if the row ended before it."""
+def test_expected_starts_do_not_depend_on_the_next_byte(sequence, rule):
+    """The second mask says whether any byte at this position would start a patch."""
     if rule.rule == "whitespace":
         return
     ids, entropies = (torch.tensor([column]) for column in zip(*sequence, strict=True))
@@ -129,8 +129,8 @@ def test_what_is_expected_is_known_before_the_byte(sequence, rule):
         assert expected[0, t] == patch_starts(ids_with_byte, entropies[:, : t + 1], rule)[0, t]
 
 
-def test_the_end_of_a_text_is_no_surprise_of_its_own():
-    """Whether a patch has ended is known before the next token is: else the model would be told where texts end."""
+def test_the_end_token_does_not_start_a_patch_of_its_own():
+    """Fails if the boundaries reveal the end of a text, which the model has to predict."""
     ids = torch.tensor([[1, 101, 102, EOS_TOKEN_ID, 103]])
     calm, surprised = torch.zeros(1, 5), torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]])
     rule = PatchRule("global", 0.8)

@@ -1,4 +1,4 @@
-"""The byte-entropy predictor: causal, cut at newlines, the same in pieces, in batches and padded."""
+"""Tests of the byte-entropy predictor: causality, resets at newlines, caching, batching and padding."""
 
 import math
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
-from crow_hf import ByteEntropyConfig, ByteEntropyPredictor, load_entropy_predictor
-from crow_hf.models.modeling_byte_entropy import segment_positions
+from crow_hf import load_entropy_predictor
+from crow_hf.models.configuration_byte_entropy import ByteEntropyConfig
+from crow_hf.models.modeling_byte_entropy import ByteEntropyPredictor, segment_positions
 from helpers.tiny import tiny_predictor
 
 
@@ -19,7 +20,7 @@ def ids_of(*rows):
     return torch.tensor([list(row) for row in rows])
 
 
-def test_guide_constructor_and_config_agree():
+def test_constructor_of_the_guide_and_config_agree():
     predictor = ByteEntropyPredictor(vocab_size=256, hidden_size=64, num_layers=3, num_heads=4, ff_dim=80)
     config = predictor.config
     assert (config.num_hidden_layers, config.num_attention_heads, config.intermediate_size) == (3, 4, 80)
@@ -32,7 +33,7 @@ def test_guide_constructor_and_config_agree():
 
 
 @pytest.mark.parametrize("kwargs", KINDS)
-def test_no_byte_looks_ahead_and_order_matters(kwargs):
+def test_predictions_are_causal_and_depend_on_the_order(kwargs):
     predictor = tiny_predictor(**kwargs)
     changed = TEXT[:30] + b"X" + TEXT[31:]
     before, after = predictor.entropies(ids_of(TEXT, changed))
@@ -43,15 +44,15 @@ def test_no_byte_looks_ahead_and_order_matters(kwargs):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_lines_do_not_know_each_other(window):
-    """Oracle: each line by itself, with the newline as its first byte, through the model without any reset."""
+def test_lines_do_not_attend_to_each_other(window):
+    """Compares with each line alone, with its newline as the first byte and without resets."""
     predictor = tiny_predictor(sliding_window=window)
     lines = TEXT.replace(b"\n", b"\0\n").split(b"\0")
     alone = [predictor.entropies(ids_of(line), reset_on_newline=False)[0] for line in lines]
     torch.testing.assert_close(predictor.entropies(ids_of(TEXT))[0], torch.cat(alone), atol=1e-4, rtol=0)
 
 
-def test_window_bounds_what_a_byte_depends_on():
+def test_window_limits_the_receptive_field():
     predictor = tiny_predictor(sliding_window=4)
     reach = predictor.config.receptive_field
     assert reach == 7 and tiny_predictor().config.receptive_field is None
@@ -104,7 +105,7 @@ def test_filled_cache_needs_positions():
         predictor(ids_of(b"c"), past_key_values=cache)
 
 
-def test_what_would_lose_the_segments_is_refused():
+def test_inputs_and_attention_without_segments_are_refused():
     predictor = tiny_predictor()
     with pytest.raises(ValueError, match="input_ids"):
         predictor(inputs_embeds=torch.zeros(1, 3, 32))
@@ -132,7 +133,7 @@ def test_positions_by_hand():
     assert segment_positions(ids, mask, reset_on_newline=False).tolist() == [[0, 0, 0, 1, 2, 3, 0]]
 
 
-def test_entropy_is_that_of_the_softmax():
+def test_entropy_equals_the_entropy_of_the_softmax():
     predictor = tiny_predictor()
     entropies = predictor.entropies(ids_of(TEXT))
     probabilities = predictor(ids_of(TEXT)).logits.double().softmax(-1)[0].tolist()
@@ -170,7 +171,7 @@ def test_saved_and_loaded_through_the_auto_classes(tmp_path):
     assert torch.equal(loaded.entropies(ids_of(TEXT)), predictor.entropies(ids_of(TEXT)))
 
 
-def test_plain_trainer_trains_it(tmp_path):
+def test_plain_trainer_reduces_the_loss(tmp_path):
     rows = [{"input_ids": list(TEXT), "labels": list(TEXT)}] * 8
     args = TrainingArguments(
         tmp_path, max_steps=30, learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True

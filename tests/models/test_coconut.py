@@ -1,4 +1,4 @@
-"""The byte-latent model: what a row's logits depend on, patches, loss, loading and saving, and what it refuses."""
+"""Tests of the byte-latent model: causality, patches, loss, loading, saving and refused arguments."""
 
 import json
 import os
@@ -19,16 +19,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from crow_hf import (
-    ByteEntropyPredictor,
-    CoconutConfig,
-    CoconutForCausalLM,
-    CoconutModel,
-    CoconutTokenizer,
-    CrowDataCollator,
-    EntropyPatcher,
-    PackedPatchDataCollator,
-)
+from crow_hf import ByteEntropyPredictor, CrowDataCollator, EntropyPatcher, PackedPatchDataCollator
+from crow_hf.models.configuration_coconut import CoconutConfig
+from crow_hf.models.modeling_coconut import CoconutForCausalLM, CoconutModel
+from crow_hf.models.tokenization_coconut import CoconutTokenizer
 from helpers.coconut import BACKBONES, DEEP, TEXTS, TOKENIZER, assert_same, batch_of, coconut, ids_of
 
 
@@ -44,7 +38,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_no_byte_knows_of_later_ones(variant):
+def test_logits_do_not_depend_on_later_bytes(variant):
     model = coconut(**VARIANTS[variant])
     ids = ids_of("Some bytes, in patches.\nAnd a line.")
     logits = model(ids).logits
@@ -58,11 +52,11 @@ def test_no_byte_knows_of_later_ones(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_rows_do_not_know_of_padding_and_neighbours(variant, side):
+def test_logits_do_not_depend_on_padding_and_other_rows(variant, side):
     model = coconut(**VARIANTS[variant])
     batch = batch_of(TEXTS, side)
     logits = model(**batch).logits
-    # What stands under a mask, and whether there is one for the pad token, makes no difference.
+    # Neither the ids under the mask nor a mask for the pad token change the logits.
     hidden = torch.where(batch.attention_mask.bool(), batch.input_ids, 77)
     assert_same(model(hidden, batch.attention_mask).logits, logits)
     assert_same(model(batch.input_ids).logits, logits)
@@ -70,8 +64,8 @@ def test_rows_do_not_know_of_padding_and_neighbours(variant, side):
         assert_same(logits[row, batch.attention_mask[row].bool()], model(ids_of(text)).logits[0])
 
 
-def test_a_row_of_padding_does_no_harm():
-    """0 * NaN is NaN, also in the gradient."""
+def test_a_row_of_padding_gives_no_nan():
+    """Fails if NaN values of the padding row reach the loss or the gradients, since 0 * NaN is NaN."""
     for implementation in ("sdpa", "eager"):
         model = coconut().train()
         model.set_attn_implementation(implementation)
@@ -86,7 +80,7 @@ def test_a_row_of_padding_does_no_harm():
 
 
 @torch.no_grad()
-def test_given_patches_are_the_models_own():
+def test_passed_patches_give_the_same_logits_as_found_ones():
     model, batch = coconut(), batch_of(TEXTS, "right")
     found = model(**batch)
     given = model(**batch, **model.model.patch(**batch))
@@ -99,20 +93,20 @@ def test_given_patches_are_the_models_own():
 
 
 @torch.no_grad()
-def test_patches_are_those_of_the_transform():
-    """The model and `datasets.map` must not disagree on where patches begin."""
+def test_model_and_transform_find_the_same_patches():
+    """The model and `datasets.map` agree on where patches begin."""
     model = coconut()
     text = "The committee met in Reykjavik;\nnobody expected that it would vote twice.\n\n\tEnd 1.5é"
     document = EntropyPatcher(model.latent_transformer.entropy_predictor)({"text": [text]})
     ids, lengths = (torch.tensor(document[name][0])[None].long() for name in ("input_ids", "patch_lengths"))
     assert torch.equal(model.model.patch(ids)["patch_lengths"], lengths)
-    # All but the last byte: lengths alone do not say whether it ends its patch.
+    # Lengths alone do not tell whether the last byte ends its patch, so it is left out.
     assert_same(model(ids, patch_lengths=lengths).logits[:, :-1], model(ids).logits[:, :-1])
 
 
 @torch.no_grad()
-def test_packed_parts_do_not_see_each_other():
-    """Parts of a document begin without a token that keeps them from what stands before."""
+def test_packed_parts_do_not_attend_to_each_other():
+    """Parts of a document begin without a special token, so only positions separate them."""
     model = coconut(LlamaConfig(**DEEP | {"max_position_embeddings": 8}))
     columns = EntropyPatcher(model.latent_transformer.entropy_predictor)(
         {"text": ["A document that is cut in two or three."]}
@@ -120,11 +114,11 @@ def test_packed_parts_do_not_see_each_other():
     row = {name: values[0].tolist() for name, values in columns.items()}
     packed = PackedPatchDataCollator(max_patches=8)([row])
     packed.pop("labels")
-    # Two parts in one row: positions that begin anew in the middle.
+    # Two parts in one row, with positions that restart in the middle.
     joined = {name: torch.cat([value[0], value[1]])[None] for name, value in packed.items()}
     logits, length = model(**joined).logits[0], packed["input_ids"].shape[1]
     for part in range(2):
-        # But for the last byte, which nothing is learned from: what stands after it shows whether its patch ended.
+        # The last byte has no label. Its logits differ, because the next part shows whether its patch ended.
         real = ((packed["input_ids"][part] != TOKENIZER.pad_token_id).nonzero().flatten())[:-1]
         alone = model(**{name: value[part : part + 1] for name, value in packed.items()}).logits[0]
         assert_same(logits[part * length : (part + 1) * length][real], alone[real])
@@ -132,7 +126,7 @@ def test_packed_parts_do_not_see_each_other():
 
 @pytest.mark.parametrize("variant", ["bits", "n-grams"])
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other(variant):
+def test_packed_documents_do_not_attend_to_each_other(variant):
     model = coconut(**VARIANTS[variant])
     texts = ["One document.", "Another one,\nlonger.", "Third"]
     columns = EntropyPatcher(model.latent_transformer.entropy_predictor)({"text": texts})
@@ -162,11 +156,11 @@ def test_embeddings_by_hand():
     by_hand = embedding.table(ids[0]) + embedding.bit_projection(bits) + embedding.ngram_table(rows)
     assert_same(embedding(ids)[0], by_hand)
     assert_same(model(ids, output_hidden_states=True).encoder_hidden_states[0][0], by_hand)
-    # The bigram of a text's first token is that of nothing before it, whatever was.
+    # The bigram of a text's first token does not include the token before it.
     assert torch.equal(embedding._hashes(torch.tensor([[99, 1, 101, 102]]))[0, 1:, 0], rows)
 
 
-def test_loss_is_the_mean_over_labels_or_a_share():
+def test_loss_is_the_mean_over_labels_or_over_items_in_batch():
     model, ids = coconut(), ids_of("Loss of bytes")
     labels = torch.where(torch.arange(ids.shape[1]) < 5, -100, ids)
     outputs = model(ids, labels=labels)
@@ -176,7 +170,7 @@ def test_loss_is_the_mean_over_labels_or_a_share():
     assert_same(model(ids, logits_to_keep=2).logits, outputs.logits[:, -2:])
 
 
-def test_chains_have_their_shapes():
+def test_hidden_states_have_the_documented_shapes():
     model, batch = coconut(), batch_of(TEXTS)
     outputs = model(**batch, output_hidden_states=True)
     (rows, patches), width = outputs.patch_lengths.shape, model.config.encoder_config.hidden_size
@@ -187,8 +181,8 @@ def test_chains_have_their_shapes():
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
-def test_every_weight_that_trains_gets_a_gradient(loaded, tmp_path):
-    """Else distributed training waits for it forever; and the frozen ones get none. Loading makes new weights."""
+def test_exactly_the_trainable_weights_get_gradients(loaded, tmp_path):
+    """Distributed training waits forever for missing gradients. Loading must freeze the new weights."""
     model = coconut(hash_ngram_sizes=[3], hash_vocab_size=20)
     if loaded:
         model.save_pretrained(tmp_path)
@@ -206,7 +200,7 @@ def test_every_weight_that_trains_gets_a_gradient(loaded, tmp_path):
 
 @pytest.mark.parametrize("text", [TEXTS[1], TEXTS[2]])
 def test_gradient_checkpointing_changes_nothing(text):
-    """Checkpointed layers drop the keys and values that sequential thoughts live on."""
+    """Checkpointed layers drop the keys and values that sequential thoughts need."""
     ids, gradients = ids_of(text), []
     for checkpointing in (False, True):
         model = coconut().train()
@@ -217,7 +211,7 @@ def test_gradient_checkpointing_changes_nothing(text):
     assert_same(*gradients)
 
 
-def test_thresholds_are_the_models(tmp_path):
+def test_thresholds_change_the_patches_and_are_saved(tmp_path):
     model = coconut()
     ids = ids_of("These are thirty bytes or more.")
     before = model.model.patch(ids)["patch_lengths"].shape[1]
@@ -230,7 +224,7 @@ def test_thresholds_are_the_models(tmp_path):
     assert loaded.model.patch(ids)["patch_lengths"].shape[1] == after
 
 
-def test_useless_thresholds_are_told(monkeypatch):
+def test_unusual_patch_sizes_are_warned_about_once(monkeypatch):
     messages = []
     monkeypatch.setattr("crow_hf.models.modeling_coconut.logger.warning", messages.append)
     ids = ids_of("These are many bytes. " * 12)
@@ -259,8 +253,8 @@ def test_boundaries_do_not_depend_on_the_precision(tmp_path, dtype):
             assert torch.equal(model(ids).patch_lengths, wanted)
 
 
-def test_device_maps(tmp_path):
-    """They are made of modules that may not be split, such as the predictor with its tied weights."""
+def test_device_maps_load_the_same_model(tmp_path):
+    """Fails if a device map splits a module such as the predictor with its tied weights."""
     model = coconut()
     model.save_pretrained(tmp_path)
     for device_map in ("auto", {"": "cpu"}):
@@ -268,7 +262,7 @@ def test_device_maps(tmp_path):
         assert_same(loaded(ids_of(TEXTS[0])).logits, model(ids_of(TEXTS[0])).logits)
 
 
-def test_tied_weights(tmp_path):
+def test_tied_weights_are_saved_and_loaded(tmp_path):
     model = coconut(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -277,7 +271,7 @@ def test_tied_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_saved_and_loaded(name, tmp_path):
+def test_saved_and_loaded_with_the_auto_classes(name, tmp_path):
     model = coconut(name, hash_ngram_sizes=[3], hash_vocab_size=20)
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
@@ -289,8 +283,8 @@ def test_saved_and_loaded(name, tmp_path):
     assert_same(loaded(ids_of(TEXTS[1])).logits, model(ids_of(TEXTS[1])).logits, 2e-5)
 
 
-def test_loads_where_the_package_is_not_installed(tmp_path):
-    """The files that travel with the weights import nothing else of the package."""
+def test_remote_code_loads_without_the_package(tmp_path):
+    """Fails if the files saved with the weights import the rest of the package."""
     model = coconut()
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -330,7 +324,7 @@ def test_the_backbone_keeps_its_weights(name, tmp_path):
     assert source.config.vocab_size == 40
 
 
-def test_plain_trainer_trains_it(tmp_path):
+def test_plain_trainer_reduces_the_loss(tmp_path):
     ids = ids_of("A row of bytes to learn by heart")[0].tolist()
     rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 4)
     model = coconut(LlamaConfig(**DEEP | {"initializer_range": 0.1}))
@@ -354,7 +348,7 @@ def test_plain_trainer_trains_it(tmp_path):
         ({"input_ids": [[1] + [261] * 9]}, "9 thoughts"),
     ],
 )
-def test_bad_inputs_are_one_sentence(changes, message):
+def test_bad_inputs_are_refused_on_one_line(changes, message):
     model = coconut(patch_rule="stride", max_patch_length=1)
     inputs = {"input_ids": [[1, 101, 102, 103, 104, 105]]} | changes
     with pytest.raises(ValueError, match=message) as error:
@@ -383,7 +377,7 @@ def test_bad_configurations_are_refused(fields, message):
 
 
 def test_embeddings_alone_are_refused():
-    """PEFT hands them on by name: they must not be overlooked."""
+    """PEFT passes `inputs_embeds` by name. The model must not ignore them."""
     model = coconut()
     with pytest.raises(ValueError, match="input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, 32))

@@ -1,4 +1,4 @@
-"""Generation: the cache gives what a full pass gives, one latent step for each patch, for all rows of a batch at once."""
+"""Tests of generation: the cache equals a full pass, and the latent transformer runs once per patch."""
 
 import copy
 import random
@@ -18,7 +18,7 @@ PIECES = st.sampled_from(["a", "b c", "\n", "é", "zq", "<eos>", "<bot><latent><
 
 
 def in_chunks(model, batch, cuts):
-    """The logits of a batch that is given in pieces, from cut to cut."""
+    """Return the logits of a batch that passes through the model in pieces."""
     cache, length = CoconutCache(model.config), batch["input_ids"].shape[1]
     borders = sorted({0, *cuts, length})
     pieces = [
@@ -32,8 +32,8 @@ def in_chunks(model, batch, cuts):
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_byte_by_byte_equals_at_once(name, implementation):
-    """Rows reach boundaries and thoughts at different times; windows are counted in patches, not in columns."""
+def test_byte_by_byte_equals_one_pass(name, implementation):
+    """Rows reach boundaries and thoughts at different times. Windows count patches, not columns."""
     model = coconut(name)
     if implementation == "eager":
         model.set_attn_implementation("eager")
@@ -46,7 +46,7 @@ def test_byte_by_byte_equals_at_once(name, implementation):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(PIECES, min_size=1, max_size=8).map("".join), min_size=1, max_size=3), st.randoms())
 @torch.no_grad()
-def test_any_chunks_of_any_rows_equal_at_once(texts, rng):
+def test_any_chunks_equal_one_pass(texts, rng):
     batch = batch_of([text[:60] if "<" not in text else text for text in texts])
     length, real = batch.input_ids.shape[1], batch.attention_mask.bool()
     cuts = rng.sample(range(1, length), rng.randint(0, length - 1))
@@ -55,7 +55,7 @@ def test_any_chunks_of_any_rows_equal_at_once(texts, rng):
 
 @pytest.mark.parametrize("rule", ["global", "monotonic", "both", "running_minimum", "stride"])
 @torch.no_grad()
-def test_every_rule_goes_on_where_it_was(rule):
+def test_every_rule_continues_from_the_cache(rule):
     model, batch = coconut(patch_rule=rule, max_patch_length=4), batch_of(TEXTS[:3])
     real = batch.attention_mask.bool()
     cuts = random.Random(0).sample(range(batch.input_ids.shape[1]), 20)
@@ -73,12 +73,12 @@ def test_the_latent_transformer_runs_once_for_each_patch():
     handle = MODEL.latent_transformer.backbone.register_forward_hook(on_call, with_kwargs=True)
     in_chunks(MODEL, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, range(ids.shape[1]))
     handle.remove()
-    # The last patch is open still, or has just ended.
+    # The last patch is still open, or has just ended.
     assert set(widths) == {1} and patches - 1 <= len(widths) <= patches < ids.shape[1] / 2
 
 
 @torch.no_grad()
-def test_what_is_kept_does_not_grow_but_for_keys_and_values():
+def test_the_state_beside_keys_and_values_does_not_grow():
     sizes = []
     for text in ("Short text here.\n" * 2, "Short text here.\n" * 6):
         cache = CoconutCache(MODEL.config)
@@ -88,8 +88,8 @@ def test_what_is_kept_does_not_grow_but_for_keys_and_values():
 
 
 @torch.no_grad()
-def test_rows_of_a_cache_can_be_chosen():
-    """Beam search reorders and repeats them."""
+def test_rows_of_a_cache_can_be_selected():
+    """Beam search reorders and repeats rows."""
     batch, rows = batch_of(TEXTS), torch.tensor([2, 0, 0])
     length = batch.input_ids.shape[1]
     caches = [CoconutCache(MODEL.config) for _ in range(2)]
@@ -108,7 +108,7 @@ def test_rows_of_a_cache_can_be_chosen():
 
 
 @torch.no_grad()
-def test_greedy_generation_is_that_of_full_passes():
+def test_greedy_generation_equals_full_passes():
     batch = batch_of([*TEXTS[:3], "a"])
     with_cache = MODEL.generate(**batch, max_new_tokens=25, do_sample=False)
     assert torch.equal(with_cache, MODEL.generate(**batch, max_new_tokens=25, do_sample=False, use_cache=False))
@@ -120,7 +120,7 @@ def test_greedy_generation_is_that_of_full_passes():
 
 
 @torch.no_grad()
-def test_rows_that_end_early_do_not_disturb_the_others():
+def test_rows_that_end_early_do_not_change_the_others():
     batch = batch_of(TEXTS[:3])
     free = MODEL.generate(**batch, max_new_tokens=20, do_sample=False)[:, -20:]
     stop = free[0, 3].item()
@@ -156,7 +156,7 @@ def test_sampling_beams_and_stop_strings():
 
 
 @torch.no_grad()
-def test_a_second_turn_goes_on_from_the_first():
+def test_a_second_turn_continues_from_the_first():
     ids = ids_of("First turn")
     first = MODEL.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     both = torch.cat([first.sequences, ids_of("<bot><latent><eot> and then?")[:, 1:]], dim=1)
@@ -175,13 +175,13 @@ def test_a_second_turn_goes_on_from_the_first():
         ({"inputs": torch.empty(1, 0, dtype=torch.long)}, "empty"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(options, message):
+def test_unsupported_generation_options_are_refused(options, message):
     options = {"inputs": ids_of("a")} | options
     with pytest.raises(ValueError, match=message):
         MODEL.generate(**options, max_new_tokens=3)
 
 
-def test_a_cache_and_what_it_cannot_go_with():
+def test_arguments_that_contradict_a_cache_are_refused():
     model, ids = coconut(LlamaConfig(**DEEP)), ids_of("abc")
     with pytest.raises(ValueError, match="patch_lengths"):
         model(ids, past_key_values=CoconutCache(model.config), **model.model.patch(ids))

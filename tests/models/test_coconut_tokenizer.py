@@ -1,11 +1,12 @@
-"""Bytes as tokens: nothing is lost on the way in, and nothing fails on the way out."""
+"""Tests of the byte tokenizer: encoding loses nothing, and decoding accepts any ids."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from crow_hf import CoconutConfig, CoconutTokenizer
+from crow_hf.models.configuration_coconut import CoconutConfig
+from crow_hf.models.tokenization_coconut import CoconutTokenizer
 
 
 TOKENIZER = CoconutTokenizer()
@@ -22,23 +23,23 @@ def test_ids_by_hand():
 
 
 @given(st.text().filter(lambda text: not any(token in text for token in SPECIAL)))
-def test_text_comes_back_as_it_was(text):
-    """White space, control characters, line ends and letters of several bytes."""
+def test_decoding_restores_the_text(text):
+    """Fails if white space, control characters, line ends or letters of several bytes change."""
     ids = TOKENIZER(text).input_ids
     assert ids[1:] == [byte + 4 for byte in text.encode()]
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == text
 
 
 @given(st.lists(st.integers(0, 263)))
-def test_any_ids_can_be_read(ids):
+def test_any_ids_can_be_decoded(ids):
     text = TOKENIZER.decode(ids)
     data = bytes(i - 4 for i in ids if 4 <= i < 260)
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == data.decode("utf-8", errors="replace")
     assert isinstance(text, str)
 
 
-def test_special_tokens_can_be_read_as_bytes():
-    """Text of strangers must not think for the model."""
+def test_special_tokens_can_be_encoded_as_bytes():
+    """Untrusted text must not be able to insert thought tokens."""
     ids = TOKENIZER("<bot>", split_special_tokens=True).input_ids
     assert ids == [1, *(byte + 4 for byte in b"<bot>")]
 

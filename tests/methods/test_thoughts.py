@@ -1,0 +1,69 @@
+"""Tests of the curriculum of continuous thoughts and of its generated questions."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, TrainingArguments
+
+from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
+from helpers.coconut import DEEP, TOKENIZER, coconut
+
+
+def test_stages_by_hand():
+    row = {"question": "Q", "steps": ["a", "b"], "answer": "c"}
+
+    def read(**options):
+        columns = ThoughtStage(TOKENIZER, **options)(row)
+        assert [i for i, label in zip(columns["input_ids"], columns["labels"], strict=True) if label != -100] == [
+            label for label in columns["labels"] if label != -100
+        ]
+        learned = sum(label != -100 for label in columns["labels"])
+        ids = columns["input_ids"]
+        return TOKENIZER.decode(ids[:-learned]), TOKENIZER.decode(ids[-learned:])
+
+    assert read() == ("<bos>Q\n", "a\nb\n### c<eos>")
+    assert read(stage=1) == ("<bos>Q\n<bot><latent><eot>", "b\n### c<eos>")
+    assert read(stage=1, thoughts_per_step=2) == ("<bos>Q\n<bot><latent><latent><eot>", "b\n### c<eos>")
+    assert read(stage=3) == ("<bos>Q\n<bot><latent><latent><latent><eot>", "### c<eos>")
+    assert read(stage=1, drop_rest=True) == ("<bos>Q\n<bot><latent><eot>", "### c<eos>")
+    assert read(drop_rest=True) == ("<bos>Q\n", "### c<eos>")
+    with pytest.raises(ValueError, match="steps"):
+        ThoughtStage(TOKENIZER)({"question": "Q", "steps": None, "answer": "c"})
+    with pytest.raises(ValueError, match="stage"):
+        ThoughtStage(TOKENIZER, stage=-1)
+
+
+def test_questions_have_exactly_one_right_answer():
+    """Only the right node can be reached, and the steps lead to it."""
+    rows = reachability_rows(200, seed=0, num_nodes=9, steps=(2, 3))
+    for row in rows:
+        *edges, query = row["question"].rstrip("?").split(" ")
+        root, _, choices = query.partition(":")
+        reached, edges = {root}, [tuple(edge.split(">")) for edge in edges]
+        for _ in edges:
+            reached |= {b for a, b in edges if a in reached}
+        assert [choice in reached for choice in sorted(choices.split("|"), key=row["answer"].__ne__)] == [True, False]
+        path = [step.split(">") for step in row["steps"]]
+        assert path[0][0] == root and path[-1][1] == row["answer"] and all(tuple(step) in edges for step in path)
+        assert all(a[1] == b[0] for a, b in zip(path, path[1:], strict=False))
+    assert len(set(rows["question"])) == 200
+    assert reachability_rows(3, seed=5)["question"] == reachability_rows(3, seed=5)["question"]
+    with pytest.raises(ValueError, match="num_nodes"):
+        reachability_rows(1, seed=0, num_nodes=4, steps=(3,))
+
+
+def test_the_curriculum_trains_each_stage_once(tmp_path, capfd):
+    """Each stage is trained and saved. A second call loads it instead of training again."""
+    model = coconut(LlamaConfig(**DEEP | {"initializer_range": 0.1, "max_position_embeddings": 512}))
+    rows = reachability_rows(8, seed=0, num_nodes=6, steps=(2,))
+    args = TrainingArguments(str(tmp_path), num_train_epochs=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    before = model.lm_head.weight.detach().clone()
+    train_by_stages(model, args, rows, TOKENIZER, num_stages=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"stage-{number}" for number in range(4)]
+    assert not torch.equal(model.lm_head.weight, before)
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    fresh = coconut(LlamaConfig(**DEEP | {"max_position_embeddings": 512}), seed=1)
+    train_by_stages(fresh, args, rows, TOKENIZER, num_stages=2)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="10 thoughts"):
+        train_by_stages(fresh, args, rows, TOKENIZER, num_stages=5, thoughts_per_step=2)
