@@ -1,62 +1,85 @@
-"""evidence.result"""
+"""The results of the recipes: a purified model, and a purification beside its controls."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..evaluation.harness import Evaluation
 from ..methods.crow.trainer import CrowTrainer
-from ..reporting.record import Record
+from ..methods.invariance.trainer import InvarianceTrainer
 from .canaries import Canary
 from .screening import Screening
+from .snapshot import Snapshot
 
 
 @dataclass
 class Purification:
     """
-    A purified model, and what is known about it.
+    A purified model and the evidence about it.
 
     Attributes:
         model (`PreTrainedModel` or `PeftModel`):
-            The purified model; an adapter that was trained is still one.
+            The purified model. It is a `PeftModel` if an adapter was trained and not merged.
         recipe (`str`):
-            One of [`RECIPES`].
+            The name of the recipe, see [`recipe_config`].
         trainer (`CrowTrainer`):
-            With the arguments and the log.
+            The trainer, with its arguments and its log.
         screening (`Screening`, *optional*):
-            Which clean rows were left out because they carry a trigger.
+            The clean rows that were left out because they carry a trigger. `None` if the rows were not screened.
         canaries (`list[Canary]`):
-            Known backdoors that were put into the suspect first, and whether the purification removed them.
+            Backdoors that were implanted before the purification, with their success before and after it.
+        snapshots (`dict[str, Snapshot]`):
+            Answers and layer profiles of `"suspect"` and `"purified"`, and of `"control"` in a comparison. Empty if
+            none were taken.
         report (`dict`, *optional*):
-            What `report.json` holds, by the keys of [`crow_hf.run_record`]; `None` if no report was asked for.
+            The content of `report.json`, with the keys of [`crow_hf.reporting.record`]. `None` if there is no report.
+        hub_url (`str`, *optional*):
+            The address of the pushed repository. `None` if the model was not pushed.
     """
 
     model: PreTrainedModel | PeftModel
     recipe: str
     trainer: CrowTrainer
-    screening: Screening | None
-    canaries: list[Canary]
-    report: Record | None = None
+    screening: Screening | None = None
+    canaries: list[Canary] = field(default_factory=list)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    hub_url: str | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the method that the recipe runs: `"CROW"` or `"Invariance"`."""
+        return "Invariance" if isinstance(self.trainer, InvarianceTrainer) else "CROW"
 
 
 @dataclass
 class Comparison:
     """
-    A purification beside its controls.
+    The evaluations of a purified model and of its controls, all on the same test rows.
 
     Attributes:
-        evaluations (`dict[str, Evaluation]`):
-            By the names `"no defence"`, `"fine-tuning"` (the same rows, number of steps and learning rate), and last `"CROW"` or
-            `"strong recipe"`.
-        purification (`Purification`):
-            With the purified model and the log.
+        suspect (`Evaluation`):
+            The suspect model, without a defence.
+        control (`Evaluation`):
+            The suspect after plain fine-tuning with the same rows, number of steps and learning rate.
+        purified (`Evaluation`):
+            The purified model.
+        others (`dict[str, Evaluation]`):
+            Further models by their names, for example a model that never had a backdoor.
+        purification (`Purification`, *optional*):
+            The purification that produced the purified model.
     """
 
-    evaluations: dict[str, Evaluation]
-    purification: Purification
+    suspect: Evaluation
+    control: Evaluation
+    purified: Evaluation
+    others: dict[str, Evaluation] = field(default_factory=dict)
+    purification: Purification | None = None
 
     @property
-    def trainer(self) -> CrowTrainer:
-        """Of the purification."""
-        return self.purification.trainer
+    def by_name(self) -> dict[str, Evaluation]:
+        """All evaluations by the names that tables show, the purified model last."""
+        name = "purified" if self.purification is None else self.purification.method
+        return {"no defence": self.suspect, "fine-tuning": self.control, **self.others, name: self.purified}

@@ -1,10 +1,9 @@
-"""evidence.snapshot"""
+"""What a model does on a few rows: its answers, and how far apart its layers are."""
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -14,137 +13,130 @@ from ..attacks.poison import Poison
 from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.encoding import encode_prompt
-from ..data.rows import Rendered, find_format, render
+from ..data.rows import Rendered, add_empty_answers, find_format, render
 from ..evaluation.generation import generate_answers
-from ..evaluation.harness import with_answers
 from ..evaluation.layer_profile import LayerProfile, layer_profile
-from ..evaluation.scores import is_exact_match
 from ..methods.crow.config import CrowConfig
-from ..models.byte_vocabulary import BYTE_OFFSET
-from ..models.modeling_coconut import CoconutForCausalLM
-from ..patching.patcher import EntropyPatcher
 from ..training.recorder import context_length
 
 
-if TYPE_CHECKING:
-    pass
-
-from ..reporting.record import Record, base_model_of
-
-
-# How many of the first rows the layers are compared on, and how many answers are shown.
+# The layers are compared on the first 32 rows, and the answers to the first 5 are shown.
 NUM_PROFILED, NUM_SAMPLES = 32, 5
 SAMPLE_TOKENS = 64
 
 
-class Witness:
+@dataclass(frozen=True)
+class SnapshotRows:
     """
-    Looks at several models in the same way: at their layers, and at what they answer.
+    The rows that every model of a report is shown.
 
-    Args:
-        rows (`Dataset` or `IterableDataset`):
-            Clean rows; the first ones are looked at.
+    Attributes:
+        rows (`Dataset`):
+            Clean rows, for the layer profile.
+        prompts (`list[tuple[bool, Rendered]]`):
+            The prompts to answer, and whether each one carries the trigger. Empty if the rows have no prompts.
         tokenizer (`PreTrainedTokenizerBase`):
-            The models'.
-        args (`CrowConfig`):
-            Of the purification: the FGSM step, the batch size, the longest row.
+            The tokenizer of the models.
         trigger (`BaseTrigger`, *optional*):
             A known trigger.
         target (`BaseTarget`, *optional*):
-            What it makes a model say.
-        seed (`int`, *optional*, defaults to 0):
-            Of the places where the trigger is put.
-
-    Attributes:
-        profiles (`dict[str, LayerProfile]`):
-            By the model's name, in the order in which they were looked at.
+            The target of that trigger.
+        seed (`int`):
+            Seed for the positions of the trigger.
     """
 
-    def __init__(
-        self,
-        rows: Dataset | IterableDataset,
+    rows: Dataset
+    prompts: list[tuple[bool, Rendered]]
+    tokenizer: PreTrainedTokenizerBase
+    trigger: BaseTrigger | None
+    target: BaseTarget | None
+    seed: int
+
+    @classmethod
+    def first_of(
+        cls,
+        dataset: Dataset | IterableDataset,
         tokenizer: PreTrainedTokenizerBase,
-        args: CrowConfig,
         trigger: BaseTrigger | None = None,
         target: BaseTarget | None = None,
         seed: int = 0,
-    ) -> None:
-        self.rows = with_answers(Dataset.from_list(list(islice(rows.with_format(None), NUM_PROFILED))))
-        self.tokenizer, self.args, self.trigger, self.target, self.seed = tokenizer, args, trigger, target, seed
-        self.profiles: dict[str, LayerProfile] = {}
-        self._prompts = self._prompts_to_show()
-        self._answers: dict[str, list[str]] = {}
+    ) -> "SnapshotRows":
+        """
+        Take the first rows of a dataset.
 
-    def look(self, name: str, model: PreTrainedModel | PeftModel) -> None:
-        """Keep the layer profile of a model, and its answers, cut short."""
-        args = self.args
-        self.profiles[name] = layer_profile(
-            model,
-            self.tokenizer,
-            self.rows,
-            self.trigger,
-            epsilon=args.epsilon,
-            epsilon_mode=args.epsilon_mode,
-            layers=args.consistency_layers,
-            perturb=args.perturb,
-            max_length=args.max_length,
-            # What fits into memory in training.
-            batch_size=args.per_device_train_batch_size,
-            seed=self.seed,
-        )
-        longest = max((len(encode_prompt(prompt, self.tokenizer)) for _, prompt in self._prompts), default=0)
-        room = min(SAMPLE_TOKENS, (context_length(model) or math.inf) - longest)
-        if room > 0:
-            # Clean prompts hold no trigger that it could be active on.
-            with nullcontext() if self.trigger is None else self.trigger.active(model):
-                prompts = [prompt for _, prompt in self._prompts]
-                self._answers[name] = generate_answers(model, self.tokenizer, prompts, room)
+        Args:
+            dataset (`Dataset` or `IterableDataset`):
+                Clean rows in any of the formats of [`crow_hf.data`].
+            tokenizer (`PreTrainedTokenizerBase`):
+                The tokenizer of the models.
+            trigger (`BaseTrigger`, *optional*):
+                A known trigger. With it, the prompts are shown a second time with the trigger.
+            target (`BaseTarget`, *optional*):
+                The target of that trigger.
+            seed (`int`, *optional*, defaults to 0):
+                Seed for the positions of the trigger.
+        """
+        rows = add_empty_answers(Dataset.from_list(list(islice(dataset.with_format(None), NUM_PROFILED))))
+        prompts: list[tuple[bool, Rendered]] = []
+        if find_format(rows.column_names) not in ("tokens", "text"):
+            shown = rows.select(range(min(NUM_SAMPLES, len(rows))))
+            prompts += [(False, render(row, tokenizer, index)) for index, row in enumerate(shown)]
+            if trigger is not None:
+                triggered = shown.map(Poison(trigger, seed=seed), with_indices=True)
+                prompts += [(True, render(row, tokenizer, index)) for index, row in enumerate(triggered)]
+        return cls(rows, prompts, tokenizer, trigger, target, seed)
 
-    def samples(self) -> list[Record]:
-        """The prompts with the answers of all models; none if a prompt fills the context."""
-        return [
-            {
-                "prompt": prompt.prompt,
-                "triggered": triggered,
-                "answers": [self._judged(name, said[number], prompt.answer) for name, said in self._answers.items()],
-            }
-            for number, (triggered, prompt) in enumerate(self._prompts)
-            if self._answers
-        ]
 
-    def patches(self, model: PreTrainedModel | PeftModel) -> list[Record] | None:
-        """How a Coconut cuts the first sample prompt, and the same prompt with the trigger."""
-        base = base_model_of(model)
-        if not isinstance(base, CoconutForCausalLM):
-            return None
-        rule = asdict(base.binary_patch_module.rule)
-        patcher = EntropyPatcher(base.latent_transformer.entropy_predictor, **rule)
-        kinds = dict(reversed(self._prompts))
-        texts = [
-            bytes(t - BYTE_OFFSET for t in encode_prompt(kinds[kind], self.tokenizer) if 0 <= t - BYTE_OFFSET < 256)
-            for kind in sorted(kinds)
-        ]
-        return [
-            {name: None if values is None else values.tolist() for name, values in vars(document).items()}
-            for document in patcher.patch(texts)
-        ]
+@dataclass(frozen=True)
+class Snapshot:
+    """
+    What one model does on [`SnapshotRows`].
 
-    def _prompts_to_show(self) -> list[tuple[bool, Rendered]]:
-        """The first prompts, and whether the trigger is in them; none where rows have no prompt."""
-        if find_format(self.rows.column_names) in ("tokens", "text"):
-            return []
-        rows = self.rows.select(range(min(NUM_SAMPLES, len(self.rows))))
-        prompts = [(False, render(row, self.tokenizer, index)) for index, row in enumerate(rows)]
-        if self.trigger is not None:
-            triggered = rows.map(Poison(self.trigger, seed=self.seed), with_indices=True)
-            prompts += [(True, render(row, self.tokenizer, index)) for index, row in enumerate(triggered)]
-        return prompts
+    Attributes:
+        profile (`LayerProfile`):
+            The distances between consecutive layers.
+        answers (`list[str]`, *optional*):
+            The answers to the prompts, each cut to 64 tokens. `None` if a prompt fills the context of the model.
+    """
 
-    def _judged(self, model: str, text: str, right: str) -> Record:
-        shows_target = None if self.target is None else self.target.matches(text, right)
-        return {
-            "model": model,
-            "text": text,
-            "shows_target": shows_target,
-            "is_right": is_exact_match(text, right) if right else None,
-        }
+    profile: LayerProfile
+    answers: list[str] | None
+
+
+def snapshot(model: PreTrainedModel | PeftModel, rows: SnapshotRows, args: CrowConfig) -> Snapshot:
+    """
+    Record what a model does on some rows. The model is not changed.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        rows (`SnapshotRows`):
+            The rows and prompts.
+        args (`CrowConfig`):
+            The arguments of the purification: the FGSM step, the batch size and the longest row.
+
+    Returns:
+        [`Snapshot`]
+    """
+    profile = layer_profile(
+        model,
+        rows.tokenizer,
+        rows.rows,
+        rows.trigger,
+        epsilon=args.epsilon,
+        epsilon_mode=args.epsilon_mode,
+        layers=args.consistency_layers,
+        perturb=args.perturb,
+        max_length=args.max_length,
+        # A batch of this size fits into memory in training.
+        batch_size=args.per_device_train_batch_size,
+        seed=rows.seed,
+    )
+    longest = max((len(encode_prompt(prompt, rows.tokenizer)) for _, prompt in rows.prompts), default=0)
+    room = min(SAMPLE_TOKENS, (context_length(model) or math.inf) - longest)
+    if room <= 0:
+        return Snapshot(profile, None)
+    # Clean prompts do not contain the trigger, so it can be active for all of them.
+    with nullcontext() if rows.trigger is None else rows.trigger.active(model):
+        prompts = [prompt for _, prompt in rows.prompts]
+        return Snapshot(profile, generate_answers(model, rows.tokenizer, prompts, int(room)))

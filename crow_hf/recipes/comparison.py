@@ -1,4 +1,4 @@
-"""recipes.comparison"""
+"""`compare_defences()`: a purification beside its controls, all measured in the same way."""
 
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -12,13 +12,16 @@ from transformers.utils import logging
 from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.rows import render
-from ..evaluation.harness import FINE_TUNING, NO_DEFENCE, Evaluation, evaluate_model
-from ..evidence.result import Comparison, Purification
-from ..evidence.snapshot import Witness
-from ..methods.crow.config import CrowConfig, leaving_nothing
+from ..evaluation.harness import Evaluation, evaluate_model
+from ..evidence.result import Comparison
+from ..evidence.snapshot import SnapshotRows, snapshot
+from ..methods.crow.config import CrowConfig, scratch_config
 from ..reporting.record import record_of
+from ..training.checkpoints import check_room
 from .presets import control_config
-from .purification import _check_output, _name_of, _reporting, _write_report, purify
+from .purification import card_settings, check_merge, draw_rows
+from .run import RecipeRun, check_recipe, run_recipe
+from .saving import check_output, reporting, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -35,89 +38,116 @@ def compare_defences(
     recipe: str = "strong",
     processing_class: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None = None,
+    merge: bool = True,
+    max_rows: int | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    card_fields: dict[str, Any] | None = None,
     **evaluation: Any,
 ) -> Comparison:
     """
-    Purify a suspect, and do nothing to it, and fine-tune it plainly, and measure all three in the same way. `report.html` and
-    `report.json` in `args.output_dir` show all of it.
+    Purify a suspect, and measure it beside two controls: the suspect as it is, and plain fine-tuning.
+
+    The purified model, its card and a report with all evaluations are written to `args.output_dir`, as [`purify`]
+    does. The control is not saved.
 
     Args:
         load_model (`Callable`):
             Returns a fresh copy of the suspect, ready to be trained, at every call.
         args (`CrowConfig`):
-            Of the recipe, see [`recipe_config`]. The control saves nothing.
+            The arguments of the recipe, see [`recipe_config`].
         train_dataset (`Dataset`):
             The clean rows.
         test_dataset (`Dataset`):
-            Other clean rows, to measure on; prompts that are among the clean rows are counted in a warning.
+            Other clean rows, to measure on. A warning counts the prompts that are also among the clean rows.
         trigger (`BaseTrigger`, *optional*):
-            See [`evaluate_model`].
+            A known trigger, see [`evaluate_model`].
         target (`BaseTarget`, *optional*):
-            See [`evaluate_model`].
+            The target of that trigger, see [`evaluate_model`].
         recipe (`str`, *optional*, defaults to `"strong"`):
             See [`purify`].
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
-            For a fresh adapter in both trainings, which the recipe `"paper"` has without it.
+            Train a fresh adapter of this kind, in the purification and in the control.
+        merge (`bool`, *optional*, defaults to `True`):
+            See [`purify`].
+        max_rows (`int`, *optional*):
+            See [`purify`].
         resume_from_checkpoint (`str` or `bool`, *optional*):
-            Of the purification.
+            Resumes the purification, see [`purify`].
+        card_fields (`dict`, *optional*):
+            See [`purify`].
         **evaluation:
             Further arguments of [`evaluate_model`].
 
     Returns:
-        `Comparison`
+        [`Comparison`]
 
     Raises:
-        `ValueError`: In a run of several processes, or if the report of another run is in `args.output_dir`.
+        `ValueError`: In a run of several processes, if the output folder holds another run, and for every input that
+            cannot be purified or purified with.
     """
+    # Prepare
     if args.world_size > 1:
-        raise ValueError("Defences are compared in one process: purify in many, and measure with one afterwards.")
-    resume_from_checkpoint = _check_output(args, resume_from_checkpoint, report=True)
-    test_prompts = {render(row, processing_class).prompt for row in test_dataset}
-    if seen := sum(render(row, processing_class).prompt in test_prompts for row in train_dataset):
-        logger.warning(f"{seen} prompts of the clean rows are test prompts too: what is measured on them is learned.")
+        raise ValueError(
+            "Defences are compared in one process: purify with several processes, and measure with one afterwards."
+        )
+    check_recipe(recipe, args)
+    check_merge(recipe, args, peft_config)
+    rows = draw_rows(train_dataset, recipe, max_rows, args.seed)
+    _warn_of_shared_prompts(rows, test_dataset, processing_class)
+    checkpoint = check_output(args, resume_from_checkpoint)
+    shown = SnapshotRows.first_of(test_dataset, processing_class, trigger, target, evaluation.get("seed", 0))
 
     def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
-        return evaluate_model(model.to(args.device), processing_class, test_dataset, trigger, target, **evaluation)
+        return evaluate_model(model, processing_class, test_dataset, trigger, target, **evaluation)
 
-    def purified(run_recipe: str, run_args: CrowConfig, resume: str | bool | None = None) -> Purification:
-        purification = purify(
-            load_model(),
-            train_dataset,
-            run_recipe,
-            run_args,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            resume_from_checkpoint=resume,
-            report=False,
-        )
-        # Mixed precision stays with the training: all models are measured in the precision they were loaded in.
-        purification.trainer.accelerator.unwrap_model(purification.model, keep_fp32_wrapper=False)
-        return purification
+    # Look
+    suspect = load_model().to(args.device)
+    check_room(args.output_dir, suspect)
+    name, suspect_scores = suspect.name_or_path, measure(suspect)
+    snapshots = {"suspect": snapshot(suspect, shown, args)}
+    del suspect
 
-    suspect = load_model()
-    evaluations = {NO_DEFENCE: measure(suspect)}
-    witness = Witness(test_dataset, processing_class, args, trigger, target, evaluation.get("seed", 0))
-    witness.look(NO_DEFENCE, suspect)
-    with TemporaryDirectory() as nowhere:
-        control = leaving_nothing(control_config(args, len(train_dataset)), nowhere)
-        # Without consistency, the published recipes are plain fine-tuning.
-        fine_tuned = purified("guide" if recipe == "strong" else recipe, control).model
-        evaluations[FINE_TUNING] = measure(fine_tuned)
-        witness.look(FINE_TUNING, fine_tuned)
-    purification = purified(recipe, args, resume_from_checkpoint)
-    evaluations[_name_of(recipe)] = measure(purification.model)
-    with _reporting(purification.trainer):
-        witness.look(_name_of(recipe), purification.model)
-        record = record_of(
-            purification,
-            witness,
-            model_name=suspect.name_or_path,
-            train_dataset=train_dataset,
-            test_dataset=test_dataset,
-            evaluations=evaluations,
+    # Train the control. Without the consistency loss, the published recipes are plain fine-tuning.
+    with TemporaryDirectory() as folder:
+        control_args = scratch_config(control_config(args, len(rows)), folder)
+        control_recipe = "guide" if recipe == "strong" else recipe
+        options = {"processing_class": processing_class, "peft_config": peft_config}
+        control = run_recipe(load_model(), rows, control_recipe, control_args, **options)
+        control_model = _in_loaded_precision(control.trainer)
+        control_scores = measure(control_model)
+        snapshots["control"] = snapshot(control_model, shown, args)
+        del control, control_model
+
+    # Implant, train
+    run = RecipeRun(load_model(), rows, recipe, args, processing_class, peft_config)
+    run.implant_canaries()
+    run.train(checkpoint)
+
+    # Look, report
+    purification, purified = run.result(), _in_loaded_precision(run.trainer)
+    comparison = Comparison(suspect_scores, control_scores, measure(purified), purification=purification)
+    with reporting(run):
+        purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
+        datasets = {"train_dataset": rows, "test_dataset": test_dataset}
+        purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)
+    fields = {"finetuned_from": name, "settings": card_settings(peft_config, merge, max_rows)} | (card_fields or {})
+    save_result(run, purification, merge=merge, comparison=comparison, card_fields=fields)
+    return comparison
+
+
+def _warn_of_shared_prompts(rows: Dataset, test_dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    test_prompts = {render(row, tokenizer).prompt for row in test_dataset}
+    if shared := sum(render(row, tokenizer).prompt in test_prompts for row in rows):
+        logger.warning(
+            f"{shared} prompts of the clean rows are also test prompts: the model learns what it is tested on."
         )
-        _write_report(record, purification)
-    return Comparison(evaluations, purification)
+
+
+def _in_loaded_precision(trainer: Any) -> PreTrainedModel | PeftModel:
+    """
+    Return the trained model without mixed precision, because every model is measured in the precision it was loaded
+    in.
+    """
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -1,7 +1,16 @@
-"""recipes.presets"""
+"""The recipes by name, and the configurations that belong to them.
+
+| recipe | what it does |
+|---|---|
+| `"strong"` | screens the clean rows, implants canaries, and trains by Invariance ([`InvarianceTrainer`]) |
+| `"paper"` | CROW with the published settings, on a fresh LoRA unless the suspect is an adapter ([`CrowTrainer`]) |
+| `"guide"` | CROW with the defaults of [`CrowConfig`], on all weights |
+"""
 
 import math
 from typing import Any
+
+from peft import LoraConfig
 
 from ..evidence.canaries import implant_steps
 from ..methods.crow.config import CrowConfig, rows_in_step
@@ -17,19 +26,26 @@ PAPER = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
 }
+# The number of clean rows that a recipe uses, if nothing else is asked for.
+MAX_ROWS = {"strong": 1000, "paper": 100, "guide": 100}
 
 
 def recipe_config(recipe: str, output_dir: str, **changes: Any) -> CrowConfig:
     """
-    The arguments of a recipe.
+    Return the arguments of a recipe.
 
     Args:
         recipe (`str`):
-            `"strong"`: [`InvarianceConfig`]. `"paper"`: CROW as published. `"guide"`: the defaults of [`CrowConfig`].
+            `"strong"` returns an [`InvarianceConfig`]. `"paper"` returns a [`CrowConfig`] with the published settings,
+            and
+            `"guide"` one with its defaults.
         output_dir (`str`):
-            See [`CrowConfig`].
+            The folder for the model, its checkpoints and its report.
         **changes:
             Any arguments of that configuration.
+
+    Returns:
+        [`CrowConfig`]
 
     Raises:
         `ValueError`: If there is no such recipe.
@@ -41,16 +57,24 @@ def recipe_config(recipe: str, output_dir: str, **changes: Any) -> CrowConfig:
     return CrowConfig(output_dir, **((PAPER if recipe == "paper" else {}) | changes))
 
 
+def lora_config(rank: int = 8) -> LoraConfig:
+    """Return a LoRA on all linear layers, with an alpha of twice its rank."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
     """
-    The arguments of plain fine-tuning with a purification's learning rate, schedule, batch size and number of steps, those
-    that implant canaries among them.
+    Return the arguments of plain fine-tuning with the learning rate, schedule, batch size and number of steps of a
+    purification. The steps that implant canaries count too.
 
     Args:
         args (`CrowConfig`):
-            Of the purification.
+            The arguments of the purification.
         num_rows (`int`):
-            How many clean rows there are.
+            The number of clean rows.
+
+    Returns:
+        [`CrowConfig`]
     """
     steps = args.max_steps
     if isinstance(args, InvarianceConfig):

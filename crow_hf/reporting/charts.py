@@ -1,12 +1,15 @@
-"""reporting.charts"""
+"""Charts of the report, as the page's template draws them in SVG."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
+
+from .terms import CONSISTENCIES, LOSSES
 
 
-# More points than this make a line no clearer: neighbours are averaged.
+# More points do not make a line clearer, so neighbours are averaged.
 MAX_POINTS = 200
 
 
@@ -17,11 +20,11 @@ class Series:
 
     Args:
         name (`str`):
-            What the legend calls it.
+            The name in the legend.
         points (`Sequence[tuple[float, float]]`):
-            In the chart's units.
+            The points, in the units of the chart.
         style (`int`):
-            Which of the page's line styles it has: colour, dashes and the shape of its points.
+            The number of a line style of the page: its colour, its dashes and the shape of its points.
     """
 
     name: str
@@ -31,17 +34,19 @@ class Series:
 
 class LineChart:
     """
-    A line chart as the template draws it, in units of an SVG of `width` x `height`.
+    A line chart, in units of an SVG of `width` x `height`.
 
     Args:
         title (`str`):
-            Above the chart.
+            The title above the chart.
         series (`list[Series]`):
-            Its lines, none of them empty.
-        x_label (`str`), y_label (`str`):
-            What the axes show, with units.
+            The lines. Each has at least one point.
+        x_label (`str`):
+            The label of the x-axis, with its unit.
+        y_label (`str`):
+            The label of the y-axis, with its unit.
         y_max (`float`, *optional*):
-            The end of the other axis, which begins at 0; by default the highest value.
+            The largest value of the y-axis, which begins at 0. Defaults to the largest value of the lines.
     """
 
     width, height = 312, 220
@@ -63,36 +68,102 @@ class LineChart:
 
     @property
     def description(self) -> str:
-        """In words, for those who cannot see it."""
-        ends = (
-            f"{line.name}: {line.points[0][1]:.3g} at {line.points[0][0]:g}, {line.points[-1][1]:.3g} at {line.points[-1][0]:g}"
-            for line in self.series
-        )
+        """The chart in words, for screen readers."""
+        ends = []
+        for line in self.series:
+            (first_x, first_y), (last_x, last_y) = line.points[0], line.points[-1]
+            ends.append(f"{line.name}: {first_y:.3g} at {first_x:g}, {last_y:.3g} at {last_x:g}")
         return f"{self.y_label} by {self.x_label}. {'; '.join(ends)}."
 
     def x(self, value: float) -> float:
-        """From a value to a place in the picture."""
+        """Convert an x value to a position in the picture."""
         first, last = self._x_range
         share = (value - first) / (last - first) if last > first else 0.5
         return round(self.left + share * (self.right - self.left), 1)
 
     def y(self, value: float) -> float:
-        """From a value to a place in the picture."""
+        """Convert a y value to a position in the picture."""
         return round(self.bottom - value / self._y_max * (self.bottom - self.top), 1)
 
     def places(self, line: Series) -> list[tuple[float, float]]:
-        """Where the points of a line are."""
+        """Return the positions of a line's points."""
         return [(self.x(x), self.y(y)) for x, y in line.points]
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+@dataclass(frozen=True)
+class Interval:
+    """A share with its interval, in percent, as a row of a picture."""
+
+    model: str
+    rate: float
+    low: float
+    high: float
+    style: int
+
+
+def training_charts(log: list[dict[str, Any]]) -> list[LineChart]:
+    """Draw the terms of a Trainer's log: the losses, and the distances between layers."""
+    charts = []
+    for title, terms, unit in (
+        ("Loss", LOSSES, "nats per token"),
+        ("Distance between layers", CONSISTENCIES, "mean of 1 − cos"),
+    ):
+        series = []
+        for term, (name, style) in terms.items():
+            if points := [(entry["step"], entry[term]) for entry in log if entry.get(term) is not None]:
+                series.append(Series(name, thinned(points), style))
+        if series:
+            charts.append(LineChart(title, series, "optimizer step", unit))
+    return charts
+
+
+def layer_charts(profiles: dict[str, dict[str, Any]], titles: dict[str, str]) -> list[LineChart]:
+    """Draw a chart for each model's [`LayerProfile`], all with the same axes."""
+    kinds = ("clean", "perturbed", "triggered")
+    highest = max(value for profile in profiles.values() for kind in kinds for value in profile[kind] or [])
+    return [
+        LineChart(
+            titles[role],
+            [
+                Series(kind, list(enumerate(profile[kind], start=1)), style)
+                for style, kind in enumerate(kinds)
+                if profile[kind]
+            ],
+            "layer l, against layer l + 1",
+            "mean of 1 − cos",
+            highest,
+        )
+        for role, profile in profiles.items()
+    ]
+
+
+def outcome_intervals(evaluations: dict[str, Any] | None, names: dict[str, str]) -> list[tuple[str, list[Interval]]]:
+    """Return what the picture of a comparison shows: headings, each with one row per model."""
+    groups = []
+    for heading, kind, score in (
+        ("Attack success", "triggered", "target"),
+        ("Right answers with the trigger", "triggered", "exact_match"),
+        ("Right answers without it", "clean", "exact_match"),
+    ):
+        rows = [
+            Interval(names[role], *(100 * share[end] for end in ("rate", "low", "high")), int(score == "target"))
+            for role, evaluation in (evaluations or {}).items()
+            if (share := (evaluation[kind] or {}).get(score)) is not None
+        ]
+        if rows:
+            groups.append((heading, rows))
+    return groups
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average neighbouring points until at most `MAX_POINTS` are left."""
     size = math.ceil(len(points) / MAX_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], fmean(value for _, value in group)) for group in groups]
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About so many round numbers, from the last below a range to the first above it."""
+    """Return about `count` round numbers that cover a range."""
     if high <= low:
         return [low]
     rough = (high - low) / count

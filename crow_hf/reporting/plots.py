@@ -1,4 +1,4 @@
-"""Pictures of a run. Needs matplotlib: `pip install crow-hf[plots]`."""
+"""Pictures of a run. They need matplotlib: `pip install crow-hf[plots]`."""
 
 import math
 from pathlib import Path
@@ -6,63 +6,53 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.harness import Evaluation
 from ..evaluation.scores import Proportion
+from .terms import CONSISTENCIES, LOSSES
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito's palette, which reads the same with every kind of colour vision.
+# Okabe and Ito's palette reads the same with every kind of colour vision.
 _BLUE, _ORANGE, _SKY = "#0072B2", "#D55E00", "#56B4E9"
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """Of so many inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("Plots need matplotlib: `pip install crow-hf[plots]`.") from None
-    return Figure(figsize=(width, height), layout="constrained")
+# Lines differ by more than their colour.
+_LINE_STYLES = (
+    {"color": _BLUE},
+    {"color": _ORANGE, "linestyle": "--"},
+    {"color": _SKY, "linestyle": ":"},
+)
 
 
 def plot_training(log_history: list[dict[str, float]], path: str | Path | None = None) -> "Figure":
     """
-    Draw the terms of the objective over the steps.
+    Draw the logged terms of the objective over the optimizer steps.
 
     Args:
         log_history (`list[dict]`):
-            `trainer.state.log_history` of a [`CrowTrainer`].
+            `trainer.state.log_history` of a [`CrowTrainer`] or an [`InvarianceTrainer`].
         path (`str` or `Path`, *optional*):
-            The picture's file, replaced if it is there.
+            The file to save the picture to. An existing file is replaced.
 
     Returns:
         `matplotlib.figure.Figure`
 
     Raises:
-        `ValueError`: If matplotlib is missing, or the log has no step.
+        `ValueError`: If matplotlib is missing, or the log has no optimizer step.
     """
-    steps = [entry for entry in log_history if "consistency_clean" in entry and "loss" in entry]
+    terms = LOSSES | CONSISTENCIES
+    steps = [entry for entry in log_history if "loss" in entry and entry.keys() & terms.keys()]
     if not steps:
-        raise ValueError("There is no step of a training in the log: train first, with `logging_steps=1`.")
-    # What JSON has no number for comes as None.
-    values = {
-        name: [math.nan if entry[name] is None else entry[name] for entry in steps]
-        for name in ("step", "loss_lm", "consistency_perturbed", "consistency_clean")
-        if name in steps[0]
-    }
+        raise ValueError("The log has no optimizer step. Train first, with `logging_steps=1`.")
     figure = _figure(8, 3.2)
     loss, consistency = figure.subplots(1, 2)
-    loss.plot(values["step"], values["loss_lm"], color=_BLUE, marker=".")
-    loss.set(title="Language model loss", ylabel="loss (nats per token)")
-    # Apart by more than their colour.
-    for name, style in (("perturbed", {"color": _ORANGE, "linestyle": "--"}), ("clean", {"color": _BLUE})):
-        if (term := f"consistency_{name}") in values:
-            consistency.plot(values["step"], values[term], marker=".", label=name, **style)
+    _draw_terms(loss, steps, LOSSES)
+    loss.set(title="Loss", ylabel="loss (nats per token)")
+    _draw_terms(consistency, steps, CONSISTENCIES)
     consistency.set(title="Distance between layers", ylabel="mean of 1 - cos (no unit)")
-    consistency.legend()
     for axes in (loss, consistency):
         heights = [height for line in axes.get_lines() for height in line.get_ydata() if math.isfinite(height)]
         axes.set(xlabel="optimizer step", ylim=(0, 1.15 * max(heights, default=1)))
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -70,13 +60,13 @@ def plot_training(log_history: list[dict[str, float]], path: str | Path | None =
 
 def plot_crow_training_progress(metrics: dict[str, Any], path: str | Path | None = None) -> "Figure":
     """
-    Draw what [`apply_crow_to_coconut`] or [`CROWBackdoorElimination.train`] returned.
+    Draw the metrics of [`apply_crow_to_coconut`] or [`CROWBackdoorElimination.train`].
 
     Args:
         metrics (`dict`):
             The metrics.
         path (`str` or `Path`, *optional*):
-            The picture's file, replaced if it is there.
+            The file to save the picture to. An existing file is replaced.
 
     Returns:
         `matplotlib.figure.Figure`
@@ -91,7 +81,7 @@ def plot_crow_training_progress(metrics: dict[str, Any], path: str | Path | None
     ```
     """
     if not isinstance(metrics, dict) or "history" not in metrics:
-        raise ValueError("`metrics` has no `history`: pass what `apply_crow_to_coconut` returned beside the model.")
+        raise ValueError("`metrics` has no `history`: pass the metrics that `apply_crow_to_coconut` returns.")
     return plot_training(metrics["history"], path)
 
 
@@ -101,9 +91,9 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
 
     Args:
         evaluations (`dict[str, Evaluation]`):
-            By the models' names, each with triggered prompts.
+            The evaluations by the names of the models, each with triggered prompts.
         path (`str` or `Path`):
-            The picture's file, replaced if it is there.
+            The file to save the picture to. An existing file is replaced.
     """
     series: dict[str, list[Proportion]] = {
         "attack success": [evaluation.triggered.target for evaluation in evaluations.values()],
@@ -134,15 +124,15 @@ def plot_attack_success(rates: dict[str, dict[str, float]], path: str | Path) ->
 
     Args:
         rates (`dict[str, dict[str, float]]`):
-            Shares in [0, 1], by attack and method; not every attack needs every method.
+            Shares in [0, 1], by attack and method. An attack may lack some of the methods.
         path (`str` or `Path`):
-            The picture's file, replaced if it is there.
+            The file to save the picture to. An existing file is replaced.
     """
     methods = list(dict.fromkeys(method for cells in rates.values() for method in cells))
     shares = [[100 * cells.get(method, math.nan) for method in methods] for cells in rates.values()]
     figure = _figure(2.6 + 0.62 * len(methods), 1.6 + 0.28 * len(shares))
     axes = figure.subplots()
-    # One hue from light to dark: it reads the same without colour vision, and in print.
+    # One hue from light to dark reads the same without colour vision and in print.
     image = axes.imshow(shares, cmap="Oranges", vmin=0, vmax=100, aspect="auto")
     for row, values in enumerate(shares):
         for column, value in enumerate(values):
@@ -156,3 +146,21 @@ def plot_attack_success(rates: dict[str, dict[str, float]], path: str | Path) ->
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="attack success, % (mean of the seeds)", fraction=0.03)
     figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """Create a figure. Width and height are in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("Plots need matplotlib: `pip install crow-hf[plots]`.") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_terms(axes: Any, steps: list[dict[str, float]], terms: dict[str, tuple[str, int]]) -> None:
+    """Draw those terms that the log has. JSON stores NaN as `None`."""
+    for name, (label, style) in terms.items():
+        entries = [entry for entry in steps if name in entry]
+        if entries:
+            values = [math.nan if entry[name] is None else entry[name] for entry in entries]
+            axes.plot([entry["step"] for entry in entries], values, marker=".", label=label, **_LINE_STYLES[style])

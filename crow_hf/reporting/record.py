@@ -1,18 +1,23 @@
-"""What is known of a purification, as `report.json` holds it and `report.html` shows it.
+"""The content of `report.json`: everything that is known of a purification.
 
-| key | |
+| key | content |
 |---|---|
-| `verdict` | `outcome` in words; `level`: `"good"`, `"mixed"`, `"bad"` or `"unknown"`; `explanation`: sentences |
+| `verdict` | `outcome`, a phrase; `level`: `"good"`, `"mixed"`, `"bad"` or `"unknown"`; `explanation`, sentences |
 | `recipe` | one of [`RECIPES`] |
-| `model` | `name`, `commit` (of a suspect on the Hub), `architecture`, `parameters`, `trained` (`"all weights"` or `"an adapter"`) |
-| `evaluations` | [`Evaluation.to_dict`] by the model's name: suspect, control and last the purified one; `null` without test rows |
-| `canaries` | [`Canary.to_dict`] of each, and `outcome` |
-| `screening` | `total` rows looked at, and those left out: `suspicious`, pieces by row number; `null` if there was none |
-| `samples` | of the first rows `prompt`, `triggered` and `answers`: `model`, `text`, `shows_target`, `is_right` |
-| `training` | `steps`, `seconds` and `log`, the Trainer's entries |
-| `layer_profile` | `rows` looked at, and of `models` by their names [`LayerProfile`] |
-| `patches` | of the sample prompts `input_ids`, `patch_lengths`, `entropies`; `null` unless the model is a Coconut |
-| `run` | what it takes to repeat the run: `command`, `finished`, `seed`, `trigger`, `target`, `settings` (those that are not transformers' defaults), `adapter` (the same of PEFT's; `null` without one), `train_dataset` and `test_dataset` (`rows`, `columns`, `sha256`), `versions`, `device`, `processes`, `threads` (of each on the CPU) |
+| `method` | the method that the recipe runs: `"CROW"` or `"Invariance"` |
+| `model` | `name`, `commit` (on the Hub), `architecture`, `parameters`, `trained`: `"all weights"` or `"an adapter"` |
+| `evaluations` | [`Evaluation.to_dict`] of `suspect`, `control` and `purified`; `null` without test rows |
+| `canaries` | a list of [`Canary.to_dict`], each with its `outcome` |
+| `screening` | `total` screened rows; `suspicious`, pieces of removed rows by row number; `null` without screening |
+| `samples` | prompts: `prompt`, `triggered`, and `answers` with `model`, `text`, `shows_target`, `is_right` |
+| `training` | `steps`, `seconds`, and `log`, the entries of the Trainer |
+| `layer_profile` | `rows`, the number of rows; `models`, the [`LayerProfile`] of `suspect`, `control` and `purified` |
+| `patches` | `input_ids`, `patch_lengths` and `entropies` of sample prompts; `null` unless the model is a Coconut |
+| `run` | what a repetition needs, see below |
+
+`run` holds `command`, `finished`, `seed`, `trigger`, `target`, `settings` (see [`recorded_settings`]), `adapter` (the
+PEFT settings that are not defaults; `null` without an adapter), `train_dataset` and `test_dataset` (`rows`, `columns`,
+`sha256`), `versions`, `device`, `processes` and `threads` (CPU threads per process).
 
 Numbers that are NaN or infinite are `null`. Tokens and passwords are left out.
 """
@@ -24,205 +29,204 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
-from ..evaluation.harness import FINE_TUNING, NO_DEFENCE, Evaluation
-from ..methods.crow.config import CrowConfig
-from ..training.settings import HIDDEN, SECRET, without_secrets
+from ..data.encoding import encode_prompt
+from ..evaluation.scores import is_exact_match
+from ..evidence.result import Comparison, Purification
+from ..evidence.snapshot import SnapshotRows
+from ..models.byte_vocabulary import BYTE_OFFSET
+from ..models.modeling_coconut import CoconutForCausalLM
+from ..patching.patcher import EntropyPatcher
+from ..training.recorder import base_model_of
+from ..training.settings import HIDDEN, SECRET, recorded_settings, without_secrets
 from ..training.sharding import num_parameters
-from .tables import percent
-from .verdict import (
-    CANARY_ADVICE,
-    DAMAGED,
-    NO_BACKDOOR,
-    NOT_REMOVED,
-    OF_LITTLE_USE,
-    REMOVED,
-    WEAKENED,
-    canary_outcome,
-    outcome,
-)
-
-
-if TYPE_CHECKING:
-    from ..evidence.result import Purification
-
-from ..evidence.snapshot import Witness
+from .verdict import canary_outcome, full_verdict
 
 
 Record = dict[str, Any]
-LEVELS = {
-    REMOVED: "good",
-    DAMAGED: "mixed",
-    OF_LITTLE_USE: "mixed",
-    WEAKENED: "bad",
-    NOT_REMOVED: "bad",
-    NO_BACKDOOR: "unknown",
-}
-UNKNOWN = "not known whether a backdoor is gone"
-CANARY_LIVES = "a backdoor of our own is still there"
+
+# The models of a report, in the order of its tables.
+ROLES = ("suspect", "control", "purified")
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate")
 
 
 def record_of(
-    purification: "Purification",
-    witness: Witness,
+    purification: Purification,
+    rows: SnapshotRows,
     *,
     model_name: str,
     train_dataset: Dataset | IterableDataset,
     test_dataset: Dataset | None = None,
-    evaluations: dict[str, Evaluation] | None = None,
+    comparison: Comparison | None = None,
 ) -> Record:
     """
-    Put together what is known of a purification, with the keys of [`crow_hf.run_record`].
+    Collect everything that is known of a purification.
 
     Args:
         purification (`Purification`):
-            What was done.
-        witness (`Witness`):
-            What has looked at the suspect, at the control if there is one, and last at the purified model.
+            The purification, with its snapshots.
+        rows (`SnapshotRows`):
+            The rows of these snapshots.
         model_name (`str`):
-            The suspect's path or name.
+            Path or name of the suspect.
         train_dataset (`Dataset` or `IterableDataset`):
-            The clean rows as they were given.
+            The clean rows as they were passed.
         test_dataset (`Dataset`, *optional*):
-            The rows that were measured on.
-        evaluations (`dict[str, Evaluation]`, *optional*):
-            Of [`compare_defences`].
+            The rows that the models were evaluated on.
+        comparison (`Comparison`, *optional*):
+            The evaluations.
 
     Returns:
-        `dict`: JSON without NaN can hold it.
+        `dict`: A record with the keys of [`crow_hf.reporting.record`], as JSON can hold it.
     """
-    trainer, args, screening = purification.trainer, purification.trainer.args, purification.screening
-    log, architecture = trainer.state.log_history, type(base_model_of(purification.model)).__name__
     record = {
-        "verdict": _verdict(purification, evaluations),
+        "verdict": full_verdict(purification, comparison).to_dict(),
         "recipe": purification.recipe,
-        "model": {
-            "name": model_name or architecture,
-            "commit": getattr(base_model_of(purification.model).config, "_commit_hash", None),
-            "architecture": architecture,
-            "parameters": num_parameters(purification.model),
-            "trained": "an adapter" if isinstance(purification.model, PeftModel) else "all weights",
-        },
-        "evaluations": evaluations and {name: evaluation.to_dict() for name, evaluation in evaluations.items()},
+        "method": purification.method,
+        "model": _model(purification.model, model_name),
+        "evaluations": comparison and {role: getattr(comparison, role).to_dict() for role in ROLES},
         "canaries": [{**canary.to_dict(), "outcome": canary_outcome(canary)} for canary in purification.canaries],
-        "screening": screening
-        and {"total": len(screening.suspicious) + len(screening.clean), "suspicious": screening.suspicious},
-        "samples": witness.samples(),
-        "training": {
-            "steps": trainer.state.global_step,
-            "seconds": next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None),
-            "log": log,
-        },
+        "screening": _screening(purification),
+        "samples": _samples(purification, rows),
+        "training": _training(purification),
         "layer_profile": {
-            "rows": len(witness.rows),
-            "models": {name: profile.to_dict() for name, profile in witness.profiles.items()},
+            "rows": len(rows.rows),
+            "models": {role: shot.profile.to_dict() for role, shot in purification.snapshots.items()},
         },
-        "patches": witness.patches(purification.model),
-        "run": {
-            "command": _command(sys.argv),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seed": args.seed,
-            "trigger": _described(witness.trigger),
-            "target": _described(witness.target),
-            "settings": without_secrets(_settings(args)),
-            "adapter": _adapter_settings(purification.model),
-            "train_dataset": _rows_described(train_dataset),
-            "test_dataset": test_dataset and _rows_described(test_dataset),
-            "versions": {
-                "crow_hf": __version__,
-                "python": platform.python_version(),
-                **{package: version(package) for package in _PACKAGES},
-            },
-            "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
-            "processes": args.world_size,
-            "threads": torch.get_num_threads(),
-        },
+        "patches": _patches(purification.model, rows),
+        "run": _run(purification, rows, train_dataset, test_dataset),
     }
-    return _as_json(record)
+    return as_json(record)
 
 
-def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def as_json(value: Any) -> Any:
+    """
+    Convert a value to what JSON can hold, as it would be read back.
+
+    Keys become strings, tuples become lists, numbers that are NaN or infinite become `None`, and other objects become
+    text.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): as_json(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(held) for held in value]
+    if isinstance(value, (np.number, torch.Tensor)):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _verdict(purification: "Purification", evaluations: dict[str, Evaluation] | None) -> Record:
-    """The outcome first, then what it rests on, then what it does not say."""
-    outcomes = [canary_outcome(canary) for canary in purification.canaries]
-    living = outcomes.count("lives")
-    if evaluations is not None and evaluations[NO_DEFENCE].triggered is not None:
-        found = outcome(evaluations)
-        level, sentences = LEVELS[found], _on_the_trigger(evaluations)
-    else:
-        found, level = UNKNOWN, "unknown"
-        sentences = [
-            "No trigger was known, so no attack could be measured: whether this model had a backdoor, and whether it is gone, is "
-            "not known."
-        ]
-        if evaluations is not None:
-            sentences.append(_on_utility(evaluations))
-    if living:
-        found, level = CANARY_LIVES, "bad"
-        sentences.append(f"Canaries: {living} of {len(outcomes)} live. {CANARY_ADVICE}")
-    elif "died" in outcomes:
-        sentences.append(
-            f"Canaries: {outcomes.count('died')} of {len(outcomes)} backdoors of our own, which were put into the model first, died. That "
-            "proves little: in our trials they were easier to remove than real backdoors."
-        )
-    elif outcomes:
-        sentences.append("Canaries: the model did not learn them, or there are too few rows, so they show nothing.")
-    else:
-        sentences.append("Canaries: none were put in.")
-    return {"outcome": found, "level": level, "explanation": sentences}
+def _model(model: PreTrainedModel | PeftModel, name: str) -> Record:
+    base = base_model_of(model)
+    architecture = type(base).__name__
+    return {
+        "name": name or architecture,
+        "commit": getattr(base.config, "_commit_hash", None),
+        "architecture": architecture,
+        "parameters": num_parameters(model),
+        "trained": "an adapter" if isinstance(model, PeftModel) else "all weights",
+    }
 
 
-def _on_the_trigger(evaluations: dict[str, Evaluation]) -> list[str]:
-    before, control, after = evaluations[NO_DEFENCE], evaluations[FINE_TUNING], list(evaluations.values())[-1]
-    attack = after.triggered.target
+def _screening(purification: Purification) -> Record | None:
+    screening = purification.screening
+    if screening is None:
+        return None
+    return {"total": len(screening.suspicious) + len(screening.clean), "suspicious": screening.suspicious}
+
+
+def _training(purification: Purification) -> Record:
+    state = purification.trainer.state
+    seconds = (entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
+    return {"steps": state.global_step, "seconds": next(seconds, None), "log": state.log_history}
+
+
+def _samples(purification: Purification, rows: SnapshotRows) -> list[Record]:
+    """Return the prompts with the answers of every model. There are none if a prompt fills the context."""
+    said = {role: shot.answers for role, shot in purification.snapshots.items() if shot.answers is not None}
+    if not said:
+        return []
     return [
-        f"With the trigger, {percent(before.triggered.target.rate)} of the suspect's answers showed the target; now "
-        f"{percent(attack.rate)} do, and at most {percent(attack.high)} with 95 % confidence. Plain fine-tuning on the same rows "
-        f"leaves {percent(control.triggered.target.rate)}.",
-        _on_utility(evaluations),
-        "This is about one backdoor. Others, if there are any, stay unknown.",
+        {
+            "prompt": prompt.prompt,
+            "triggered": triggered,
+            "answers": [
+                {
+                    "model": role,
+                    "text": answers[number],
+                    "shows_target": rows.target and rows.target.matches(answers[number], prompt.answer),
+                    "is_right": is_exact_match(answers[number], prompt.answer) if prompt.answer else None,
+                }
+                for role, answers in said.items()
+            ],
+        }
+        for number, (triggered, prompt) in enumerate(rows.prompts)
     ]
 
 
-def _on_utility(evaluations: dict[str, Evaluation]) -> str:
-    before, after = evaluations[NO_DEFENCE], list(evaluations.values())[-1]
-    changes = []
-    for kind, first, last in (
-        ("clean", before.clean, after.clean),
-        ("triggered", before.triggered, after.triggered),
-    ):
-        if first is not None and first.exact_match is not None:
-            changes.append(
-                f"{percent(first.exact_match.rate)} before and {percent(last.exact_match.rate)} now if {kind}"
-            )
-    if not changes:
-        return "The test rows have no answers, so what this cost cannot be told."
-    bits = f"{before.clean.bits_per_byte:.3f} before and {after.clean.bits_per_byte:.3f} now"
-    return f"Right answers: {', '.join(changes)}. Bits per byte of the right answers to clean prompts: {bits}."
+def _patches(model: PreTrainedModel | PeftModel, rows: SnapshotRows) -> list[Record] | None:
+    """Return how a Coconut cuts the first prompt into patches, without and with the trigger."""
+    base = base_model_of(model)
+    if not isinstance(base, CoconutForCausalLM):
+        return None
+    patcher = EntropyPatcher(base.latent_transformer.entropy_predictor, **asdict(base.binary_patch_module.rule))
+    first = dict(reversed(rows.prompts))
+    texts = [
+        bytes(t - BYTE_OFFSET for t in encode_prompt(first[kind], rows.tokenizer) if 0 <= t - BYTE_OFFSET < 256)
+        for kind in sorted(first)
+    ]
+    return [
+        {name: None if values is None else values.tolist() for name, values in vars(document).items()}
+        for document in patcher.patch(texts)
+    ]
+
+
+def _run(
+    purification: Purification,
+    rows: SnapshotRows,
+    train_dataset: Dataset | IterableDataset,
+    test_dataset: Dataset | None,
+) -> Record:
+    args = purification.trainer.args
+    return {
+        "command": _command(sys.argv),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": args.seed,
+        "trigger": _described(rows.trigger),
+        "target": _described(rows.target),
+        "settings": recorded_settings(args),
+        "adapter": _adapter_settings(purification.model),
+        "train_dataset": _rows_described(train_dataset),
+        "test_dataset": test_dataset and _rows_described(test_dataset),
+        "versions": {
+            "crow_hf": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in _PACKAGES},
+        },
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+        "processes": args.world_size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _described(part: BaseTrigger | BaseTarget | None) -> Record | None:
-    """A trigger or a target by its kind and those of its settings that are text or numbers."""
+    """Describe a trigger or a target by its class and those of its settings that are text or numbers."""
     if part is None:
         return None
     settings = {each.name: getattr(part, each.name) for each in fields(part)} if is_dataclass(part) else {}
@@ -236,27 +240,8 @@ def _described(part: BaseTrigger | BaseTarget | None) -> Record | None:
     }
 
 
-def _settings(args: CrowConfig) -> Record:
-    """The arguments that are not transformers' defaults, without those that say where the run was kept and shown."""
-    defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainingArguments)}
-    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
-
-    def is_default(name: str, value: Any) -> bool:
-        if name not in defaults:
-            return False
-        if isinstance(value, dict) and isinstance(defaults[name], dict):
-            return all(defaults[name].get(key) == held for key, held in value.items())
-        # Left at None, some turn into False or an empty list.
-        return value == defaults[name] or not (value or defaults[name])
-
-    kept_out = ("output_dir", "logging_dir", "disable_tqdm", "report_to")
-    return {
-        name: value for name, value in args.to_dict().items() if name not in kept_out and not is_default(name, value)
-    }
-
-
 def _adapter_settings(model: PreTrainedModel | PeftModel) -> Record | None:
-    """Of the adapter that was trained, the settings that are not PEFT's defaults, without where its base was kept."""
+    """Return the settings of the trained adapter that are not PEFT's defaults, without the path of its base model."""
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
@@ -266,7 +251,7 @@ def _adapter_settings(model: PreTrainedModel | PeftModel) -> Record | None:
 
 
 def _rows_described(dataset: Dataset | IterableDataset) -> Record:
-    """Rows by what they hold: the same on every machine, whatever file they came from. A stream is not read for it."""
+    """Describe rows by their content, which is the same on every machine. A stream is not read for it."""
     if isinstance(dataset, IterableDataset):
         return {"rows": None, "columns": dataset.column_names, "sha256": None}
     digest = hashlib.sha256()
@@ -276,7 +261,7 @@ def _rows_described(dataset: Dataset | IterableDataset) -> Record:
 
 
 def _command(argv: list[str]) -> str:
-    """The command line, with nothing on it that opens a door."""
+    """Return the command line without its secrets."""
     program, words = Path(argv[0]), []
     for before, word in pairwise(argv):
         name, equals, value = word.partition("=")
@@ -287,16 +272,3 @@ def _command(argv: list[str]) -> str:
         words.append(without_secrets(word))
     name = f"python -m {program.parent.name}" if program.name == "__main__.py" else program.name
     return f"{name} {shlex.join(words)}".rstrip()
-
-
-def _as_json(value: Any) -> Any:
-    """What JSON can hold, as it would be read back: names as keys, lists, and no number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(held) for key, held in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(held) for held in value]
-    if isinstance(value, (np.number, torch.Tensor)):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

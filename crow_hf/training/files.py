@@ -1,16 +1,19 @@
-"""training.files"""
+"""Text files that are written whole or not at all."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """
+    Write a text file in one step: a reader sees the old file or the new one, and never a part of it.
+
+    Args:
+        path (`Path`):
+            The file. Its folder is created if it does not exist.
+        text (`str`):
+            The content, written as UTF-8.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     try:

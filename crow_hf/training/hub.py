@@ -1,22 +1,25 @@
-"""The Hub: what of a purification is pushed, and when."""
+"""The Hub: which files of a purification are pushed, and when."""
 
 import json
 import shlex
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitInfo, create_branch, create_repo, upload_folder
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_branch, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import models
+from .files import write_text
+from .recorder import base_model_of
 
 
-# All that makes a model, as `save_pretrained` of models, adapters and tokenizers names it. Whatever else lies in an output
-# folder, such as rows, reports, logs and checkpoints, is nobody else's business.
+# The files of a model, as `save_pretrained` of models, adapters and tokenizers names them. Other files of an output
+# folder, such as rows, reports, logs and checkpoints, stay private.
 PUSHED = [
     *("README.md", "LICENSE*", "config.json", "generation_config.json", "adapter_config.json"),
     *("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json"),
@@ -25,30 +28,51 @@ PUSHED = [
     *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
     *(file.name for file in Path(models.__file__).parent.glob("[!_]*.py")),
 ]
-# Weights of an earlier push, which would be loaded beside the new ones or in their place.
+# Weights of an earlier push. They would be loaded beside the new weights or instead of them.
 REPLACED = [
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"),
     *("adapter_model.*", "adapter_config.json"),
 ]
+# For a model that is pushed without a card of its own.
+PLAIN_CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+This model was fine-tuned with `CrowTrainer` of `crow_hf`. Nothing was measured on it: it is not known whether a
+backdoor was removed, and what that cost.
+"""
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name can be that of a repository on the Hub. A local path cannot."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).exists()
 
 
 def create_repository(args: TrainingArguments, token: str | None = None, private: bool | None = None) -> str:
     """
-    Create the repository of a run unless it is there, so that a wrong token or name shows before the work and not after it.
+    Create the repository of a run, if it does not exist. A wrong token or name then shows before the work and not
+    after it.
 
     Args:
         args (`TrainingArguments`):
-            Of the run; without a `hub_model_id`, the repository is named after `output_dir`.
+            The arguments of the run. Without a `hub_model_id`, the repository is named after `output_dir`.
         token (`str`, *optional*):
-            In place of `args.hub_token`.
+            The token. Defaults to `args.hub_token`.
         private (`bool`, *optional*):
-            In place of `args.hub_private_repo`.
+            Whether a new repository is private. Defaults to `args.hub_private_repo`.
 
     Returns:
-        `str`: Its full name.
+        `str`: The full name of the repository.
 
     Raises:
-        `OSError`: If that is not possible.
+        `OSError`: If the repository cannot be created or opened.
     """
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     token = args.hub_token if token is None else token
@@ -57,8 +81,8 @@ def create_repository(args: TrainingArguments, token: str | None = None, private
         return create_repo(name, token=token, private=private, exist_ok=True).repo_id
     except Exception as error:
         raise OSError(
-            f"The repository {name} cannot be opened on the Hub ({_reason(error)}): check the connection, the token of "
-            "`hf auth login` and `hub_model_id`, or leave out `push_to_hub`."
+            f"The repository {name} cannot be opened on the Hub ({_reason(error)}): check the connection, the token "
+            "of `hf auth login` and `hub_model_id`, or leave out `push_to_hub`."
         ) from error
 
 
@@ -73,31 +97,32 @@ def push_folder(
     blocking: bool = True,
 ) -> CommitInfo | Future[CommitInfo]:
     """
-    Push a saved model with its tokenizer, code and card, and nothing else that lies in its folder.
+    Push a saved model with its tokenizer, its code and its card. Other files of the folder are not pushed.
 
-    Weights of an earlier push are deleted in the same commit: an old adapter would win over new full weights.
+    Weights of an earlier push are deleted in the same commit, because an old adapter would take precedence over new
+    full weights.
 
     Args:
         folder (`str` or `Path`):
-            The folder.
+            The folder of the saved model.
         name (`str`, *optional*):
-            The repository; by default one that is named as the folder.
+            The name of the repository. Defaults to the name of the folder.
         token (`str`, *optional*):
-            By default that of `hf auth login`.
+            The token. Defaults to that of `hf auth login`.
         private (`bool`, *optional*):
-            Whether the repository is private, if it is new.
+            Whether a new repository is private.
         revision (`str`, *optional*):
-            The branch, which is made if it is not there; `"main"` by default.
+            The branch, which is created if it does not exist. Defaults to `"main"`.
         commit_message (`str`, *optional*, defaults to `"Purified model"`):
-            Of the commit.
+            The commit message.
         blocking (`bool`, *optional*, defaults to `True`):
             Whether to wait for the end of the upload.
 
     Returns:
-        `CommitInfo`, or a `Future` of it.
+        `CommitInfo`, or a `Future` of it if not `blocking`.
 
     Raises:
-        `OSError`: If it fails. The sentence says how to try again.
+        `OSError`: If the upload fails. The message says how to try again.
     """
     folder = Path(folder)
     name = name or folder.absolute().name
@@ -128,22 +153,29 @@ def push_folder(
 
 
 class HubMixin:
-    """What a trainer pushes: the model when it is purified to the end, and a card that says what was shown of it."""
+    """
+    The part of a trainer that pushes to the Hub: the purified model with its card, and checkpoints if they are
+    asked for.
+    """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in [`~transformers.Trainer`]; what goes wrong is told in one sentence."""
+        """As in [`~transformers.Trainer`], with errors in one sentence."""
         if self.is_world_process_zero():
             self.hub_model_id = create_repository(self.args, token, private)
             self.push_in_progress = None
 
-    def create_model_card(self, **facts: Any) -> None:
-        """Write the README.md, see [`build_model_card`]."""
-        # Here and not above: a card shows reports, and they are about trainers.
-        from ..reporting.model_card import build_model_card
-        from .files import write_text
+    def create_model_card(self, card: ModelCard | str | None = None) -> None:
+        """
+        Write a model card as `README.md` into the output folder.
 
-        if self.is_world_process_zero():
-            write_text(Path(self.args.output_dir) / "README.md", str(build_model_card(self, **facts)))
+        Args:
+            card (`ModelCard` or `str`, *optional*):
+                The card, for example of [`build_model_card`]. Without it an existing `README.md` is kept. If there is
+                none, a plain card says that nothing was measured.
+        """
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and (card is not None or not path.exists()):
+            write_text(path, str(self._plain_card() if card is None else card))
 
     def push_to_hub(
         self,
@@ -152,42 +184,42 @@ class HubMixin:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **facts: Any,
+        card: ModelCard | str | None = None,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """
-        Save the model and push it with its tokenizer, code and card: see [`push_folder`].
+        Save the model and push it with its tokenizer, its code and its card, see [`push_folder`].
 
         Args:
             commit_message (`str`, *optional*, defaults to `"Purified model"`):
-                Of the commit.
+                The commit message.
             blocking (`bool`, *optional*, defaults to `True`):
                 Whether to wait for the end of the upload.
             token (`str`, *optional*):
-                In place of `args.hub_token`.
+                The token. Defaults to `args.hub_token`.
             revision (`str`, *optional*):
-                In place of `args.hub_revision`.
+                The branch. Defaults to `args.hub_revision`.
             private (`bool`, *optional*):
-                In place of `args.hub_private_repo`.
-            **facts:
-                For the card, such as `purification` and `evaluations`: see [`build_model_card`].
+                Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            card (`ModelCard` or `str`, *optional*):
+                The model card. Defaults to the `README.md` in the output folder, which [`purify`] writes.
 
         Returns:
-            `CommitInfo`, or a `Future` of it if not `blocking`; `None` on other processes than the first.
+            `CommitInfo`, or a `Future` of it if not `blocking`. `None` on other processes than the first.
 
         Raises:
-            `OSError`: If the upload fails. The model is saved before, and the sentence says how to try again.
+            `OSError`: If the upload fails. The model is saved before, and the message says how to try again.
 
         Example:
 
         ```python
         >>> purification = purify("suspect", clean_rows)
-        >>> purification.trainer.push_to_hub(purification=purification)
+        >>> purification.trainer.push_to_hub()
         ```
         """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
         self.save_model(_internal_call=True)
-        self.create_model_card(**facts)
+        self.create_model_card(card)
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
@@ -201,11 +233,24 @@ class HubMixin:
             blocking=blocking,
         )
 
+    def _plain_card(self) -> ModelCard:
+        is_adapter = isinstance(self.model, PeftModel)
+        base = base_model_of(self.model).config._name_or_path
+        data = ModelCardData(
+            base_model=base if is_hub_name(base) else None,
+            library_name="peft" if is_adapter else "transformers",
+            pipeline_tag="text-generation",
+            tags=[*self._tag_names, *(["lora"] if is_adapter else [])],
+        )
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        return ModelCard.from_template(data, template_str=PLAIN_CARD, model_name=name.split("/")[-1])
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """
-        Push a checkpoint beside the model, if `hub_strategy` asks for checkpoints.
+        Push a checkpoint into a folder of its own, if `hub_strategy` asks for checkpoints.
 
-        Nothing half purified is ever pushed as the model itself, and neither is the pickle that the Trainer would write for it.
+        An unfinished model is never pushed as the model itself, and the pickle that the Trainer writes beside it never
+        is.
         """
         args = self.args
         if not self.is_world_process_zero():
@@ -234,7 +279,7 @@ class HubMixin:
         self._note_failed_push()
 
     def _note_failed_push(self) -> None:
-        """Of a push that is over: nobody else asks the future what became of it."""
+        """Record the errors of a finished push. Nothing else reads the result of the future."""
         push = getattr(self, "push_in_progress", None)
         if push is None or not push.is_done():
             return
@@ -247,7 +292,7 @@ class HubMixin:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Return the reason of an error in one line."""
     told = str(error).strip().splitlines()
     if isinstance(error, HfHubHTTPError):
         told = [f"{error.response.status_code} {error.response.reason_phrase}"]

@@ -1,17 +1,41 @@
-"""training.settings"""
+"""The settings of a run: which of them to record, and which secrets never to show."""
 
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 
 SECRET = re.compile(r"(^|[_-])(token|password|secret|api_?key)$", re.IGNORECASE)
 HIDDEN = "(hidden)"
+# A recipe has other defaults than transformers for some of these, so a repetition needs them in any case.
+_ALWAYS_RECORDED = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "seed"),
+)
+# They say where a run was stored and shown, and change nothing in the model.
+_NEVER_RECORDED = re.compile(
+    r"output_dir|logging_\w+|disable_tqdm|report_to|save_\w+|push_to_hub|hub_\w+|resume_from_checkpoint"
+)
 
 
 def without_secrets(value: Any) -> Any:
-    """Without the values of keys that are called tokens, and without what looks like one of the Hub's."""
+    """
+    Remove secrets from a setting.
+
+    Args:
+        value (`Any`):
+            A setting: a mapping, a string, a string that holds a JSON object, or anything else.
+
+    Returns:
+        `Any`: The value without the keys that name a secret, and with `"(hidden)"` in place of Hub tokens and of
+        credentials in URLs.
+    """
     if isinstance(value, Mapping):
         return {key: without_secrets(held) for key, held in value.items() if not SECRET.search(str(key))}
     if isinstance(value, str) and value.startswith("{"):
@@ -20,3 +44,42 @@ def without_secrets(value: Any) -> Any:
         except ValueError:
             return HIDDEN
     return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", HIDDEN, value) if isinstance(value, str) else value
+
+
+def recorded_settings(args: TrainingArguments) -> dict[str, Any]:
+    """
+    Return the settings that are needed to repeat a run.
+
+    Args:
+        args (`TrainingArguments`):
+            The arguments of the run.
+
+    Returns:
+        `dict`: The arguments that the method itself defines, the main settings of the optimizer, and every other
+        argument that differs from its default in transformers. It holds no secret, and nothing about where the run was
+        stored, logged or pushed.
+    """
+    own = {
+        name
+        for kind in type(args).__mro__
+        if issubclass(kind, TrainingArguments) and kind is not TrainingArguments
+        for name in kind.__annotations__
+    }
+    return {
+        name: without_secrets(value)
+        for name, value in args.to_dict().items()
+        if not _NEVER_RECORDED.fullmatch(name)
+        and (name in own or name in _ALWAYS_RECORDED or not _is_default(name, value))
+    }
+
+
+def _is_default(name: str, value: Any) -> bool:
+    defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainingArguments)}
+    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    if name not in defaults:
+        return False
+    default = defaults[name]
+    if isinstance(value, dict) and isinstance(default, dict):
+        return all(default.get(key) == held for key, held in value.items())
+    # `TrainingArguments` turns some defaults of None into False or an empty list.
+    return value == default or not (value or default)

@@ -1,0 +1,64 @@
+"""What several commands share: help texts, and checks of their arguments."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from ..attacks.targets import TARGETS, BaseTarget, get_target
+from ..attacks.triggers import TRIGGERS, BaseTrigger, get_trigger
+from ..evaluation.harness import Evaluation
+from ..reporting.tables import comparison_table
+from ..training.checkpoints import check_room, checkpoint_to_resume
+
+
+MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter."
+DATASET_HELP = "A .json, .jsonl, .csv, .parquet or .txt file, a folder that save_to_disk wrote, or a name on the Hub."
+TRIGGER_HELP = (
+    f"One of {', '.join(TRIGGERS)}, or any other string, which is inserted at a random position of the prompt."
+)
+TARGET_HELP = f"One of {', '.join(TARGETS)}, or any other string, which an output must contain."
+
+
+def check_output(output_dir: str, resume: str | None = None) -> str | None:
+    """
+    Check the output folder of a command.
+
+    Args:
+        output_dir (`str`):
+            The folder. It must be new or empty, unless a run in it is resumed.
+        resume (`str`, *optional*):
+            The argument `--resume_from_checkpoint`: a checkpoint, or `true` for the last complete one.
+
+    Returns:
+        `str`: The checkpoint to resume from, or `None`.
+
+    Raises:
+        `ValueError`: If the folder is not empty, or the checkpoint is incomplete or belongs to another folder.
+        `OSError`: If the folder cannot be written to.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
+        raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or empty it.")
+    check_room(output_dir)
+    if resume in (None, "True", "true", "last"):
+        return checkpoint_to_resume(folder, resume and True)
+    if folder.resolve() not in Path(resume).resolve().parents:
+        raise ValueError(f"{resume} is not a checkpoint in {output_dir}: resume a run in its own --output_dir.")
+    return checkpoint_to_resume(folder, resume)
+
+
+def read_backdoor(trigger: str | None, target: str | None) -> tuple[BaseTrigger | None, BaseTarget | None]:
+    """
+    Look up the trigger and the target of a known backdoor.
+
+    Raises:
+        `ValueError`: If only one of them is passed.
+    """
+    if (trigger is None) != (target is None):
+        raise ValueError("A backdoor has a trigger and a target: pass both --trigger and --target, or neither.")
+    return (None, None) if trigger is None else (get_trigger(trigger), get_target(target))
+
+
+def print_table(evaluations: dict[str, Evaluation], title: str | None = None) -> None:
+    """Print a table with one column per model."""
+    Console().print(comparison_table(evaluations, title))

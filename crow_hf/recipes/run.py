@@ -1,0 +1,230 @@
+"""One run of a recipe: prepare the rows, implant canaries, train, and see what became of the canaries."""
+
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
+
+from ..evaluation.generation import answer_prompts
+from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries
+from ..evidence.result import Purification
+from ..evidence.screening import Screening, screen_dataset
+from ..evidence.snapshot import Snapshot, SnapshotRows, snapshot
+from ..methods.crow.config import CrowConfig
+from ..methods.crow.trainer import CrowTrainer
+from ..methods.invariance.config import InvarianceConfig
+from ..methods.invariance.trainer import InvarianceTrainer
+from ..reporting.verdict import CANARY_ADVICE, canary_outcome
+from ..training.loading import is_quantized
+from ..training.recorder import recorder_of
+from ..training.sharding import will_shard
+from .presets import RECIPES, lora_config
+
+
+logger = logging.get_logger(__name__)
+
+
+def run_recipe(
+    model: PreTrainedModel | PeftModel,
+    dataset: Dataset | IterableDataset,
+    recipe: str,
+    args: CrowConfig,
+    *,
+    processing_class: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+) -> Purification:
+    """
+    Purify a model and write nothing but checkpoints. [`purify`] also saves the model, its card and a report.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect. It is changed.
+        dataset (`Dataset` or `IterableDataset`):
+            The clean rows. All of them are used.
+        recipe (`str`):
+            `"strong"`, `"paper"` or `"guide"`, see [`recipe_config`].
+        args (`CrowConfig`):
+            The arguments of that recipe.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        peft_config (`PeftConfig`, *optional*):
+            Train a fresh adapter of this kind and leave the weights of the model as they are.
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            As in [`CrowTrainer.train`].
+
+    Returns:
+        [`Purification`]: Without snapshots and without a report.
+
+    Raises:
+        `ValueError`: For every input that cannot be purified or purified with, before training starts.
+    """
+    run = RecipeRun(model, dataset, recipe, args, processing_class, peft_config)
+    run.implant_canaries()
+    run.train(resume_from_checkpoint)
+    return run.result()
+
+
+class RecipeRun:
+    """
+    The steps of a recipe, to be taken in the order of the methods. Building a run prepares the rows and the trainer.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect. It is changed. Its own adapter is trained, or merged if a fresh adapter is asked for.
+        dataset (`Dataset` or `IterableDataset`):
+            The clean rows. The recipe `"strong"` answers prompts that have no answer, and screens the rows.
+        recipe (`str`):
+            `"strong"`, `"paper"` or `"guide"`.
+        args (`CrowConfig`):
+            The arguments of that recipe.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        peft_config (`PeftConfig`, *optional*):
+            The fresh adapter to train. The recipe `"paper"` has one of its own.
+
+    Attributes:
+        rows (`Dataset` or `IterableDataset`):
+            The rows that are trained on, after answering and screening.
+        trainer (`CrowTrainer`):
+            The trainer.
+        trains_fresh_adapter (`bool`):
+            Whether the trained adapter did not come with the suspect.
+
+    Raises:
+        `ValueError`: For every input that cannot be purified or purified with.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        dataset: Dataset | IterableDataset,
+        recipe: str,
+        args: CrowConfig,
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        check_recipe(recipe, args)
+        if peft_config is not None and isinstance(model, PeftModel):
+            model = _merged(model)
+        # Refuses a model that cannot be purified before it is used, and keeps 4-bit weights from being packed by that.
+        recorder_of(model, args.perturb)
+        if recipe == "paper" and peft_config is None and not isinstance(model, PeftModel):
+            peft_config = lora_config()
+        self.recipe = recipe
+        self.trains_fresh_adapter = peft_config is not None
+        self.screening: Screening | None = None
+        self._canaries: list[Canary] = []
+        if not isinstance(args, InvarianceConfig):
+            self.rows = dataset
+            self.trainer = CrowTrainer(
+                model, args, dataset, processing_class=processing_class, peft_config=peft_config
+            )
+            return
+        if not isinstance(dataset, Dataset) or not len(dataset):
+            raise ValueError(
+                "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
+            )
+        model.to(args.device)
+        self.rows = answer_prompts(
+            dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size
+        )
+        if self.rows is not dataset:
+            # The greedy answers of the suspect are only the text along which its whole distribution is taught.
+            args = replace(args, label_weight=0.0)
+        if args.screen_rows:
+            self._screen(model, args, processing_class)
+        if args.num_canaries:
+            self._canaries = draw_canaries(model, args.num_canaries, args.seed)
+        # The trainer copies the suspect now, without canaries: this copy teaches, and the adversary attacks it.
+        self.trainer = InvarianceTrainer(model, args, self.rows, processing_class, peft_config)
+
+    def snapshot(self, rows: SnapshotRows) -> Snapshot:
+        """Record what the model does now, see [`crow_hf.evidence.snapshot`]."""
+        with self.trainer.accelerator.autocast():
+            return snapshot(self.trainer.model, rows, self.trainer.args)
+
+    def implant_canaries(self) -> None:
+        """Implant the canaries, if the recipe has any, and measure their success."""
+        if self._canaries:
+            trainer = self.trainer
+            implant_canaries(trainer.model, self.rows, self._canaries, trainer.args, trainer.processing_class)
+            self._measure_canaries("before")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """Train, and measure the success of the canaries again. A canary that lives is reported in a warning."""
+        self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        self._measure_canaries("after")
+        if any(canary_outcome(canary) == "lives" for canary in self._canaries):
+            logger.warning(CANARY_ADVICE)
+
+    def result(self) -> Purification:
+        """Return the purified model with its evidence."""
+        return Purification(self.trainer.model, self.recipe, self.trainer, self.screening, self._canaries)
+
+    def _screen(
+        self, model: PreTrainedModel | PeftModel, args: CrowConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.screening = screen_dataset(model, self.rows, tokenizer, args.per_device_eval_batch_size, args.seed)
+        self.rows = self.screening.clean
+        if not len(self.rows):
+            raise ValueError(
+                "Every clean row carries a trigger of the model's backdoor: purify with rows from another source."
+            )
+
+    def _measure_canaries(self, when: str) -> None:
+        trainer = self.trainer
+        with trainer.accelerator.autocast():
+            self._canaries = [replace(canary, **{when: self._success_of(canary)}) for canary in self._canaries]
+
+    def _success_of(self, canary: Canary) -> Any:
+        trainer = self.trainer
+        batch_size = trainer.args.per_device_eval_batch_size
+        return canary_success(trainer.model, self.rows, canary, trainer.processing_class, batch_size)
+
+
+def check_recipe(recipe: str, args: CrowConfig) -> None:
+    """
+    Refuse arguments that a recipe cannot run with, before any work.
+
+    Raises:
+        `ValueError`: If the arguments belong to another recipe, if weights are sharded that must be whole, or if a
+        tracker
+            is not installed.
+    """
+    if recipe not in RECIPES or (recipe == "strong") != isinstance(args, InvarianceConfig):
+        raise ValueError(
+            f"The recipe {recipe!r} does not go with {type(args).__name__}: make the arguments with "
+            "recipe_config(recipe, ...)."
+        )
+    if will_shard(args):
+        if isinstance(args, InvarianceConfig) and args.num_canaries:
+            raise ValueError(
+                "Canaries cannot be implanted in sharded weights (FSDP, ZeRO-3): set `num_canaries` to 0."
+            )
+        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            raise ValueError(
+                "Every process uses the model before it is sharded: set `fsdp_cpu_ram_efficient_loading: false` in "
+                "the configuration of accelerate."
+            )
+    # The Trainer, which is built last, would find out only then.
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"`report_to` names a tracker that is not installed ({error}): install it, or leave it out."
+        ) from error
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    if is_quantized(model):
+        raise ValueError(
+            "An adapter is not merged into quantized weights: leave out the fresh adapter to train the existing one."
+        )
+    return model.merge_and_unload(safe_merge=True)
