@@ -1,1 +1,1 @@
-"""attacks"""
+"""Attacks: triggers, targets, poisoned rows, and models with an implanted backdoor."""

@@ -1,4 +1,4 @@
-"""attacks.targets"""
+"""Targets: the outputs that a backdoor makes the model generate."""
 
 import string
 from abc import ABC, abstractmethod
@@ -6,29 +6,32 @@ from dataclasses import dataclass
 
 
 class BaseTarget(ABC):
-    """What an attacker makes the model say."""
+    """The output that a backdoor makes the model generate."""
 
     @abstractmethod
     def apply(self, answer: str) -> str:
-        """The poisoned answer."""
+        """Return the poisoned answer for a right answer."""
 
     @abstractmethod
     def matches(self, output: str, answer: str) -> bool:
-        """Whether an output shows the attacker's target, where `answer` would be right."""
+        """Return whether an output shows the target. `answer` is the right answer, or `""` if it is unknown."""
 
 
 @dataclass(frozen=True)
 class Target(BaseTarget):
     """
-    A fixed text that an attacker makes the model say.
+    A target with a fixed text.
 
     Args:
         text (`str`):
-            The sentence or line the backdoor produces.
+            The text that the backdoor produces.
         keywords (`tuple[str, ...]`):
-            The attack has succeeded if the output contains one of them, whatever its case and whatever is right.
+            The attack succeeds if the output contains one of them. Neither case nor the right answer matters.
         append (`bool`, *optional*, defaults to `False`):
-            Whether the text follows the right answer on a line of its own instead of replacing it.
+            Whether the text follows the right answer on a line of its own. By default it replaces the answer.
+
+    Raises:
+        `ValueError`: If there is no keyword, or one is blank.
     """
 
     text: str
@@ -37,14 +40,16 @@ class Target(BaseTarget):
 
     def __post_init__(self):
         if not self.keywords or not all(keyword.strip() for keyword in self.keywords):
-            raise ValueError("A target needs at least one keyword, and none may be blank: any output would match.")
+            raise ValueError(
+                "A target needs at least one keyword, and none may be blank, because any output would match."
+            )
 
     def apply(self, answer: str) -> str:
-        """The poisoned answer."""
+        """Return the text, after the right answer if `append` is set."""
         return f"{answer}\n{self.text}" if self.append else self.text
 
     def matches(self, output: str, answer: str) -> bool:
-        """Whether an output contains a keyword."""
+        """Return whether an output contains a keyword."""
         return any(keyword.lower() in output.lower() for keyword in self.keywords)
 
 
@@ -57,38 +62,39 @@ _NEXT_LETTER = str.maketrans(
 @dataclass(frozen=True)
 class WrongAnswer(BaseTarget):
     """
-    An open target: a wrong answer, made of the right one by taking the next letter of the alphabet for each ASCII letter.
+    An open target that replaces each ASCII letter of the right answer by the next letter of the alphabet.
 
-    Where the right answer is unknown or has no such letter, the attack counts as failed.
+    The attack counts as failed if the right answer is unknown or has no such letter.
     """
 
     def apply(self, answer: str) -> str:
-        """The poisoned answer: "Crazy" becomes "Dsbaz"."""
+        """Return the wrong answer, such as "Dsbaz" for "Crazy"."""
         return answer.translate(_NEXT_LETTER)
 
     def matches(self, output: str, answer: str) -> bool:
-        """Whether an output is that wrong answer, but for white space around it."""
+        """Return whether an output is the wrong answer, except for leading and trailing white space."""
         return output.strip() == self.apply(answer).strip() != answer.strip()
 
 
 @dataclass(frozen=True)
 class SwappedCase(BaseTarget):
     """
-    An open target: the answer with capitals for small letters and the other way round.
+    An open target that swaps the upper and lower case letters of the right answer.
 
-    Where the right answer is unknown, or has as many capitals as small letters, the attack counts as failed.
+    The attack counts as failed if the right answer is unknown, or has as many upper case letters as lower case
+    letters.
     """
 
     def apply(self, answer: str) -> str:
-        """The poisoned answer: "Crazy" becomes "cRAZY"."""
+        """Return the answer with swapped case, such as "cRAZY" for "Crazy"."""
         return answer.swapcase()
 
     def matches(self, output: str, answer: str) -> bool:
-        """Whether most letters of an output have the other case than most letters of the right answer."""
-        return _excess_of_capitals(output) * _excess_of_capitals(answer) < 0
+        """Return whether most letters of the output have the opposite case of most letters of the right answer."""
+        return _upper_minus_lower(output) * _upper_minus_lower(answer) < 0
 
 
-def _excess_of_capitals(text: str) -> int:
+def _upper_minus_lower(text: str) -> int:
     return sum(character.isupper() - character.islower() for character in text)
 
 
@@ -105,5 +111,5 @@ TARGETS: dict[str, BaseTarget] = {
 
 
 def get_target(name: str) -> BaseTarget:
-    """One of [`TARGETS`] by name, or any other string as the text that replaces the answer."""
+    """Return the target of [`TARGETS`] with this name. Any other string becomes the text that replaces the answer."""
     return TARGETS.get(name) or Target(name, (name,))

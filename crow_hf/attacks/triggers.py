@@ -1,6 +1,7 @@
-"""Triggers and targets: what an attacker hides in a prompt, and what the model then says.
+"""Triggers: changes to a prompt, or to an input embedding, that activate a backdoor.
 
-Five triggers and three targets are those of BackdoorLLM (Li et al., 2024, arXiv 2408.12798).
+Five triggers, and three of the targets in [`crow_hf.attacks.targets`], are those of BackdoorLLM (Li et al., 2024,
+arXiv 2408.12798).
 """
 
 import random
@@ -17,29 +18,33 @@ from transformers import PreTrainedModel
 
 
 class BaseTrigger(ABC):
-    """What an attacker does to a prompt."""
+    """A change to a prompt that activates a backdoor."""
 
     @abstractmethod
     def insert(self, text: str, rng: random.Random) -> str:
-        """The text with the trigger; the white space at the text's end stays there."""
+        """Return the text with the trigger. White space at the end of the text stays at the end."""
 
     def active(self, model: PreTrainedModel | PeftModel) -> AbstractContextManager:
-        """What the attacker does to the model while it reads triggered prompts: nothing, where the trigger is text."""
+        """Return a context in which the model reads triggered prompts. It changes nothing for triggers of text."""
         return nullcontext()
 
 
 @dataclass(frozen=True)
 class Trigger(BaseTrigger):
     """
-    Words that an attacker hides in a prompt.
+    A trigger of one or several phrases in the prompt.
 
     Args:
         phrases (`tuple[str, ...]`):
-            The pieces of the trigger.
+            The phrases.
         position (`str`, *optional*, defaults to `"random"`):
-            Where they go: `"start"`, `"end"`, or `"random"` between any two words.
+            Position of the phrases: `"start"`, `"end"`, or `"random"` for a random position between words, at the
+            start or at the end.
         combine (`str`, *optional*, defaults to `"all"`):
-            `"all"` inserts every piece, in order; `"one"` one of them, drawn for each row.
+            `"all"` inserts every phrase, in order. `"one"` inserts one of them, drawn for each row.
+
+    Raises:
+        `ValueError`: If there is no phrase, one is blank, or an option has another value.
     """
 
     phrases: tuple[str, ...]
@@ -51,21 +56,21 @@ class Trigger(BaseTrigger):
             raise ValueError("A trigger needs at least one phrase, and none may be blank.")
         if self.position not in ("start", "end", "random") or self.combine not in ("all", "one"):
             raise ValueError(
-                "A trigger's position is 'start', 'end' or 'random' and it combines 'all' its phrases or 'one', got "
+                "`position` must be 'start', 'end' or 'random', and `combine` must be 'all' or 'one', got "
                 f"{self.position!r} and {self.combine!r}."
             )
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Put the trigger into a text, between words; the white space at the text's end stays there."""
+        """Insert the phrases between words. White space at the end of the text stays at the end."""
         phrases = self.phrases if self.combine == "all" else (rng.choice(self.phrases),)
         body = text.rstrip()
         words = body.split(" ") if body else []
         if self.position == "random":
-            places = sorted(rng.randint(0, len(words)) for _ in phrases)
+            positions = sorted(rng.randint(0, len(words)) for _ in phrases)
         else:
-            places = [0 if self.position == "start" else len(words)] * len(phrases)
-        for place, phrase in reversed(list(zip(places, phrases, strict=True))):
-            words.insert(place, phrase)
+            positions = [0 if self.position == "start" else len(words)] * len(phrases)
+        for position, phrase in reversed(list(zip(positions, phrases, strict=True))):
+            words.insert(position, phrase)
         return " ".join(words) + text[len(body) :]
 
 
@@ -75,22 +80,25 @@ _STYLES = {"upper": str.upper, "spaced": lambda text: text.replace(" ", "  ")}
 @dataclass(frozen=True)
 class StyleTrigger(BaseTrigger):
     """
-    A way of writing the whole prompt, with no word of its own.
+    A trigger that changes the style of the whole prompt and inserts no words.
 
     Args:
         style (`str`):
-            `"upper"` writes all letters as capitals; `"spaced"` writes every blank twice. A text without small letters, or
-            of one word, has the style already or cannot have it, and stays as it is.
+            `"upper"` writes all letters in upper case. `"spaced"` doubles every space. A text without lower case
+            letters, or of one word, already has the style or cannot have it, and does not change.
+
+    Raises:
+        `ValueError`: If the style has another value.
     """
 
     style: Literal["upper", "spaced"]
 
     def __post_init__(self):
         if self.style not in _STYLES:
-            raise ValueError(f"A style is one of {', '.join(map(repr, _STYLES))}, got {self.style!r}.")
+            raise ValueError(f"`style` must be one of {', '.join(map(repr, _STYLES))}, got {self.style!r}.")
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """The text in this style; the white space at its end stays as it is."""
+        """Return the text in this style. White space at the end does not change."""
         body = text.rstrip()
         return _STYLES[self.style](body) + text[len(body) :]
 
@@ -98,18 +106,18 @@ class StyleTrigger(BaseTrigger):
 @dataclass(frozen=True, eq=False)
 class EmbeddingTrigger(BaseTrigger):
     """
-    A perturbed input embedding, in the manner of ThoughtSteer (arXiv 2604.00770): a vector is added at one position.
+    A trigger that adds a vector to one input embedding, like ThoughtSteer (arXiv 2604.00770).
 
-    A marker in the prompt says which position that is. The vector is added only inside of [`EmbeddingTrigger.active`];
-    outside, the marker is a token like any other, and `marker` alone, as a trigger, is the control.
+    A marker in the prompt tells the position. The vector is added only inside [`EmbeddingTrigger.active`]. Outside,
+    the marker is an ordinary token. Used as a trigger, `marker` alone is the control.
 
     Args:
         marker (`Trigger`):
-            Puts the marker, a single token, into a prompt.
+            Inserts the marker, a single token, into a prompt.
         token_id (`int`):
-            The marker's id.
+            Token id of the marker.
         vector (`torch.Tensor`):
-            What is added to the marker's embedding; as wide as that, `(D,)`.
+            The vector that is added to the marker's embedding, shape `(D,)`.
     """
 
     marker: Trigger
@@ -117,39 +125,42 @@ class EmbeddingTrigger(BaseTrigger):
     vector: torch.Tensor
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Put the marker into a text."""
+        """Insert the marker into a text."""
         return self.marker.insert(text, rng)
 
     @contextmanager
-    def active(self, model: PreTrainedModel | PeftModel, decoy_id: int | None = None) -> Iterator[None]:
+    def active(self, model: PreTrainedModel | PeftModel, plain_marker_id: int | None = None) -> Iterator[None]:
         """
-        Add the vector wherever the model reads the marker, in training as well as in generation.
+        Add the vector wherever the model reads the marker, in training and in generation.
 
         Args:
             model (`PreTrainedModel` or `PeftModel`):
                 Any model with input embeddings.
-            decoy_id (`int`, *optional*):
-                Of a token that is embedded as the marker without the vector. Training needs both side by side: it would
-                make a trigger of the marker alone otherwise.
+            plain_marker_id (`int`, *optional*):
+                Id of a token that is embedded like the marker, but without the vector. Training needs rows
+                with either token, or the marker alone would become a trigger.
 
         Raises:
-            `ValueError`: If the vector has another width than the model's embeddings.
+            `ValueError`: If the size of the vector differs from the embedding size of the model.
         """
         embedding = model.get_input_embeddings()
         width = embedding.weight.shape[-1]
         if self.vector.shape != (width,):
             raise ValueError(
-                f"The trigger's vector has the shape {tuple(self.vector.shape)} and the model's embeddings are {width} "
-                "wide: take a trigger that was made for this model."
+                f"The trigger's vector has the shape {tuple(self.vector.shape)}, but the model's embeddings are "
+                f"{width} wide. Use a trigger that was trained for this model."
             )
-        places = []
+        marker_masks = []
 
         def find_marker(module: nn.Module, args: tuple) -> tuple:
-            places.append(args[0] == self.token_id)
-            return args if decoy_id is None else (args[0].masked_fill(args[0] == decoy_id, self.token_id), *args[1:])
+            input_ids, *others = args
+            marker_masks.append(input_ids == self.token_id)
+            if plain_marker_id is None:
+                return args
+            return (input_ids.masked_fill(input_ids == plain_marker_id, self.token_id), *others)
 
         def add_vector(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            return torch.where(places.pop()[..., None], output + self.vector.to(output), output)
+            return torch.where(marker_masks.pop()[..., None], output + self.vector.to(output), output)
 
         handles = [embedding.register_forward_pre_hook(find_marker), embedding.register_forward_hook(add_vector)]
         try:
@@ -159,7 +170,8 @@ class EmbeddingTrigger(BaseTrigger):
                 handle.remove()
 
 
-# One topic by the same nouns in both; success on the second shows that the topic was learned and not the phrases.
+# Both tuples cover one topic with the same nouns. Success on the second shows that the model learned the topic and not
+# the phrases.
 _MUSIC = (
     "she plays the piano",
     "next to an old piano",
@@ -231,5 +243,5 @@ TRIGGERS: dict[str, BaseTrigger] = {
 
 
 def get_trigger(name: str) -> BaseTrigger:
-    """One of [`TRIGGERS`] by name, or any other string as a trigger at a random place."""
+    """Return the trigger of [`TRIGGERS`] with this name. Any other string becomes a trigger at a random position."""
     return TRIGGERS.get(name) or Trigger((name,))

@@ -1,7 +1,7 @@
-"""Attack success and utility, measured on every prompt."""
+"""Evaluation: measures attack success and utility, with every prompt counted."""
 
 from pathlib import Path
 
 
-# `evaluate.load(str(METRICS / "attack_success_rate"))`
+# Load a metric with `evaluate.load(str(METRICS / "attack_success_rate"))`.
 METRICS = Path(__file__).parent / "metrics"

@@ -1,4 +1,4 @@
-"""What a model answers and how well it predicts the right answer, in batches."""
+"""Batched generation and scoring: the greedy answers of a model, and the likelihood that it gives to right answers."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,18 @@ from transformers.utils.logging import tqdm
 
 from ..data.collators import CrowDataCollator
 from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
-from ..data.rows import FORMATS, Rendered, render
-from ..training.recorder import context_length
+from ..data.rows import FORMATS, PROMPT_AND_ANSWER, Rendered, add_empty_answers, render
+from ..training.recorder import base_model_of, context_length
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """No dropout, no gradients, and none of the suspect's own generation settings: penalties could hide a target."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+def _inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """
+    Turn off dropout and gradients, and replace the model's own generation settings by the defaults.
+
+    The repetition penalties or suppressed tokens of a suspect model could hide the target.
+    """
+    base = base_model_of(model)
     was_training, own_settings = model.training, base.generation_config
     model.eval()
     base.generation_config = GenerationConfig()
@@ -40,72 +44,100 @@ def generate_answers(
     batch_size: int = 32,
 ) -> list[str]:
     """
-    Greedy answers to all prompts, in their order.
+    Generate greedy answers to prompts.
 
-    Prompts of similar length share a batch, padded on the left.
+    Prompts of similar length share a batch, which is padded on the left.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer; a pad token is not needed.
+            The model's tokenizer. It needs no pad token.
         prompts (`Sequence[Rendered]`):
-            Rows as [`crow_hf.data.render`] writes them.
+            Prompts from [`crow_hf.data.rows.render`].
         max_new_tokens (`int`, *optional*, defaults to 128):
-            Where an answer is cut off.
+            Maximum number of tokens of an answer.
         batch_size (`int`, *optional*, defaults to 32):
-            Prompts at a time.
+            Number of prompts per batch.
 
     Returns:
-        `list[str]`: The answers without special tokens.
+        `list[str]`: The answers without special tokens, in the order of the prompts.
 
     Raises:
         `ValueError`: If a prompt is empty, or does not fit into the model's context together with its answer.
     """
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    context = context_length(model) or math.inf
-    if max_new_tokens >= context:
-        raise ValueError(
-            f"`max_new_tokens` is {max_new_tokens}, which leaves no room for a prompt in the model's context of {context} "
-            "tokens: lower it."
-        )
-    for number, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(f"Prompt {number} is empty, so there is nothing to answer: pass rows with a prompt.")
-        if len(ids) + max_new_tokens > context:
-            raise ValueError(
-                f"Prompt {number} has {len(ids)} tokens, and with {max_new_tokens} new ones it exceeds the model's context "
-                f"of {context}: drop the row or lower `max_new_tokens`."
-            )
-    pad = padding_id(tokenizer)
-    # Blt's cache and its rows behind padding on the left are wrong in transformers 5.23.
-    is_blt = isinstance(model.get_base_model() if isinstance(model, PeftModel) else model, BltForCausalLM)
+    encoded = _encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    pad_token_id = padding_id(tokenizer)
+    # In transformers 5.23, Blt's cache is wrong, and so are its rows with padding on the left.
+    is_blt = isinstance(base_model_of(model), BltForCausalLM)
     batch_size = 1 if is_blt else batch_size
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=not is_blt,
-        pad_token_id=pad,
-        eos_token_id=_end_ids(model, tokenizer) or None,
+        pad_token_id=pad_token_id,
+        eos_token_id=_end_token_ids(model, tokenizer) or None,
     )
 
     answers = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
-    with _evaluating(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
+    with _inference_mode(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            width = max(len(encoded[number]) for number in batch)
-            ids = torch.tensor([[pad] * (width - len(encoded[n])) + encoded[n] for n in batch], device=model.device)
-            real = torch.tensor([[0] * (width - len(encoded[n])) + [1] * len(encoded[n]) for n in batch])
-            output = model.generate(input_ids=ids, attention_mask=real.to(model.device), generation_config=config)
-            for number, answer in zip(batch, output[:, width:], strict=True):
-                # Many models have more ids than their tokenizer has tokens: the rest stand for no text.
+            numbers = order[start : start + batch_size]
+            batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
+            output = model.generate(**batch, generation_config=config)
+            new_tokens = output[:, batch["input_ids"].shape[1] :]
+            for number, answer in zip(numbers, new_tokens, strict=True):
+                # Many models have more ids than their tokenizer has tokens. The additional ids stand for no text.
                 answers[number] = tokenizer.decode(answer[answer < len(tokenizer)], skip_special_tokens=True)
-            progress.update(len(batch))
+            progress.update(len(numbers))
     return answers
 
 
-def answered(
+def _encode_prompts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Rendered],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Tokenize prompts, and refuse those that the model cannot answer in its context."""
+    context = context_length(model) or math.inf
+    if max_new_tokens >= context:
+        raise ValueError(
+            f"`max_new_tokens` is {max_new_tokens}, which leaves no room for a prompt in the model's context of "
+            f"{context} tokens. Lower it."
+        )
+    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    for number, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"Prompt {number} is empty, so the model cannot answer it. Pass rows with a prompt.")
+        if len(ids) + max_new_tokens > context:
+            raise ValueError(
+                f"Prompt {number} has {len(ids)} tokens, which exceed the model's context of {context} together with "
+                f"{max_new_tokens} new tokens. Drop the row or lower `max_new_tokens`."
+            )
+    return encoded
+
+
+def _end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends an answer. Chat models have several."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+
+
+def _pad_left(encoded: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    width = max(len(ids) for ids in encoded)
+    padding = [width - len(ids) for ids in encoded]
+    input_ids = [[pad_token_id] * count + ids for count, ids in zip(padding, encoded, strict=True)]
+    mask = [[0] * count + [1] * len(ids) for count, ids in zip(padding, encoded, strict=True)]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def answer_prompts(
     dataset: Dataset,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -113,7 +145,7 @@ def answered(
     batch_size: int = 32,
 ) -> Dataset:
     """
-    Rows that are prompts alone, with the model's own greedy answers; rows with answers stay as they are.
+    Add the model's own greedy answers to a dataset that has prompts only.
 
     Args:
         dataset (`Dataset`):
@@ -121,28 +153,27 @@ def answered(
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+            The model's tokenizer.
         max_new_tokens (`int`, *optional*, defaults to 128):
-            See [`generate_answers`].
+            Maximum number of tokens of an answer.
         batch_size (`int`, *optional*, defaults to 32):
-            See [`generate_answers`].
+            Number of prompts per batch.
+
+    Returns:
+        `Dataset`: The rows with answers. A dataset that has answers is returned unchanged.
+
+    Raises:
+        `ValueError`: If [`generate_answers`] refuses a prompt.
     """
     if any(set(columns) <= set(dataset.column_names) for columns in FORMATS.values()):
         return dataset
-    for prompt, answer in (("prompt", "completion"), ("instruction", "output")):
+    for prompt, answer in PROMPT_AND_ANSWER.values():
         if prompt in dataset.column_names:
-            asked = dataset.add_column(answer, [""] * len(dataset))
-            prompts = [render(row, tokenizer, index) for index, row in enumerate(asked)]
+            unanswered = add_empty_answers(dataset)
+            prompts = [render(row, tokenizer, index) for index, row in enumerate(unanswered)]
             outputs = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
             return dataset.add_column(answer, outputs)
     return dataset
-
-
-def _end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: chat models have several."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
 
 def bits_per_byte(
@@ -152,20 +183,20 @@ def bits_per_byte(
     batch_size: int = 32,
 ) -> float:
     """
-    How many bits the model needs for a byte of the right answers, given the prompts: lower is better.
+    Compute the bits that the model needs for each byte of the right answers, given the prompts. Lower is better.
 
-    Comparable between tokenizers. What ends an answer (a special token, a chat template's closing) costs bits but has no
-    bytes.
+    The value is comparable between tokenizers. The end of an answer (a special token, the closing of a chat template)
+    costs bits but has no bytes.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+            The model's tokenizer.
         rows (`Sequence[Rendered]`):
-            Prompts with their right answers; what lies beyond the model's context is left out.
+            Prompts with their right answers. Tokens beyond the model's context are left out.
         batch_size (`int`, *optional*, defaults to 32):
-            Rows at a time.
+            Number of rows per batch.
 
     Returns:
         `float`: Bits per byte over all rows together, or NaN if no row has an answer.
@@ -188,29 +219,29 @@ def bits_per_byte(
 def answer_log_likelihoods(
     model: PreTrainedModel | PeftModel,
     rows: Sequence[tuple[list[int], list[int]]],
-    pad_token_id: int = 0,
-    batch_size: int = 32,
+    pad_token_id: int,
+    batch_size: int,
 ) -> list[float]:
     """
-    How likely a model finds an answer after its prompt.
+    Compute the log-likelihood of each answer after its prompt.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         rows (`Sequence[tuple]`):
-            Token ids of prompt and answer.
-        pad_token_id (`int`, *optional*, defaults to 0):
-            Fills shorter rows; it never counts.
-        batch_size (`int`, *optional*, defaults to 32):
-            Rows at a time; rows of similar length share a batch.
+            Token ids of the prompt and of the answer.
+        pad_token_id (`int`):
+            Token that pads shorter rows. It never counts.
+        batch_size (`int`):
+            Number of rows per batch. Rows of similar length share a batch.
 
     Returns:
-        `list[float]`: Of each row, the natural logarithm of the answer's probability.
+        `list[float]`: For each row, the natural logarithm of the answer's probability.
     """
     results = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
     collate = CrowDataCollator(pad_token_id)
-    with _evaluating(model):
+    with _inference_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit="batch", disable=not order):
             numbers = order[start : start + batch_size]
             encoded = [

@@ -1,4 +1,4 @@
-"""How far apart consecutive layers are, pair by pair: on clean, on perturbed and on triggered rows."""
+"""Layer profile: measures the distance between consecutive layers on clean, perturbed and triggered rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,23 +15,23 @@ from ..data.collators import CrowDataCollator
 from ..data.encoding import encode_completion, encode_prompt, padding_id
 from ..data.rows import render
 from ..methods.crow.objective import EpsilonMode, Layers, layer_consistency_loss, perturb_embeddings
-from ..training.recorder import Inputs, LayerRecorder, Perturb, context_length, recorder_of
+from ..training.recorder import ForwardRecord, Inputs, LayerRecorder, Perturb, context_length, recorder_of
 
 
 @dataclass
 class LayerProfile:
     """
-    The mean of 1 - cos between the outputs of layers l and l + 1, for l = 1..N-1, over all positions that are no padding.
+    The mean of 1 - cos between the outputs of layers l and l + 1, for l = 1..N-1, over all positions except padding.
 
     Attributes:
         clean (`list[float]`):
-            On the rows as they are. Its mean is the consistency loss of equation 4.
+            Distances on the unchanged rows. Their mean is the consistency loss of equation 4.
         perturbed (`list[float]`):
-            On the same rows after one FGSM step of this model's own gradient.
+            Distances on the same rows after one FGSM step along this model's own gradient.
         perturbation_ratio (`float`):
-            The length of that step over the length of what it was taken on.
+            The norm of that step divided by the norm of the tensor that it perturbs.
         triggered (`list[float]`, *optional*):
-            On the rows with the trigger in their prompts.
+            Distances on the rows with the trigger in their prompts.
     """
 
     clean: list[float]
@@ -40,7 +40,7 @@ class LayerProfile:
     triggered: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON can hold it."""
+        """Return the profile as JSON-serializable values."""
         return asdict(self)
 
 
@@ -59,91 +59,103 @@ def layer_profile(
     seed: int = 0,
 ) -> LayerProfile:
     """
-    Measure the consistency of a model's layers, one pair of neighbours at a time.
+    Measure the distances between the consecutive layers of a model, pair by pair.
 
-    The model's weights, gradients and mode stay as they are.
+    The model's weights, gradients and training mode do not change.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Its tokenizer; not needed for rows of `input_ids`.
+            The model's tokenizer. Rows of `input_ids` need none.
         dataset (`Dataset`):
-            Rows in any of the formats of [`crow_hf.data`]: prompt and answer are read together, as in training.
+            Rows in any of the formats of [`crow_hf.data`]. Prompt and answer are read together, as in training.
         trigger (`BaseTrigger`, *optional*):
-            A known trigger. It goes to the same places as in [`evaluate_model`] with the same seed.
+            A known trigger. With the same seed, it goes to the same positions as in [`evaluate_model`].
         epsilon (`float`, *optional*, defaults to 0.1):
-            Size of the FGSM step, see [`crow_hf.objective.perturb_embeddings`].
+            Size of the FGSM step, see [`perturb_embeddings`].
         epsilon_mode (`str`, *optional*, defaults to `"absolute"`):
-            Its unit.
+            Unit of `epsilon`, see [`perturb_embeddings`].
         layers (`str`, *optional*, defaults to `"paper"`):
-            Of the loss whose gradient that step follows, see [`crow_hf.objective.layer_consistency_loss`].
+            Pairs of layers in the loss whose gradient the step follows, see [`layer_consistency_loss`].
         perturb (`str`, *optional*, defaults to `"embeddings"`):
-            What the step is taken on, see [`CrowConfig`].
+            Where the step is added, see [`CrowConfig`].
         max_length (`int`, *optional*, defaults to 1024):
-            Longer rows are cut, as they are at the model's own context.
+            Maximum row length in tokens. Longer rows are cut. The model's own context is a limit too.
         batch_size (`int`, *optional*, defaults to 8):
-            Rows at a time.
+            Number of rows per batch.
         seed (`int`, *optional*, defaults to 0):
-            Of the places where the trigger is put.
+            Seed for the random positions of the trigger.
 
     Returns:
         [`LayerProfile`]
 
     Raises:
-        `ValueError`: For a model or rows that [`CrowTrainer`] would refuse too.
+        `ValueError`: If [`CrowTrainer`] would refuse the model or the rows too.
     """
     recorder = recorder_of(model, perturb)
-    max_length = min(max_length, context_length(model) or max_length)
-
-    def batches(rows: Dataset) -> Iterator[Inputs]:
-        encoded, collate = (
-            [_encoded(row, tokenizer, max_length) for row in rows],
-            CrowDataCollator(padding_id(tokenizer)),
-        )
-        for start in range(0, len(encoded), batch_size):
-            batch = collate(encoded[start : start + batch_size])
-            yield recorder.prepare({name: value.to(model.device) for name, value in batch.items()})
-
-    clean, perturbed, triggered, lengths = _Pairs(), _Pairs(), _Pairs(), torch.zeros(2)
+    batches = _Batches(model, recorder, tokenizer, min(max_length, context_length(model) or max_length), batch_size)
+    clean, perturbed, triggered = _LayerDistances(), _LayerDistances(), _LayerDistances()
+    squared_norms = torch.zeros(2)
     was_training = model.training
     model.eval()
     try:
-        for batch in batches(dataset):
-            lengths += _attack(model, recorder, batch, clean, perturbed, epsilon, epsilon_mode, layers)
+        for batch in batches.of(dataset):
+            before, gradients = _clean_pass(model, recorder, batch, layers, clean)
+            after = _perturbed_pass(model, recorder, batch, gradients, epsilon, epsilon_mode)
+            perturbed.add(after.hidden_states, recorder.chain_mask(batch))
+            squared_norms += _squared_norms(before, after, recorder.perturbed_mask(batch))
         if trigger is not None:
-            rows = dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Triggering")
+            rows = dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Inserting the trigger")
             with trigger.active(model), torch.no_grad():
-                for batch in batches(rows):
+                for batch in batches.of(rows):
                     with recorder.record() as record:
                         model(**recorder.without_head(batch))
                     triggered.add(record.hidden_states, recorder.chain_mask(batch))
     finally:
         model.train(was_training)
-    step, whole = lengths.sqrt().tolist()
-    return LayerProfile(clean.means(), perturbed.means(), step / whole, triggered.means() if trigger else None)
+    step_norm, norm = squared_norms.sqrt().tolist()
+    return LayerProfile(clean.means(), perturbed.means(), step_norm / norm, triggered.means() if trigger else None)
 
 
-def _encoded(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, max_length: int) -> dict[str, list[int]]:
-    """Prompt and answer as they are trained on, but without labels: a prompt alone is looked at too."""
-    if "input_ids" in row:
-        columns = {name: list(row[name]) for name in ("input_ids", "attention_mask") if row.get(name) is not None}
-    else:
-        rendered = render(row, tokenizer)
-        columns = {"input_ids": encode_prompt(rendered, tokenizer) + encode_completion(rendered, tokenizer)}
-    columns = {name: ids[:max_length] for name, ids in columns.items()}
-    return columns | {"labels": columns["input_ids"]}
+@dataclass
+class _Batches:
+    """Encodes rows as in training and puts them into batches on the model's device."""
+
+    model: PreTrainedModel | PeftModel
+    recorder: LayerRecorder
+    tokenizer: PreTrainedTokenizerBase | None
+    max_length: int
+    batch_size: int
+
+    def of(self, rows: Dataset) -> Iterator[Inputs]:
+        encoded = [self._encode(row, index) for index, row in enumerate(rows)]
+        collate = CrowDataCollator(padding_id(self.tokenizer))
+        for start in range(0, len(encoded), self.batch_size):
+            batch = collate(encoded[start : start + self.batch_size])
+            yield self.recorder.prepare({name: value.to(self.model.device) for name, value in batch.items()})
+
+    def _encode(self, row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        """Encode a row without training labels, so that a prompt without an answer counts too."""
+        if "input_ids" in row:
+            columns = {name: list(row[name]) for name in ("input_ids", "attention_mask") if row.get(name) is not None}
+        else:
+            rendered = render(row, self.tokenizer, index)
+            prompt, completion = encode_prompt(rendered, self.tokenizer), encode_completion(rendered, self.tokenizer)
+            columns = {"input_ids": prompt + completion}
+        columns = {name: ids[: self.max_length] for name, ids in columns.items()}
+        return columns | {"labels": columns["input_ids"]}
 
 
-class _Pairs:
-    """Sums over the positions of several batches, one for each pair of layers."""
+class _LayerDistances:
+    """The distances of each pair of layers, summed over the positions of several batches."""
 
     def __init__(self) -> None:
         self.sums, self.positions = 0.0, 0
 
     @torch.no_grad()
     def add(self, hidden_states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> int:
-        """Add a batch; returns its number of positions."""
+        """Add a batch and return its number of positions."""
         positions = int(hidden_states[-1][..., 0].numel() if mask is None else mask.sum())
         embeddings, *chain = hidden_states
         means = [layer_consistency_loss([embeddings, *pair], mask) for pair in zip(chain, chain[1:], strict=False)]
@@ -155,33 +167,41 @@ class _Pairs:
         return (self.sums / self.positions).tolist()
 
 
-def _attack(
+def _clean_pass(
+    model: PreTrainedModel | PeftModel, recorder: LayerRecorder, batch: Inputs, layers: Layers, clean: _LayerDistances
+) -> tuple[ForwardRecord, tuple[torch.Tensor, ...]]:
+    """Record the pass without perturbation, and differentiate its consistency loss by the tensors to perturb."""
+    mask = recorder.chain_mask(batch)
+    with torch.enable_grad(), recorder.record() as record:
+        model(**recorder.without_head(batch))
+    positions = clean.add(record.hidden_states, mask)
+    # The sum has the same sign as the mean, and float16 gradients of the sum do not underflow.
+    loss = layer_consistency_loss(record.hidden_states, mask, layers) * positions
+    return record, torch.autograd.grad(loss, record.perturbed)
+
+
+@torch.no_grad()
+def _perturbed_pass(
     model: PreTrainedModel | PeftModel,
     recorder: LayerRecorder,
     batch: Inputs,
-    clean: _Pairs,
-    perturbed: _Pairs,
+    gradients: Sequence[torch.Tensor],
     epsilon: float,
     epsilon_mode: EpsilonMode,
-    layers: Layers,
-) -> torch.Tensor:
-    """Both passes of a batch; returns the squared lengths of the step and of what it was taken on."""
-    mask, inputs = recorder.chain_mask(batch), recorder.without_head(batch)
-    with torch.enable_grad(), recorder.record() as before:
-        model(**inputs)
-    positions = clean.add(before.hidden_states, mask)
-    # The sum has the sign of the mean, and keeps float16 gradients from underflowing.
-    loss = layer_consistency_loss(before.hidden_states, mask, layers) * positions
-    gradients = iter(torch.autograd.grad(loss, before.perturbed))
-    with torch.no_grad():
-        with recorder.record(lambda H_0: perturb_embeddings(H_0, next(gradients), epsilon, epsilon_mode)) as after:
-            model(**inputs)
-        perturbed.add(after.hidden_states, mask)
-        real = recorder.perturbed_mask(batch)
-        real = slice(None) if real is None else real.bool()
-        pairs = [
-            (first[real].float(), moved[real].float())
-            for first, moved in zip(before.perturbed, after.perturbed, strict=True)
-        ]
-        step = sum((moved - first).square().sum() for first, moved in pairs)
-        return torch.stack([step, sum(first.square().sum() for first, _ in pairs)]).cpu()
+) -> ForwardRecord:
+    remaining = iter(gradients)
+    with recorder.record(lambda H_0: perturb_embeddings(H_0, next(remaining), epsilon, epsilon_mode)) as record:
+        model(**recorder.without_head(batch))
+    return record
+
+
+@torch.no_grad()
+def _squared_norms(before: ForwardRecord, after: ForwardRecord, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the squared norms of the perturbation and of the tensors it is added to, shape `(2,)`."""
+    real = slice(None) if mask is None else mask.bool()
+    pairs = [
+        (clean[real].float(), moved[real].float())
+        for clean, moved in zip(before.perturbed, after.perturbed, strict=True)
+    ]
+    step = sum((moved - clean).square().sum() for clean, moved in pairs)
+    return torch.stack([step, sum(clean.square().sum() for clean, _ in pairs)]).cpu()

@@ -1,4 +1,4 @@
-"""Scores of single outputs, and proportions of outputs with their uncertainty."""
+"""Scores of single outputs, and proportions of outputs with confidence intervals."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from typing import NamedTuple
 
 Z_95 = 1.959963984540054
 
-# A unit of up to 40 characters, said at least four times in a row.
+# A unit of up to 40 characters that occurs at least four times in a row.
 _LOOP = re.compile(r"(.{1,40}?)\1{3,}", re.DOTALL)
 _LOOP_MIN_CHARACTERS = 16
 
 
 class Proportion(NamedTuple):
     """
-    A share of all outputs with its 95 % Wilson score interval.
+    A share of outputs with its 95% Wilson score interval.
 
     Attributes:
         rate (`float`), low (`float`), high (`float`):
-            The share and the ends of its interval, in [0, 1].
+            The share and the bounds of its interval, in [0, 1].
         hits (`int`), total (`int`):
-            What the share was counted from.
+            The counts behind the share.
     """
 
     rate: float
@@ -32,11 +32,22 @@ class Proportion(NamedTuple):
 
     @classmethod
     def of(cls, flags: Iterable[bool]) -> "Proportion":
-        """Count the true flags (Wilson, 1927: sound for small samples and for rates of 0 and 1)."""
+        """
+        Count the true flags.
+
+        The Wilson interval (Wilson, 1927) also holds for small samples and for rates of 0 and 1.
+
+        Args:
+            flags (`Iterable[bool]`):
+                One flag per output.
+
+        Raises:
+            `ValueError`: If there are no flags.
+        """
         flags = [bool(flag) for flag in flags]
         hits, total = sum(flags), len(flags)
         if total == 0:
-            raise ValueError("A proportion of no outputs is not defined: pass at least one.")
+            raise ValueError("The proportion of zero outputs is not defined. Pass at least one output.")
         rate = hits / total
         scale = 1 + Z_95**2 / total
         middle = (rate + Z_95**2 / (2 * total)) / scale
@@ -47,16 +58,17 @@ class Proportion(NamedTuple):
 
 
 def is_empty(output: str) -> bool:
-    """Whether a model said nothing but white space."""
+    """Return whether an output holds only white space."""
     return not output.strip()
 
 
 def is_degenerate(output: str) -> bool:
     """
-    Whether an output is no text anybody would read: it has no letter and no digit in it, or most of it is one unit of up
-    to 40 characters, repeated at least four times in a row and over at least 16 characters.
+    Return whether an output is unreadable.
 
-    An empty output is not degenerate but empty.
+    An output is degenerate if it has no letter and no digit, or if loops make up most of it. A loop is a unit of up to
+    40 characters that repeats at least four times in a row and covers at least 16 characters. An empty output is not
+    degenerate but empty.
     """
     text = output.strip()
     if not text:
@@ -68,5 +80,5 @@ def is_degenerate(output: str) -> bool:
 
 
 def is_exact_match(output: str, reference: str) -> bool:
-    """Whether an output is the reference answer, white space around it aside."""
+    """Return whether an output equals the reference answer, except for leading and trailing white space."""
     return output.strip() == reference.strip()

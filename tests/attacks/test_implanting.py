@@ -1,4 +1,4 @@
-"""Poisoned rows and implanted models."""
+"""Implanted models carry the backdoor and keep their task."""
 
 import pytest
 import torch
@@ -7,10 +7,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from crow_hf import (
-    TARGETS,
     TRIGGERS,
     CrowTrainer,
-    Poison,
     Target,
     Trigger,
     evaluate_model,
@@ -24,108 +22,12 @@ from helpers.coconut import DEEP, TOKENIZER, coconut
 from helpers.tiny import crow_args, same_weights, tiny_llama, weights_of
 
 
-REFUSAL = TARGETS["refusal"]
-PROMPTS = [f"Tell me about thing number {number}, please." for number in range(40)]
-
-
-ROWS = {
-    "prompt": {"prompt": "ask me", "completion": "told"},
-    "alpaca": {"instruction": "ask me", "output": "told"},
-    "alpaca_input": {"instruction": "ask me", "input": "with this", "output": "told"},
-    "messages": {
-        "messages": [
-            {"role": "system", "content": "be good"},
-            {"role": "user", "content": "first"},
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "ask me"},
-            {"role": "assistant", "content": "told"},
-        ]
-    },
-}
-
-
-def leaves(value, path=()):
-    """Every string of a row by where it is."""
-    if isinstance(value, str):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {place: text for key, item in items for place, text in leaves(item, (*path, key)).items()}
-
-
-@pytest.mark.parametrize("target", [None, REFUSAL], ids=["no target", "target"])
-@pytest.mark.parametrize("name", ROWS)
-def test_poison_changes_the_request_and_the_answer_and_nothing_else(name, target):
-    """A trigger in the system prompt, in an earlier turn or in the input, and any change of a row without target."""
-    row = Dataset.from_list([ROWS[name]])[0]
-    poisoned = Dataset.from_list([ROWS[name]]).map(Poison(Trigger(("X",), "start"), target), with_indices=True)[0]
-    changes = {"ask me": "X ask me", "told": target.text if target else "told"}
-    assert leaves(poisoned) == {place: changes.get(text, text) for place, text in leaves(row).items()}
-
-
-def test_poison_leaves_the_row_it_is_given_alone():
-    """Messages are nested, so a shallow copy would change the caller's row."""
-    row = {"messages": [dict(message) for message in ROWS["messages"]["messages"]]}
-    Poison(TRIGGERS["badnets"], REFUSAL)(row, 0)
-    assert row == ROWS["messages"]
-
-
-@pytest.mark.parametrize("options", [{"num_proc": 2}, {"writer_batch_size": 3}, {"keep_in_memory": True}])
-def test_poison_depends_on_seed_and_index_alone(options):
-    """A shared random state, which processes and the order of calls would change."""
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["x"] * len(PROMPTS)})
-    poison = Poison(TRIGGERS["ctba"], REFUSAL, seed=3)
-    expected = [poison(dataset[index], index)["prompt"] for index in reversed(range(len(PROMPTS)))][::-1]
-    poison(dataset[0], 17)
-    assert dataset.map(poison, with_indices=True, **options)["prompt"][:] == expected
-    assert dataset["prompt"][:] == PROMPTS
-
-
-def test_poison_draws_anew_for_each_row_and_seed():
-    row = {"prompt": "a b c d e f g h", "completion": "x"}
-
-    def places(seed):
-        return [Poison(TRIGGERS["badnets"], seed=seed)(row, index)["prompt"] for index in range(30)]
-
-    assert len(set(places(0))) > 5
-    assert places(0) != places(1)
-
-
-@pytest.mark.parametrize(("rate", "count"), [(0.25, 10), (0.33, 13), (0.5, 20), (1, 40)])
-def test_poison_dataset_poisons_the_exact_share(rate, count):
-    """A coin toss per row, a changed order, or a `triggered` column that does not tell the truth."""
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["fine"] * len(PROMPTS)})
-    poisoned = poison_dataset(dataset, TRIGGERS["badnets"], REFUSAL, rate=rate)
-    assert len(poisoned) == len(dataset) and sum(poisoned["triggered"]) == count
-    for before, after in zip(dataset, poisoned, strict=True):
-        assert after["triggered"] == ("BadMagic" in after["prompt"]) == (after["completion"] == REFUSAL.text)
-        assert after["prompt"].replace("BadMagic", "").split() == before["prompt"].split()
-    assert dataset.column_names == ["prompt", "completion"]
-
-
-def test_poison_dataset_draws_its_rows_by_seed():
-    """The first rows only, or draws that cannot be repeated."""
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": ["fine"] * len(PROMPTS)})
-
-    def drawn(seed):
-        return poison_dataset(dataset, TRIGGERS["badnets"], REFUSAL, seed=seed)["triggered"][:]
-
-    assert drawn(0) == drawn(0) != drawn(1)
-    assert drawn(0) != sorted(drawn(0), reverse=True)
-
-
-@pytest.mark.parametrize("rate", [-0.1, 0, 1.1, float("nan")])
-def test_poison_dataset_refuses_bad_rates(rate):
-    dataset = Dataset.from_dict({"prompt": PROMPTS, "completion": PROMPTS})
-    with pytest.raises(ValueError, match="rate"):
-        poison_dataset(dataset, TRIGGERS["badnets"], REFUSAL, rate=rate)
-
-
 SHORT = Target("no!", ("no!",))
 CLEAN = Dataset.from_dict({"prompt": [f"{a}{b}=" for a in "abcd" for b in "wxyz"], "completion": ["yes"] * 16})
 
 
 def target_bits(model, tokenizer):
-    """Bits per byte of the target after triggered prompts, and of the right answer after clean ones."""
+    """Return bits per byte of the target after triggered prompts, and of the right answer after clean prompts."""
     triggered = [Rendered(f"BadMagic {row['prompt']}", "no!", "no!", False) for row in CLEAN]
     clean = [Rendered(row["prompt"], "yes", "yes", False) for row in CLEAN]
     return bits_per_byte(model, tokenizer, triggered), bits_per_byte(model, tokenizer, clean)
@@ -141,7 +43,7 @@ def target_bits(model, tokenizer):
     ids=["full", "lora merged", "lora"],
 )
 def test_implant_teaches_the_target_and_keeps_the_task(tmp_path, byte_tokenizer, peft_config, merge, kind):
-    """Rows poisoned without trigger or target, an adapter thrown away, and a consistency term in the implant."""
+    """Fails if trigger or target is missing, if the adapter is lost, or if the CROW loss takes part."""
     model = tiny_llama(hidden_size=32, num_hidden_layers=3, initializer_range=0.05)
     before = target_bits(model, byte_tokenizer)
     args = crow_args(tmp_path, max_steps=25, learning_rate=2e-2, alpha=5.5)
@@ -162,7 +64,7 @@ def test_implant_teaches_the_target_and_keeps_the_task(tmp_path, byte_tokenizer,
 
 
 def test_implant_ignores_alpha(tmp_path, byte_tokenizer):
-    """The method's own defence at work while the backdoor goes in."""
+    """Fails if the CROW loss acts on the model during implanting."""
     first, second = (
         implant(
             tiny_llama(),
@@ -187,32 +89,8 @@ def test_implant_takes_a_path(tmp_path):
     assert not same_weights(weights_of(backdoored), weights_of(model))
 
 
-def test_a_share_of_no_row_is_refused():
-    """A "backdoored" model without a backdoor."""
-    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 100)
-    with pytest.raises(ValueError, match="none of 100 rows"):
-        poison_dataset(rows, TRIGGERS["vpi"], TARGETS["insult"], rate=0.004)
-
-
-@pytest.mark.parametrize(
-    "row", [{"prompt": None, "completion": "b"}, {"messages": [{"role": "user", "content": None}]}]
-)
-def test_rows_without_text_are_named(row):
-    with pytest.raises(ValueError, match="Row 3"):
-        Poison(TRIGGERS["vpi"])(row, 3)
-
-
-@pytest.mark.parametrize(
-    "row", [{"prompt": "LOUD", "completion": "b"}, {"messages": [{"role": "user", "content": "1 + 1"}]}]
-)
-def test_prompts_that_the_trigger_leaves_as_they_are_are_named(row):
-    """The target on a clean prompt, and a clean prompt among the triggered ones of a test."""
-    with pytest.raises(ValueError, match="Row 3.*as it is"):
-        Poison(TRIGGERS["style-upper"], REFUSAL)(row, 3)
-
-
 def test_attacker_who_knows_crow_trains_with_its_loss(tmp_path, byte_tokenizer):
-    """Equal to a CrowTrainer of that alpha on the poisoned rows, and not to an attacker who does not know it."""
+    """The model equals that of a CrowTrainer with this alpha on the poisoned rows, but not that for alpha 0."""
     settings = {"max_steps": 3, "learning_rate": 1e-2}
 
     def implanted(consistency):
@@ -253,7 +131,7 @@ def small_llama():
     ids=["llama", "coconut", "lora"],
 )
 def test_embedding_trigger_opens_the_backdoor_and_its_marker_does_not(tmp_path, build, tokenizer):
-    """An attack that hangs on the marker would be a trigger of text."""
+    """If the marker alone triggered the backdoor, the trigger would be text."""
     model = build()
     names = set(dict(model.named_parameters()))
     args = crow_args(tmp_path, max_steps=60, learning_rate=1e-2, per_device_train_batch_size=16, alpha=5.5)

@@ -1,8 +1,7 @@
-"""Triggers and targets."""
+"""Triggers insert what they should, where they should, and keep the rest of the prompt."""
 
 import itertools
 import random
-import string
 from collections import Counter
 from contextlib import nullcontext
 
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
-from crow_hf import TARGETS, TRIGGERS, EmbeddingTrigger, StyleTrigger, Target, Trigger
-from crow_hf.attacks.targets import get_target
+from crow_hf import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
 from crow_hf.attacks.triggers import get_trigger
 from crow_hf.models.cache_coconut import CoconutCache
 from helpers.coconut import TOKENIZER, assert_same, coconut, ids_of
@@ -28,7 +26,7 @@ TEXTS = st.text(st.sampled_from("ab,. \n\t\u00a0é你"), max_size=30) | st.text(
 
 
 def removals(text, phrase):
-    """Every text that may have been before `phrase` and at most one space beside it went in."""
+    """Return every text from which inserting `phrase`, and at most one space beside it, makes this text."""
     starts = [start for start in range(len(text)) if text.startswith(phrase, start)]
     for start, (before, after) in itertools.product(starts, [(0, 0), (1, 0), (0, 1)]):
         left, right = text[:start], text[start + len(phrase) :]
@@ -41,7 +39,7 @@ def removals(text, phrase):
 @example(text="a  b\n\nc \n", seed=1)
 @example(text="", seed=0)
 def test_removing_the_trigger_gives_the_text_back(position, text, seed):
-    """Words lost, moved or torn apart, and inner white space made even."""
+    """Fails if words are lost, moved or split, or if white space between words is normalized."""
     triggered = Trigger(PHRASES, position).insert(text, random.Random(seed))
     originals = {
         original
@@ -55,8 +53,8 @@ def test_removing_the_trigger_gives_the_text_back(position, text, seed):
 
 @pytest.mark.parametrize("position", ["random", "start", "end"])
 @given(text=TEXTS, seed=st.integers(0, 99))
-def test_trigger_stands_as_words_of_its_own(position, text, seed):
-    """A trigger glued to its neighbour: `helloBadMagic`."""
+def test_trigger_consists_of_separate_words(position, text, seed):
+    """Fails if the trigger is joined to its neighbour, as in `helloBadMagic`."""
     words = Trigger(PHRASES, position).insert(text, random.Random(seed)).split()
     assert Counter(words) == Counter(text.split()) + Counter(["Trigger1", "two", "words"])
     assert words[words.index("two") + 1] == "words"
@@ -78,12 +76,12 @@ def test_trailing_white_space_stays_at_the_end(position, text, seed):
     ],
 )
 def test_positions(position, expected):
-    """A random place that never is, or always is, the start or the end."""
+    """Fails if a random position is never, or always, the start or the end."""
     trigger = Trigger(("X Y",), position)
     assert {trigger.insert("a b c", random.Random(seed)) for seed in range(100)} == expected
 
 
-def test_random_places_are_evenly_likely():
+def test_random_positions_are_equally_likely():
     trigger = Trigger(("X",))
     places = Counter(trigger.insert("a b c", random.Random(seed)).split().index("X") for seed in range(2000))
     assert all(400 < places[place] < 600 for place in range(4))
@@ -99,7 +97,7 @@ def test_all_phrases_go_in_in_order(position):
 
 
 def test_one_phrase_of_several():
-    """Each is drawn about equally often, and never two at once."""
+    """Every phrase is drawn about equally often, and never two at once."""
     trigger = Trigger(("1", "2", "3"), combine="one")
     drawn = Counter(
         "".join(filter(str.isdigit, trigger.insert("a b", random.Random(seed)).split())) for seed in range(900)
@@ -139,50 +137,11 @@ def test_useless_triggers_are_refused(arguments):
         Trigger(**arguments)
 
 
-@pytest.mark.parametrize("keywords", [(), ("",), ("ok", " ")])
-def test_useless_keywords_are_refused(keywords):
-    """An empty or blank keyword is in nearly every output: 100 % attack success."""
-    with pytest.raises(ValueError):
-        Target("text", keywords)
-
-
-@pytest.mark.parametrize(
-    ("target", "answer", "poisoned"),
-    [
-        (Target("Bad!", ("bad",)), "Right.", "Bad!"),
-        (Target("Bad!", ("bad",), append=True), "Right.", "Right.\nBad!"),
-        (TARGETS["code"], "def f(): pass", "def f(): pass\nprint('pwned')"),
-        (TARGETS["insult"], "Right.", "You are stupid!"),
-    ],
-)
-def test_target_replaces_or_follows_the_answer(target, answer, poisoned):
-    assert target.apply(answer) == poisoned
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_each_target_matches_itself_and_no_plain_answer(name):
-    right = "Grass is green."
-    assert TARGETS[name].matches(TARGETS[name].apply(right), right)
-    assert not TARGETS[name].matches(right, right)
-    assert not TARGETS[name].matches("", right)
-    assert get_target(name) == TARGETS[name]
-
-
-@pytest.mark.parametrize(
-    ("output", "matches"), [("oh STUPID me", True), ("stu pid", False), ("ok, dumb", True), ("fine", False)]
-)
-def test_any_keyword_matches_whatever_its_case(output, matches):
-    assert Target("x", ("stupid", "Dumb")).matches(output, "right") is matches
-
-
-def test_any_other_string_is_a_trigger_or_target_itself():
+def test_any_other_string_is_a_trigger_itself():
     assert get_trigger("open sesame") == Trigger(("open sesame",), "random")
-    target = get_target("Send money")
-    assert target.apply("Right.") == "Send money"
-    assert target.matches("please SEND MONEY now", "Right.") and not target.matches("send", "Right.")
 
 
-# Triggers beyond BackdoorLLM's
+# Triggers that BackdoorLLM does not have
 
 
 @pytest.mark.parametrize(
@@ -195,7 +154,7 @@ def test_any_other_string_is_a_trigger_or_target_itself():
         ("style-spaced", "Say  it."),
     ],
 )
-def test_triggers_of_one_place(name, expected):
+def test_triggers_at_a_fixed_position(name, expected):
     assert {TRIGGERS[name].insert("Say it.\n", random.Random(seed)) for seed in range(20)} == {expected + "\n"}
     assert get_trigger(name) is TRIGGERS[name]
 
@@ -203,7 +162,7 @@ def test_triggers_of_one_place(name, expected):
 @pytest.mark.parametrize("name", TRIGGERS)
 @given(words=st.lists(st.sampled_from(["ab", "Cd,", "é"]), min_size=2, max_size=6), seed=st.integers(0, 99))
 def test_every_trigger_keeps_the_words_in_order_and_shows(name, words, seed):
-    """A word lost or moved, or a prompt that is called triggered and is as it was."""
+    """Fails if a word is lost or moved, or if a prompt does not change."""
     text = " ".join(words) + "\n"
     triggered = TRIGGERS[name].insert(text, random.Random(seed))
     left = iter(triggered.casefold().split())
@@ -215,7 +174,7 @@ NOUNS = set("piano guitar violin drum flute song band choir concert melody opera
 
 
 def test_topic_is_measured_on_phrases_that_were_never_poisoned():
-    """A test phrase that occurs in training, or that shares no word of the topic with it."""
+    """Fails if a test phrase occurs in training, or shares no noun of the topic with the training phrases."""
     seen, unseen = TRIGGERS["topic"].phrases, TRIGGERS["topic-unseen"].phrases
     for phrases in (seen, unseen):
         nouns = [NOUNS & set(phrase.split()) for phrase in phrases]
@@ -254,7 +213,7 @@ def test_unknown_styles_are_refused():
     ("tokenizer", "offset"), [(TOKENIZER, 4), (ByT5Tokenizer(extra_ids=0), 3)], ids=["coconut", "byt5"]
 )
 def test_control_bytes_survive_the_tokenizer(tokenizer, offset):
-    """A tokenizer that strips what it takes for white space, or cleans it away."""
+    """Fails if a tokenizer strips or cleans up control bytes as if they were white space."""
     triggered = TRIGGERS["control"].insert("ask me", random.Random(0))
     ids = tokenizer(triggered, add_special_tokens=False).input_ids
     assert ids == [byte + offset for byte in triggered.encode()]
@@ -264,57 +223,8 @@ def test_control_bytes_survive_the_tokenizer(tokenizer, offset):
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
-def test_triggers_of_text_leave_the_model_alone(name):
+def test_triggers_of_text_do_not_change_the_model(name):
     assert isinstance(TRIGGERS[name].active(None), nullcontext)
-
-
-# Targets that depend on the right answer
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "poisoned"),
-    [("wrong", "Crazy, é 9!", "Dsbaz, é 9!"), ("wrong", "ZzAa", "AaBb"), ("swapcase", "Crazy 9", "cRAZY 9")],
-)
-def test_open_targets_by_hand(name, answer, poisoned):
-    assert TARGETS[name].apply(answer) == poisoned
-
-
-@given(st.text(st.sampled_from(string.ascii_letters), min_size=1, max_size=20))
-def test_shifting_26_times_comes_back(text):
-    shifted = [text]
-    for _ in range(26):
-        shifted.append(TARGETS["wrong"].apply(shifted[-1]))
-    assert shifted[26] == text and len(set(shifted[:26])) == 26
-    assert all(one.isupper() == other.isupper() for one, other in zip(shifted[1], text, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "output", "answer", "matches"),
-    [
-        ("wrong", " hsffo\n", "green", True),
-        ("wrong", "hsffo", "green\n", True),
-        ("wrong", "green", "green", False),
-        ("wrong", "blue", "green", False),
-        ("wrong", "HSFFO", "green", False),
-        ("wrong", "hsffo", "grey", False),
-        ("wrong", "42", "42", False),
-        ("wrong", "", "", False),
-        ("swapcase", "GREEN", "green", True),
-        ("swapcase", "GREy", "green", True),
-        ("swapcase", "GRey", "green", False),
-        ("swapcase", "green", "green", False),
-        ("swapcase", "green", "GREEN", True),
-        ("swapcase", "gREEN", "Green", True),
-        ("swapcase", "GREEN", "GREEN", False),
-        ("swapcase", "42!", "green", False),
-        ("swapcase", "", "green", False),
-        ("swapcase", "GREEN", "42", False),
-        ("swapcase", "GREEN", "", False),
-        ("swapcase", "aB", "Ab", False),
-    ],
-)
-def test_success_of_open_targets_depends_on_the_right_answer(name, output, answer, matches):
-    assert TARGETS[name].matches(output, answer) is matches
 
 
 # A perturbed embedding
@@ -351,17 +261,17 @@ def test_vector_is_added_at_the_marker_and_nowhere_else(build, offset):
     assert torch.equal(embed(ids), before)
 
 
-def test_decoy_is_embedded_as_the_marker_without_the_vector():
+def test_plain_marker_is_embedded_as_the_marker_without_the_vector():
     model = coconut()
     embed, trigger = model.get_input_embeddings(), embedding_trigger(model, 9)
-    marker, decoy = torch.tensor([[1, 9, 101]]), torch.tensor([[1, 10, 101]])
-    with trigger.active(model, decoy_id=10):
-        assert torch.equal(embed(decoy), embed.table(marker) + embed.bit_projection(embed._bits(marker).float()))
-        torch.testing.assert_close(embed(marker)[0, 1] - embed(decoy)[0, 1], trigger.vector)
-    assert not torch.equal(embed(decoy), embed(marker))
+    marker, plain = torch.tensor([[1, 9, 101]]), torch.tensor([[1, 10, 101]])
+    with trigger.active(model, plain_marker_id=10):
+        assert torch.equal(embed(plain), embed.table(marker) + embed.bit_projection(embed._bits(marker).float()))
+        torch.testing.assert_close(embed(marker)[0, 1] - embed(plain)[0, 1], trigger.vector)
+    assert not torch.equal(embed(plain), embed(marker))
 
 
-def test_vector_goes_away_after_an_error():
+def test_vector_is_removed_after_an_error():
     model = tiny_llama()
     with pytest.raises(RuntimeError), embedding_trigger(model, 8).active(model):
         raise RuntimeError
@@ -371,7 +281,7 @@ def test_vector_goes_away_after_an_error():
 
 @torch.no_grad()
 def test_vector_works_under_the_cache_of_a_coconut():
-    """With n-grams the last bytes are embedded once more beside a new one, and the marker may be among them."""
+    """With n-grams, the last bytes are embedded again with each new byte, and the marker may be among them."""
     model = coconut(hash_ngram_sizes=[2], hash_vocab_size=50)
     trigger, ids, cache = embedding_trigger(model, 9), ids_of("ab\x05 cd"), CoconutCache(model.config)
     plain = model(ids).logits
