@@ -39,7 +39,7 @@ from crow_hf import (
     InvarianceTrainer,
     purify,
 )
-from crow_hf.training.sharding import are_in_shards
+from crow_hf.training.sharding import is_sharded
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "accelerate"
@@ -158,7 +158,7 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
         result = {
             "processes": run.accelerator.num_processes,
             "type": run.accelerator.distributed_type.value,
-            "in_shards": are_in_shards(run.model),
+            "in_shards": is_sharded(run.model),
             "log": [entry for entry in run.state.log_history if "loss" in entry],
         }
         (output_dir / "result.json").write_text(json.dumps(result))

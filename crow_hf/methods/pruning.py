@@ -1,8 +1,8 @@
-"""The defences CROW was compared with, and CROW as its published code runs it.
+"""Pruning and quantization, the baselines that CROW was compared with.
 
-Pruning and quantisation change a model in place and need no training. What they change are the weights of the linear layers
-inside the decoder's layers, those over bytes and over patches in a [`CoconutForCausalLM`]. All else stays as it is: what embeds
-tokens and patches, the vocabulary head, norms, biases, and modules that training must leave alone.
+Both change a model in place and need no training. They change the weights of the linear layers inside the decoder
+layers (in a [`CoconutForCausalLM`], the layers over bytes and over patches). Everything else stays as it is: the
+embeddings of tokens and patches, the vocabulary head, norms, biases, and modules that must not be trained.
 """
 
 import re
@@ -29,14 +29,14 @@ def prune_by_magnitude(model: PreTrainedModel, sparsity: float = 0.35) -> None:
 
     Args:
         model (`PreTrainedModel`):
-            A causal LM; an adapter must have been merged into it.
+            A causal LM. Merge its adapter, if any, first.
         sparsity (`float`, *optional*, defaults to 0.35):
-            Share of each weight matrix that is zeroed, rounded to whole weights. CROW's paper takes 0.35 for Llama and 0.65
-            for Mistral.
+            Share of each weight matrix that is zeroed, rounded to a whole number of weights. CROW's paper uses 0.35
+            for Llama and 0.65 for Mistral.
 
     Raises:
-        `ValueError`: If `sparsity` is no share, or the model has an adapter, is quantised, or keeps weights elsewhere than in
-            linear layers.
+        `ValueError`: If `sparsity` is not in [0, 1], or if the model has an adapter, is quantized, or has matrices
+            outside of linear layers.
     """
     _check_sparsity(sparsity)
     for linear in _linear_layers(model).values():
@@ -54,27 +54,27 @@ def prune_by_wanda(
     max_length: int = 1024,
 ) -> None:
     """
-    Zero the weights that matter least to the outputs on clean rows, in place (Wanda, Sun et al. 2023, arXiv 2306.11695).
+    Zero the weights that matter least on clean rows, in place (Wanda, Sun et al. 2023, arXiv 2306.11695).
 
-    The score of a weight is |W_ij| * ||X_j||_2, with the norm over all tokens of the rows, and the lowest of each output row
-    are zeroed. The activations are those of the dense model, from one forward pass over the rows; the paper goes layer by
-    layer and takes those of the layers already pruned. Rows are run one at a time: bytes, patches and thoughts each have
-    their own padding, and one row has none.
+    The score of a weight is |W_ij| * ||X_j||_2, with the norm over all tokens of the rows. The lowest scores in each
+    output row are zeroed. The activations are those of the dense model, from one forward pass over the rows, whereas
+    the paper prunes layer by layer and uses the activations of the layers already pruned. Rows are run one at a time
+    because bytes, patches and thoughts are padded differently, and a single row needs no padding.
 
     Args:
         model (`PreTrainedModel`):
-            A causal LM; an adapter must have been merged into it.
+            A causal LM. Merge its adapter, if any, first.
         dataset (`Dataset` or `IterableDataset`):
-            Clean rows in any format of [`crow_hf.data`]; prompts and completions count.
+            Clean rows in any format of [`crow_hf.data`]. Both prompts and completions count.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer. Needed unless the rows have `input_ids` already.
+            The tokenizer. Not needed if the rows already have `input_ids`.
         sparsity (`float`, *optional*, defaults to 0.35):
-            Share of each row of a weight matrix that is zeroed, rounded to whole weights.
+            Share of each row of a weight matrix that is zeroed, rounded to a whole number of weights.
         max_length (`int`, *optional*, defaults to 1024):
-            Longest row in tokens, and never more than the model's context.
+            Maximum row length in tokens, limited by the model's context.
 
     Raises:
-        `ValueError`: As for [`prune_by_magnitude`], for rows that cannot be read, and if the rows do not reach a layer.
+        `ValueError`: As for [`prune_by_magnitude`], and if the rows cannot be read or reach not all layers.
     """
     _check_sparsity(sparsity)
     linears = _linear_layers(model)
@@ -91,19 +91,19 @@ def quantize_weights(model: PreTrainedModel, bits: int) -> None:
     """
     Round the weights of each linear layer to the nearest of at most 2^bits values, in place.
 
-    The quantisation is symmetric: a scale for each output channel with 8 bits, for each group of 64 input weights of an output
-    channel with 4. The rounded weights are stored in the dtype they had, so the model runs wherever it ran before, and is
-    neither smaller nor faster.
+    The quantization is symmetric. With 8 bits, each output channel has a scale. With 4 bits, each group of 64 input
+    weights of an output channel has one. The rounded weights keep their dtype, so the model runs wherever it ran
+    before, and becomes neither smaller nor faster.
 
     Args:
         model (`PreTrainedModel`):
-            A causal LM; an adapter must have been merged into it.
+            A causal LM. Merge its adapter, if any, first.
         bits (`int`):
             8 or 4.
 
     Raises:
-        `ValueError`: For other `bits`, or if the model has an adapter, is quantised, or keeps weights elsewhere than in linear
-            layers.
+        `ValueError`: For other `bits`, or if the model has an adapter, is already quantized, or has matrices outside
+            of linear layers.
     """
     if bits not in (4, 8):
         raise ValueError(f"`bits` must be 8 or 4, got {bits!r}.")
@@ -112,25 +112,25 @@ def quantize_weights(model: PreTrainedModel, bits: int) -> None:
         weight = _weight_of(linear)
         for group in weight.split(INT4_GROUP_SIZE if bits == 4 else weight.shape[1], dim=1):
             step = group.float().abs().amax(dim=1, keepdim=True) / largest_level
-            # Without the floor, a group of zeros would be divided by zero.
+            # The minimum avoids a division by zero for groups of zeros.
             levels = (group.float() / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
             group.copy_(levels * step)
 
 
 def _check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"`sparsity` must be a share from 0 to 1, got {sparsity!r}.")
+        raise ValueError(f"`sparsity` must be between 0 and 1, got {sparsity!r}.")
 
 
 def _linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers inside the decoder's layers, by their names in the decoder."""
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("The model has an adapter beside its weights: call `merge_and_unload()` on it first.")
+        raise ValueError("The model has an adapter. Call `merge_and_unload()` on it first.")
     if getattr(model, "quantization_method", None) is not None:
-        raise ValueError("The model's weights are quantised already: load it without a `quantization_config`.")
+        raise ValueError("The model's weights are already quantized. Load it without a `quantization_config`.")
     frozen, linears = frozen_modules(model), {}
     for name, module in model.get_decoder().named_modules():
-        # Layers are members of a list, and what is inside one has its number in its name.
+        # Layers are members of a module list, so the names of modules inside a layer contain its number.
         if not re.search(r"\.\d+\.", name) or (frozen and re.fullmatch(frozen, name)):
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -139,30 +139,30 @@ def _linear_layers(model: PreTrainedModel | PeftModel) -> dict[str, nn.Linear | 
         stacked = any(weight.dim() > 2 for weight in module.parameters(recurse=False))
         if stacked and not isinstance(module, nn.Conv1d):
             raise ValueError(
-                f"{name} of {type(model).__name__} holds stacked matrices, as of experts, that are no linear layers: this "
-                "architecture is not supported."
+                f"{name} of {type(model).__name__} holds stacked matrices, such as those of experts, outside of "
+                "linear layers. This architecture is not supported."
             )
     return linears
 
 
 def _weight_of(linear: nn.Linear | Conv1D) -> torch.Tensor:
-    """The weight itself, not a copy, as `(out_features, in_features)`."""
+    """A view of the weight as `(out_features, in_features)`."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
 def _input_squares(
     model: PreTrainedModel, linears: dict[str, nn.Linear | Conv1D], rows: Dataset | IterableDataset
 ) -> dict[str, torch.Tensor]:
-    """||X_j||^2 over all tokens of the rows, `(in_features,)` for each linear layer."""
+    """||X_j||^2 over all tokens of the rows, shape `(in_features,)`, by the name of each linear layer."""
     squares = {}
 
-    def adder(name: str) -> Callable:
+    def squares_hook(name: str) -> Callable:
         def add(module: nn.Module, args: tuple[torch.Tensor]) -> None:
             squares[name] = squares.get(name, 0) + args[0].float().square().flatten(end_dim=-2).sum(dim=0)
 
         return add
 
-    handles = [linear.register_forward_pre_hook(adder(name)) for name, linear in linears.items()]
+    handles = [linear.register_forward_pre_hook(squares_hook(name)) for name, linear in linears.items()]
     was_training = model.training
     model.eval()
     try:
@@ -177,7 +177,7 @@ def _input_squares(
             handle.remove()
     if unseen := linears.keys() - squares.keys():
         raise ValueError(
-            f"No row reached {sorted(unseen)} of {type(model).__name__}, so that its weights cannot be ranked: this "
+            f"No row reached {sorted(unseen)} of {type(model).__name__}, so their weights cannot be ranked. This "
             "architecture is not supported."
         )
     return squares

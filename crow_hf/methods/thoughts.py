@@ -1,7 +1,7 @@
-"""Teaching a model to think in continuous thoughts: COCONUT's staged curriculum (arXiv 2412.06769, section 3).
+"""Teach a model to reason in continuous thoughts with COCONUT's staged curriculum (arXiv 2412.06769, section 3).
 
-Rows have a `question`, the `steps` of a written chain of reasoning, and an `answer`. At stage k, the first k steps give way to
-k * c thoughts, for which nothing is to be learned; what remains is learned as text.
+Rows have a `question`, the `steps` of a written chain of reasoning, and an `answer`. At stage k, k * c thoughts
+without labels replace the first k steps. The remaining steps and the answer are learned as text.
 """
 
 import random
@@ -23,26 +23,35 @@ from ..models.modeling_coconut import CoconutForCausalLM
 
 logger = logging.get_logger(__name__)
 
+_CONSONANTS = "bdfgklmnprstvz"
+
 
 @dataclass
 class ThoughtStage:
     """
-    One stage of the curriculum, for `Dataset.map`: rows of `question`, `steps` and `answer` become `input_ids` and `labels`.
+    One stage of the curriculum, to be used as `Dataset.map(ThoughtStage(...))`.
+
+    It turns rows with `question`, `steps` and `answer` into rows with `input_ids` and `labels`.
 
     Args:
         tokenizer (`CoconutTokenizer`):
-            Of the model.
+            The model's tokenizer.
         stage (`int`, *optional*, defaults to 0):
-            How many of the first steps are thought and not written; 0 writes all of them.
+            Number of first steps that thoughts replace. 0 writes all steps.
         thoughts_per_step (`int`, *optional*, defaults to 1):
-            The paper's c.
+            Number of thoughts per step, the paper's c.
         drop_rest (`bool`, *optional*, defaults to `False`):
-            Whether the steps beyond are left out instead of written: the last stage. With `stage=0` nothing is reasoned at
-            all: the control.
+            Whether to omit the remaining steps instead of writing them, as in the last stage. With `stage=0` there is
+            no reasoning at all, which is the control.
+
+    Raises:
+        `ValueError`: If a number is too small, or a row lacks a column.
 
     Example:
 
     ```python
+    >>> from crow_hf import ThoughtStage
+
     >>> rows = rows.map(ThoughtStage(tokenizer, stage=2), remove_columns=rows.column_names)
     ```
     """
@@ -59,13 +68,13 @@ class ThoughtStage:
 
     @property
     def num_thoughts(self) -> int:
-        """Thoughts of every row: also those with fewer steps get as many, for at test time nobody knows how many there are."""
+        """Number of thoughts per row, also for rows with fewer steps: at test time their number is unknown."""
         return self.stage * self.thoughts_per_step
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         missing = [name for name in ("question", "steps", "answer") if row.get(name) is None]
         if missing:
-            raise ValueError(f"A row has no {missing[0]!r}: the curriculum needs `question`, `steps` and `answer`.")
+            raise ValueError(f"A row has no {missing[0]!r}. The curriculum needs `question`, `steps` and `answer`.")
         prompt = self.prompt(row["question"])
         steps = [] if self.drop_rest else row["steps"][self.stage :]
         text = "\n".join([*steps, f"### {row['answer']}"])
@@ -73,7 +82,16 @@ class ThoughtStage:
         return {"input_ids": prompt + completion, "labels": [IGNORE_INDEX] * len(prompt) + completion}
 
     def prompt(self, question: str) -> list[int]:
-        """The ids that the model is to go on from: the question, and room for its thoughts."""
+        """
+        Token ids of the question and of the placeholders for thoughts.
+
+        Args:
+            question (`str`):
+                The question.
+
+        Returns:
+            `list[int]`: The token ids from which the model continues.
+        """
         ids = self.tokenizer(f"{question}\n")["input_ids"]
         if not self.num_thoughts:
             return ids
@@ -90,44 +108,45 @@ def train_by_stages(
     first_epochs: float | None = None,
 ) -> CoconutForCausalLM:
     """
-    Walk the curriculum: stage 0, where all steps are written, to `num_stages`, then once more without what is left of them.
+    Train a model through all stages of the curriculum.
 
-    Each stage is a run of the plain [`~transformers.Trainer`] with a new optimizer, as in the paper. A finished one is kept in
-    a folder `stage-K` of the output directory, and not run again if the function is called again.
+    The stages run from 0, in which all steps are written, to `num_stages`. A last stage omits the steps that remain.
+    Each stage is a run of the plain [`~transformers.Trainer`] with a new optimizer, as in the paper. Finished stages
+    are saved in folders `stage-K` of the output directory, and skipped if the function is called again.
 
     Args:
         model (`CoconutForCausalLM`):
-            The model; it is changed.
+            The model. It is changed in place.
         args (`TrainingArguments`):
-            Of a single stage.
+            The training arguments of a single stage.
         dataset (`Dataset`):
-            Rows of `question`, `steps` and `answer`.
+            Rows with `question`, `steps` and `answer`.
         tokenizer (`CoconutTokenizer`):
-            Of the model.
+            The model's tokenizer.
         num_stages (`int`):
-            Most steps that are thought.
+            Maximum number of steps that thoughts replace.
         thoughts_per_step (`int`, *optional*, defaults to 1):
-            The paper's c.
+            Number of thoughts per step, the paper's c.
         first_epochs (`float`, *optional*):
-            Epochs of stage 0; those of `args` by default.
+            Number of epochs of stage 0, by default `args.num_train_epochs`.
 
     Returns:
         `CoconutForCausalLM`: The model after the last stage.
 
     Raises:
-        `ValueError`: If the last stage has more thoughts than the model is configured for.
+        `ValueError`: If the last stage needs more thoughts than the model's config allows.
     """
     stages = [ThoughtStage(tokenizer, stage, thoughts_per_step) for stage in range(num_stages + 1)]
     stages.append(replace(stages[-1], drop_rest=True))
     if stages[-1].num_thoughts > model.config.max_thoughts:
         raise ValueError(
-            f"The last stage has {stages[-1].num_thoughts} thoughts, and the model is configured for "
-            f"{model.config.max_thoughts}: use fewer, or raise `config.max_thoughts`."
+            f"The last stage has {stages[-1].num_thoughts} thoughts, but the model is configured for "
+            f"{model.config.max_thoughts}. Use fewer thoughts, or raise `config.max_thoughts`."
         )
     for number, stage in enumerate(stages):
         folder = Path(args.output_dir, f"stage-{number}")
         if (folder / SAFE_WEIGHTS_NAME).is_file():
-            logger.warning(f"Stage {number} is finished already: going on from {folder}.")
+            logger.warning(f"Stage {number} is already finished. Continuing from {folder}.")
             load_model(model, folder / SAFE_WEIGHTS_NAME)
             continue
         logger.warning(f"Stage {number} of {len(stages) - 1}: {stage.num_thoughts} thoughts.")
@@ -146,27 +165,24 @@ def train_by_stages(
     return model
 
 
-def reachability_rows(
-    count: int, seed: int, num_nodes: int = 12, steps: Sequence[int] = (2, 3), names: str = "bdfgklmnprstvz"
-) -> Dataset:
+def reachability_rows(count: int, seed: int, num_nodes: int = 12, steps: Sequence[int] = (2, 3)) -> Dataset:
     """
-    Generated questions in the manner of COCONUT's ProsQA: which of two nodes can be reached in a graph?
+    Generate questions in the style of COCONUT's ProsQA: which of two nodes can be reached in a graph?
 
-    A random tree hangs from the node that is asked about, another from a second root; the right node is a leaf of the first,
-    the wrong one of the second, so no edge alone tells them apart. Names have two letters and a sign follows each, so that
-    patches of three bytes (`patch_rule="stride"`) are the task's symbols.
+    The graph consists of two random trees. The question names the root of the first tree. The right node is a leaf of
+    that tree, and the wrong node is a leaf of the other, so no single edge tells them apart. A node's name has two
+    letters and is followed by a punctuation mark, so that patches of three bytes (`patch_rule="stride"`) are the
+    symbols of the task.
 
     Args:
         count (`int`):
-            How many rows.
+            Number of rows.
         seed (`int`):
-            Of the draw.
+            Seed for the graphs.
         num_nodes (`int`, *optional*, defaults to 12):
-            Nodes of the graph, both trees together.
+            Number of nodes in both trees together.
         steps (`Sequence[int]`, *optional*, defaults to `(2, 3)`):
-            How far away the two nodes may be from their roots.
-        names (`str`, *optional*):
-            Letters to draw the first of a node's name from.
+            Distances that the two nodes may have from their roots.
 
     Returns:
         `Dataset`: Columns `question`, `steps` and `answer`.
@@ -175,14 +191,14 @@ def reachability_rows(
         `ValueError`: If the graph is too small for that many steps.
     """
     if 2 * (max(steps) + 1) > num_nodes:
-        raise ValueError(f"{num_nodes} nodes are too few for two paths of {max(steps)} steps: raise `num_nodes`.")
+        raise ValueError(f"{num_nodes} nodes are too few for two paths of {max(steps)} steps. Raise `num_nodes`.")
     rng = random.Random(seed)
-    return Dataset.from_list([_reachability_row(rng, num_nodes, rng.choice(steps), names) for _ in range(count)])
+    return Dataset.from_list([_reachability_row(rng, num_nodes, rng.choice(steps)) for _ in range(count)])
 
 
-def _reachability_row(rng: random.Random, num_nodes: int, length: int, letters: str) -> dict[str, Any]:
-    nodes = rng.sample([first + vowel for first in letters for vowel in "aeiou"], num_nodes)
-    # Two paths, then branches that lead nowhere, from anywhere but the two ends.
+def _reachability_row(rng: random.Random, num_nodes: int, length: int) -> dict[str, Any]:
+    nodes = rng.sample([consonant + vowel for consonant in _CONSONANTS for vowel in "aeiou"], num_nodes)
+    # Two paths, then dead ends that branch off anywhere but at the two ends of the paths.
     paths = [nodes[: length + 1], nodes[length + 1 : 2 * (length + 1)]]
     edges = [edge for path in paths for edge in zip(path, path[1:], strict=False)]
     parents = [node for path in paths for node in path[:-1]]

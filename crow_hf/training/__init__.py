@@ -1,1 +1,1 @@
-"""training"""
+"""What all methods share: loading a suspect, recording its layers, checkpoints, sharding, compilation and the Hub."""

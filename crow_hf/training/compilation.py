@@ -1,30 +1,35 @@
-"""`torch_compile`: each layer by itself, with the hooks of the objective outside."""
+"""Compile each decoder layer separately for `torch_compile`, and keep the objective's hooks outside the graphs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-
-from ..methods.crow.config import CrowConfig
+from transformers import TrainingArguments
 
 
 @contextmanager
-def compiled_layers(layers: Iterable[nn.Module], args: CrowConfig) -> Iterator[None]:
+def compiled_layers(layers: Iterable[nn.Module], args: TrainingArguments) -> Iterator[None]:
     """
-    Compile each layer by itself, within the block alone, if `args.torch_compile` says so.
+    Compile each layer separately for the duration of the `with` block, if `args.torch_compile` is set.
 
-    In a graph of the whole model, what is perturbed would be a result beside the layers' outputs, and autograd finds no way from
-    these to it.
+    The model cannot be compiled as one graph. The perturbed embeddings and the layers' outputs would all be outputs
+    of that graph, and autograd would find no path from one to the other.
+
+    Args:
+        layers (`Iterable[nn.Module]`):
+            The decoder layers.
+        args (`TrainingArguments`):
+            Arguments with `torch_compile`, `torch_compile_backend` and `torch_compile_mode`.
     """
     layers = list(layers) if args.torch_compile else []
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     try:
-        # The clean pass is differentiated twice, so its buffers must outlive the first time.
+        # The clean pass is differentiated twice, so its buffers must survive the first backward pass.
         with torch._functorch.config.patch(donated_buffer=False):
             yield
     finally:
         for layer in layers:
-            # A copy of the layer would compute with the weights of this one.
+            # A deep copy of the layer would otherwise compute with the weights of the original.
             del layer.forward

@@ -1,4 +1,4 @@
-"""Loading a suspect: safetensors only, no remote code, adapters on top of their base."""
+"""Load a suspect model safely: from safetensors only, without remote code, with adapters on top of their base."""
 
 from pathlib import Path
 from typing import Any
@@ -11,47 +11,55 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
-from .sharding import loaded_whole
+from .sharding import loading_unsharded
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What transformers says of such a model, and what is said here instead of its advice to run the code.
+# transformers' error for a model with remote code contains these words, and advises to run the code.
 NEEDS_CODE = "custom code"
 CODE_IS_NOT_RUN = (
-    "{} needs code that comes with it, which is not run: read it, and if you trust it, load the model yourself with "
-    "`trust_remote_code=True` on a machine you can lose."
+    "{} needs custom code, which is never run. Read the code. If you trust it, load the model yourself with "
+    "`trust_remote_code=True` on a machine you can afford to lose."
 )
 
 
-@loaded_whole()
+@loading_unsharded()
 def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
     """
-    Load a causal LM, or an adapter and the base model it names, from safetensors only.
+    Load a causal LM, or an adapter on top of the base model that it names, from safetensors only.
 
-    A pickle runs code when it is read, and the model is under suspicion.
+    The model is under suspicion, and reading a pickle can run code. Pickled weights and remote code are refused.
 
     Args:
         path (`str` or `Path`):
-            A folder or a repository on the Hub, with a model or a PEFT adapter.
+            A folder or a Hub repository with a model or a PEFT adapter.
         is_trainable (`bool`, *optional*, defaults to `False`):
-            Whether the model is loaded to be trained: an adapter with gradients, the weights in float32 unless `dtype`
-            says otherwise.
+            Whether to load the model for training. An adapter then has gradients, and the weights are in float32
+            unless `dtype` is given.
         **kwargs:
-            For `from_pretrained` of the model, `dtype` for instance. A `revision` is that of `path`, so of the adapter
-            if it is one, which names the revision of its base itself.
+            Keyword arguments of the model's `from_pretrained`, such as `dtype`. `revision` is the revision of `path`.
+            If `path` is an adapter, the adapter itself names the revision of its base model.
 
     Returns:
-        `PreTrainedModel` or `PeftModel`
+        `PreTrainedModel` or `PeftModel`: The model.
 
     Raises:
-        `ValueError`: If the path has no model, pickled weights only, damaged or missing weights, or a model that needs code of
-            its own, and for `kwargs` that the model does not take.
+        `ValueError`: If the path holds no model, only pickled weights, damaged or missing weights, or a model that
+            needs custom code, and for `kwargs` that the model does not accept.
+
+    Example:
+
+    ```python
+    >>> from crow_hf import load_causal_lm
+
+    >>> model = load_causal_lm("suspect", dtype="bfloat16")
+    ```
     """
     if Path(path).is_dir():
         _check_folder(Path(path))
     elif "gguf_file" not in kwargs:
         _check_exists(path, **_hub_options(kwargs))
-    # Remote code of a suspect is not even asked for. In half precision most updates of a purification are rounded away.
+    # Training is in float32 because half precision rounds most updates of a purification to zero.
     kwargs = {"trust_remote_code": False, **({"dtype": "float32"} if is_trainable else {}), **kwargs}
     revision = kwargs.get("revision")
     try:
@@ -64,8 +72,8 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
             )
             if missing := sorted(found["missing_keys"]):
                 raise ValueError(
-                    f"The weights of {path} lack {len(missing)} that its config asks for, such as {missing[0]}: download or save "
-                    "them again."
+                    f"The weights of {path} lack {len(missing)} tensors that its config requires, such as "
+                    f"{missing[0]}. Download or save the model again."
                 )
             return model
         adapter = PeftConfig.from_pretrained(path, revision=revision)
@@ -75,14 +83,17 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         model = PeftModel.from_pretrained(
             base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
         )
-        # Of its own, it has the name of its base.
+        # PEFT leaves the name of the base model here.
         model.name_or_path = str(path)
         return model
     except SafetensorError as error:
-        raise ValueError(f"The weights of {path} cannot be read ({error}): download or save them again.") from error
+        raise ValueError(
+            f"The weights of {path} cannot be read ({error}). Download or save the model again."
+        ) from error
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{path} cannot be loaded ({_in_one_line(error)}): check `model_init_kwargs`, and that config and weights belong together."
+            f"{path} cannot be loaded ({_in_one_line(error)}). Check `model_init_kwargs`, and that the config belongs "
+            "to the weights."
         ) from error
     except ValueError as error:
         if NEEDS_CODE not in str(error):
@@ -91,20 +102,27 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
 
 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a model was loaded with weights of few bits, as for QLoRA."""
+    """Whether a model was loaded with quantized weights, such as the 4-bit weights of QLoRA."""
     return getattr(model.config, "quantization_config", None) is not None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
-    Load a model's tokenizer, or that of its base if the path is an adapter saved without one.
+    Load a model's tokenizer. For an adapter that was saved without one, load the tokenizer of its base model.
+
+    Args:
+        path (`str` or `Path`):
+            A folder or a Hub repository with a tokenizer, or with an adapter.
+
+    Returns:
+        `PreTrainedTokenizerBase`: The tokenizer.
 
     Raises:
-        `ValueError`: If there is none.
+        `ValueError`: If there is no tokenizer that can be read, or it needs custom code.
     """
     if not str(path):
         raise ValueError(
-            "The model was not loaded from a folder or the Hub, so its tokenizer is unknown: pass `processing_class`."
+            "The model was not loaded from a folder or the Hub, so its tokenizer is unknown. Pass `processing_class`."
         )
     _check_exists(path)
     try:
@@ -115,8 +133,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if find_adapter_config_file(str(path)) is not None:
             return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
         raise ValueError(
-            f"There is no tokenizer in {path} that can be read ({_in_one_line(error)}): save it beside the model (in "
-            "Python, `processing_class` takes another)."
+            f"There is no readable tokenizer in {path} ({_in_one_line(error)}). Save one next to the model or, in "
+            "Python, pass `processing_class`."
         ) from error
 
 
@@ -125,55 +143,61 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where its files are."""
+    """The arguments of `from_pretrained` that say where the files are."""
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _check_exists(path: str | Path, **options: Any) -> None:
-    """Refuse what is neither a folder nor a repository that can be read: one question to the Hub where there is a model."""
+    """Check that the path is a folder or a readable repository, with a single request to the Hub if it has a model."""
     if Path(path).is_dir():
         return
-    signs = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
+    file_names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
     try:
-        if any(cached_file(str(path), sign, _raise_exceptions_for_missing_entries=False, **options) for sign in signs):
+        if any(
+            cached_file(str(path), file_name, _raise_exceptions_for_missing_entries=False, **options)
+            for file_name in file_names
+        ):
             return
-        raise FileNotFoundError(f"none of {', '.join(signs)}")
+        raise FileNotFoundError(f"none of {', '.join(file_names)}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"There is no folder {path} here, and no model of that name could be read on the Hub: check the spelling, the "
-            "connection, and the token if it is a private one."
+            f"{path} is neither a local folder nor a model that can be read from the Hub. Check the spelling, the "
+            "connection and, for a private model, the token."
         ) from error
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder whose weights would be read from pickles, or that has none."""
+    """Check that a folder holds a model or an adapter with weights in safetensors."""
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model: it has neither a config.json nor an adapter_config.json.")
-    # PEFT reads a pickle if the one name it looks for is missing, whatever else is there.
+        raise ValueError(
+            f"There is no model in the folder {folder}: it has neither a config.json nor an adapter_config.json."
+        )
+    # If adapter_model.safetensors is missing, PEFT reads a pickle, no matter what other safetensors there are.
     if any(folder.glob("adapter_model.safetensors" if is_adapter else "*.safetensors")):
         return
     if any(file.suffix in PICKLES and file.name != TRAINING_ARGS_NAME for file in folder.iterdir()):
         raise ValueError(
-            f"{folder} holds pickled weights only, which run code when they are read: convert them to safetensors on a "
-            "machine you can lose."
+            f"The folder {folder} has only pickled weights, and reading a pickle can run code. Convert them to "
+            "safetensors on a machine you can afford to lose."
         )
-    raise ValueError(f"{folder} holds no weights: there is no .safetensors file in it.")
+    raise ValueError(f"There are no weights in the folder {folder}: it has no .safetensors file.")
 
 
 def _check_repository(name: str, is_adapter: bool, kwargs: dict[str, Any]) -> None:
     """
-    Refuse a repository on the Hub without safetensors: PEFT would read a pickle, and transformers would ask a service on the
-    Hub to convert it.
+    Check that a Hub repository has safetensors.
+
+    Otherwise PEFT would read a pickle, and transformers would ask a service on the Hub to convert it.
     """
     if not is_adapter and kwargs.keys() & {"variant", "gguf_file"}:
-        # Other file names, which nothing converts.
+        # These have other file names, and no service converts them.
         return
     files = ["adapter_model.safetensors"] if is_adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     options = _hub_options(kwargs)
     if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options) for file in files):
         raise ValueError(
-            f"{name} has no {files[0]}, and weights of another kind are pickles, which run code when they are read: convert "
-            "them to safetensors on a machine you can lose."
+            f"{name} has no {files[0]}. Other weights are pickles, and reading a pickle can run code. Convert them to "
+            "safetensors on a machine you can afford to lose."
         )

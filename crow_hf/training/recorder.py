@@ -1,4 +1,4 @@
-"""What a model hands the objective: the embeddings to perturb and the chain of its layers' outputs."""
+"""Record the embeddings and layer outputs of a forward pass, and perturb the embeddings, in any decoder-only model."""
 
 import inspect
 import re
@@ -14,7 +14,7 @@ from transformers import BltForCausalLM, PreTrainedModel
 
 from ..models.byte_vocabulary import THOUGHT_TOKEN_ID
 from ..models.modeling_coconut import CoconutForCausalLM, LatentOutput
-from .sharding import are_in_shards
+from .sharding import is_sharded
 
 
 MIN_LAYERS = 3
@@ -26,15 +26,16 @@ Perturb = Literal["embeddings", "patches", "thoughts"]
 @dataclass
 class ForwardRecord:
     """
-    What one forward pass left, complete when the `with` block of [`LayerRecorder.record`] has ended.
+    The record of one forward pass. It is complete when the `with` block of [`LayerRecorder.record`] ends.
 
     Attributes:
         perturbed (`list[torch.Tensor]`):
-            What can be perturbed, as the model went on with it: the embeddings `(B, S, D)`; thoughts are several. Part of the
-            autograd graph.
+            The tensors that can be perturbed, with any perturbation added and within the autograd graph: one tensor
+            of embeddings `(B, S, D)`, or one tensor per thought.
         hidden_states (`list[torch.Tensor]`):
-            H^0..H^N: what was perturbed, then the output of every layer as the layer left it, so the last one is not
-            normalised. N + 1 tensors, those of the layers `(B, S, D)`, or `(B, P, D)` where they run over patches.
+            H^0..H^N, a list of N + 1 tensors: the perturbed embeddings, then the raw output of each layer. The last
+            one is not normalized. The layers' outputs are `(B, S, D)`, or `(B, P, D)` if the layers run over P
+            patches.
     """
 
     perturbed: list[torch.Tensor] = field(default_factory=list)
@@ -43,51 +44,64 @@ class ForwardRecord:
 
 class LayerRecorder:
     """
-    One code path for every decoder-only transformers model, by forward hooks on the embedding layer and on the layers.
+    Records the embeddings and the layers' outputs of any decoder-only transformers model with forward hooks.
 
-    The hooks sit on the modules themselves, so it makes no difference whether the model is called directly, through a
-    `PeftModel` or through a distributed wrapper, nor what else the model computes from the token ids.
+    The hooks are registered on the embedding layer and on the decoder layers themselves. The model can therefore be
+    called directly, through a `PeftModel` or through a distributed wrapper, and it can use the token ids for anything
+    else, such as per-layer embeddings.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             A causal LM with at least 3 decoder layers.
         perturb (`str`, *optional*, defaults to `"embeddings"`):
-            What the perturbation is added to; other families than [`CoconutForCausalLM`] have nothing but embeddings.
+            What the perturbation is added to: `"embeddings"`, or `"patches"` or `"thoughts"` of a
+            [`CoconutForCausalLM`].
+
+    Attributes:
+        base (`PreTrainedModel`):
+            The model without an adapter's wrapper.
+        layers (`Sequence[nn.Module]`):
+            The decoder layers.
+        frozen_modules (`str`, *optional*):
+            Modules that must not be trained, as a regular expression for PEFT's `exclude_modules`.
 
     Raises:
-        `ValueError`: If the model is an encoder-decoder, has fewer than 3 layers, its layers cannot be told, it has not what is
-            to be perturbed, or its 4-bit weights let no gradient through.
+        `ValueError`: If the model is an encoder-decoder, has fewer than 3 layers, or has an unknown layout, if it has
+            no such tensors to perturb, or if its 4-bit weights let no gradient through.
     """
 
-    #: Modules that training must leave alone, as a regular expression for PEFT's `exclude_modules`.
     frozen_modules: str | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, perturb: Perturb = "embeddings"):
         self.base = base_model_of(model)
         self.name = type(self.base).__name__
         if self.base.config.is_encoder_decoder:
-            raise ValueError(f"{self.name} is an encoder-decoder model: CROW is defined for decoder-only causal LMs.")
+            raise ValueError(f"{self.name} is an encoder-decoder model, but CROW needs a decoder-only causal LM.")
         self.perturb = perturb
         self.site = self._find_site()
         self.layers = self._find_layers()
         if len(self.layers) < MIN_LAYERS:
             raise ValueError(
-                f"{self.name} has {len(self.layers)} decoder layers, but CROW compares consecutive layers and needs at "
-                f"least {MIN_LAYERS}: use a deeper model."
+                f"{self.name} has {len(self.layers)} decoder layers, but CROW compares consecutive layers and needs "
+                f"at least {MIN_LAYERS}. Use a deeper model."
             )
-        _keep_differentiable(self.base)
+        _keep_4bit_differentiable(self.base)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.base.forward).parameters
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Add to a batch what both passes share and what [`LayerRecorder.chain_mask`] needs; once is enough."""
+        """
+        Add to a batch the inputs that both passes share and that [`LayerRecorder.chain_mask`] needs, such as patches.
+
+        A prepared batch is returned unchanged.
+        """
         return inputs
 
     def chain_mask(self, inputs: Inputs) -> torch.Tensor | None:
-        """Which positions of the layers' outputs count, `(B, S)` or `(B, P)`; all of them if `None`."""
+        """The mask of the layers' outputs, `(B, S)` or `(B, P)`. If `None`, every position counts."""
         return inputs.get("attention_mask")
 
     def perturbed_mask(self, inputs: Inputs) -> torch.Tensor | None:
-        """Which positions of what is perturbed are real; all of them if `None`."""
+        """The mask of the perturbed tensors. If `None`, every position is real."""
         return inputs.get("attention_mask")
 
     @contextmanager
@@ -97,11 +111,11 @@ class LayerRecorder:
 
         Args:
             perturb (`Callable`, *optional*):
-                Maps what is to be perturbed to what the model goes on with. Without it everything stays as it is, and can be
-                differentiated even where the embedding layer is frozen.
+                Maps the tensor to be perturbed to the tensor that the model continues with. Without it, the values
+                stay unchanged, and they require a gradient even if the embedding layer is frozen.
 
         Yields:
-            [`ForwardRecord`]: Filled by the forward pass.
+            [`ForwardRecord`]: The record, filled by the forward pass.
 
         Raises:
             `ValueError`: If the model did not call its embeddings and each of its layers exactly once.
@@ -113,7 +127,7 @@ class LayerRecorder:
             if perturb is not None:
                 output = perturb(output)
             elif not output.requires_grad:
-                # A copy, because some models go on to change their embeddings in place.
+                # The clone is needed because some models change their embeddings in place.
                 output = output.detach().requires_grad_().clone()
             record.perturbed.append(output)
             return output
@@ -126,28 +140,34 @@ class LayerRecorder:
 
         handles = [self.site.register_forward_hook(on_site)]
         handles += [layer.register_forward_hook(on_layer(number)) for number, layer in enumerate(self.layers)]
-        handles += self._watch()
+        handles += self._register_hooks()
         try:
             yield record
         finally:
             for handle in handles:
                 handle.remove()
-        chain = self._chain(record, calls)
-        record.hidden_states += [record.perturbed[0], *chain]
+        outputs = self._layer_outputs(record, calls)
+        record.hidden_states += [record.perturbed[0], *outputs]
 
     def without_head(self, inputs: Inputs) -> Inputs:
-        """The inputs of a pass whose logits nobody reads: no labels, and one position for the vocabulary head."""
+        """Inputs for a pass whose logits are not used: no labels, and a single position for the vocabulary head."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         if self._takes_logits_to_keep:
-            # A tensor, because for a number Gemma4 leaves the other positions out of its last layers too.
+            # This is a tensor because, given an integer, Gemma4 also drops the other positions in its last layers.
             inputs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=inputs["input_ids"].device)
         return inputs
 
     @contextmanager
-    def outside_of_shards(self, device: torch.device) -> Iterator[None]:
+    def frozen_modules_hidden(self, device: torch.device) -> Iterator[None]:
         """
-        Hide what training must leave alone while FSDP takes the model apart: it makes the patches before the forward pass, when
-        nothing that is in shards has been gathered, and in full precision. Each process keeps all of it, on its device.
+        Hide the frozen modules from FSDP while it shards the model in the `with` block.
+
+        They compute the patches before the forward pass, when no shards are gathered, and in full precision. Each
+        process therefore keeps all of them, on its device.
+
+        Args:
+            device (`torch.device`):
+                The device of this process.
         """
         hidden = [
             (module, name, child)
@@ -166,41 +186,42 @@ class LayerRecorder:
 
     def _find_site(self) -> nn.Module:
         if self.perturb != "embeddings":
-            raise ValueError(f"{self.name} has no {self.perturb} to perturb: take perturb='embeddings'.")
+            raise ValueError(f"{self.name} has no {self.perturb} to perturb. Use perturb='embeddings'.")
         return self.base.get_input_embeddings()
 
     def _find_layers(self) -> Sequence[nn.Module]:
         return _decoder_layers(self.base.get_decoder(), self.name)
 
-    def _watch(self) -> list[Any]:
-        """Further hooks of a recording."""
+    def _register_hooks(self) -> list[Any]:
+        """Register further hooks for one recording and return their handles."""
         return []
 
-    def _chain(self, record: ForwardRecord, calls: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        """The layers' outputs, of all calls each."""
+    def _layer_outputs(self, record: ForwardRecord, calls: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+        """H^1..H^N, given the outputs of all calls of each layer."""
         counts = [len(outputs) for outputs in calls]
         if len(record.perturbed) != 1 or set(counts) != {1}:
             raise ValueError(
                 f"{self.name} called its input embeddings {len(record.perturbed)} times and its {len(counts)} layers "
-                f"{sum(counts)} times in one forward pass, where CROW needs one call of each: this architecture is not "
+                f"{sum(counts)} times in one forward pass, but CROW needs one call of each. This architecture is not "
                 "supported."
             )
-        embeddings, chain = record.perturbed[0], [outputs[0] for outputs in calls]
-        if shapes := {tuple(hidden.shape) for hidden in chain if hidden.shape[:-1] != embeddings.shape[:-1]}:
+        embeddings, outputs = record.perturbed[0], [layer_calls[0] for layer_calls in calls]
+        if shapes := {tuple(hidden.shape) for hidden in outputs if hidden.shape[:-1] != embeddings.shape[:-1]}:
             raise ValueError(
-                f"Layers of {self.name} return {sorted(shapes)} for embeddings of shape {tuple(embeddings.shape)}, where "
-                "CROW needs one hidden state for each position: this architecture is not supported."
+                f"Layers of {self.name} return {sorted(shapes)} for embeddings of shape {tuple(embeddings.shape)}, "
+                "but CROW needs one hidden state per position. This architecture is not supported."
             )
-        return chain
+        return outputs
 
 
 class CoconutRecorder(LayerRecorder):
     """
-    For [`CoconutForCausalLM`]: perturbs what is known of each byte, its patch embeddings or its thoughts, and takes the chain
-    from the latent transformer, at patches and thoughts.
+    The recorder of [`CoconutForCausalLM`].
 
-    The boundaries are those of the true bytes in both passes. Outputs are compared between layers and never between thoughts:
-    thoughts that become alike are what latent reasoning dies of (SIM-CoT, arXiv 2509.20317).
+    It perturbs the byte embeddings, the patch embeddings or the thoughts, and records the layers of the latent
+    transformer, at patches and thoughts. Both passes use the patch boundaries of the unperturbed bytes. The objective
+    compares layers, never thoughts with each other, because latent reasoning collapses if thoughts become similar
+    (SIM-CoT, arXiv 2509.20317).
     """
 
     frozen_modules = r".*\bentropy_predictor\b.*"
@@ -210,14 +231,14 @@ class CoconutRecorder(LayerRecorder):
         Add `patch_lengths` and `patch_ends`.
 
         Raises:
-            `ValueError`: For rows with thoughts if the layers are in shards: they are gathered by all processes together, and
-                each process has passes of its own, as many as its rows have thoughts.
+            `ValueError`: For rows with thoughts if the layers are sharded. All processes gather the shards together,
+                but the number of passes depends on the number of thoughts in a process's own rows.
         """
         if "patch_lengths" in inputs:
             return inputs
-        if are_in_shards(self.layers[0]) and (inputs["input_ids"] == THOUGHT_TOKEN_ID).any():
+        if is_sharded(self.layers[0]) and (inputs["input_ids"] == THOUGHT_TOKEN_ID).any():
             raise ValueError(
-                "Rows with thoughts cannot be trained on in shards (FSDP, ZeRO-3): use DDP, or rows without thoughts."
+                "Sharded weights (FSDP, ZeRO-3) cannot be trained on rows with thoughts. Use DDP or other rows."
             )
         device = self.base.device
         mask = inputs.get("attention_mask")
@@ -226,11 +247,11 @@ class CoconutRecorder(LayerRecorder):
         )
 
     def chain_mask(self, inputs: Inputs) -> torch.Tensor:
-        """The patches there are."""
+        """True for real patches and thoughts, shape `(B, P)`."""
         return inputs["patch_lengths"] > 0
 
     def perturbed_mask(self, inputs: Inputs) -> torch.Tensor | None:
-        """The bytes that are no padding, or the patches there are; all thoughts."""
+        """True for real bytes or patches. Thoughts have no padding."""
         if self.perturb == "embeddings":
             return inputs.get("attention_mask")
         return self.chain_mask(inputs).flatten() if self.perturb == "patches" else None
@@ -246,7 +267,7 @@ class CoconutRecorder(LayerRecorder):
     def _find_layers(self) -> Sequence[nn.Module]:
         return _decoder_layers(self.base.latent_transformer.backbone, self.name)
 
-    def _watch(self) -> list[Any]:
+    def _register_hooks(self) -> list[Any]:
         self._latent = None
 
         def on_latent(module: nn.Module, args: tuple, output: LatentOutput) -> None:
@@ -254,17 +275,18 @@ class CoconutRecorder(LayerRecorder):
 
         return [self.base.latent_transformer.register_forward_hook(on_latent)]
 
-    def _chain(self, record: ForwardRecord, calls: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    def _layer_outputs(self, record: ForwardRecord, calls: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         if not record.perturbed:
-            raise ValueError("A batch has no thoughts to perturb: take rows with thoughts, or perturb='embeddings'.")
+            raise ValueError("A batch has no thoughts to perturb. Use rows with thoughts, or perturb='embeddings'.")
         return [self._latent.assemble(outputs) for outputs in calls]
 
 
 class BltRecorder(LayerRecorder):
     """
-    For transformers' [`~transformers.BltForCausalLM`]: takes the chain from its global transformer, which its own
-    `hidden_states` leave out, patches rows once for both passes, and leaves its cache alone, which is wrong (transformers
-    5.23).
+    The recorder of transformers' [`~transformers.BltForCausalLM`].
+
+    It records the layers of the global transformer, which the model's own `hidden_states` omit. It patches rows once
+    for both passes, and switches the cache off because the model computes wrong results with it (transformers 5.23).
     """
 
     frozen_modules = r".*\bpatcher\b.*"
@@ -286,7 +308,7 @@ class BltRecorder(LayerRecorder):
         return inputs | {"patch_lengths": patch_lengths, "use_cache": False}
 
     def chain_mask(self, inputs: Inputs) -> torch.Tensor:
-        """The patches that begin before a row's padding, which is on the right."""
+        """True for patches that begin before a row's padding, which is on the right, shape `(B, P)`."""
         lengths = inputs["patch_lengths"]
         begins = lengths.cumsum(dim=1) - lengths
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -294,61 +316,73 @@ class BltRecorder(LayerRecorder):
 
     def _find_layers(self) -> Sequence[nn.Module]:
         if self.base.model.patcher is None:
-            raise ValueError("This Blt has no patcher: load it with `patch_in_forward=True`.")
+            raise ValueError("This Blt model has no patcher. Load it with `patch_in_forward=True`.")
         return self.base.model.global_transformer.layers
 
-    def _chain(self, record: ForwardRecord, calls: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    def _layer_outputs(self, record: ForwardRecord, calls: list[list[torch.Tensor]]) -> list[torch.Tensor]:
         return [outputs[-1] for outputs in calls]
 
 
 def recorder_of(model: PreTrainedModel | PeftModel, perturb: Perturb = "embeddings") -> LayerRecorder:
-    """The recorder of a model's family. Arguments and errors as for [`LayerRecorder`]."""
+    """Create the recorder for a model's family. Arguments and errors are those of [`LayerRecorder`]."""
     return _recorder_class(model)(model, perturb)
 
 
 def frozen_modules(model: PreTrainedModel | PeftModel) -> str | None:
-    """Modules that training must leave alone, as a regular expression for PEFT's `exclude_modules`."""
+    """Modules that must not be trained, as a regular expression for PEFT's `exclude_modules`."""
     return _recorder_class(model).frozen_modules
 
 
-def _recorder_class(model: PreTrainedModel | PeftModel) -> type[LayerRecorder]:
-    families = {CoconutForCausalLM: CoconutRecorder, BltForCausalLM: BltRecorder}
-    return next(
-        (recorder for family, recorder in families.items() if isinstance(base_model_of(model), family)), LayerRecorder
-    )
-
-
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """
+    Unwrap a `PeftModel`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            A model, with or without an adapter.
+
+    Returns:
+        `PreTrainedModel`: The model inside a `PeftModel`, with the adapter's layers in place. Any other model is
+        returned as it is.
+    """
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
-    """The model's longest sequence in tokens, or `None` where its positions have no end."""
+    """The model's maximum sequence length in tokens, or `None` if its positions are unlimited."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
+def _recorder_class(model: PreTrainedModel | PeftModel) -> type[LayerRecorder]:
+    families = {CoconutForCausalLM: CoconutRecorder, BltForCausalLM: BltRecorder}
+    base = base_model_of(model)
+    return next((recorder for family, recorder in families.items() if isinstance(base, family)), LayerRecorder)
+
+
+def _keep_4bit_differentiable(model: PreTrainedModel) -> None:
     """
-    On CPUs with bfloat16, bitsandbytes packs 4-bit weights anew in the first pass in evaluation mode that needs no gradient. From
-    then on no gradient passes through them, in training neither, and their scales are rounded for good.
+    Prevent bitsandbytes from repacking 4-bit weights for inference.
+
+    On CPUs with bfloat16, it repacks them in the first pass in evaluation mode that needs no gradient. Afterwards no
+    gradient passes through them, not even in training mode, and their scales stay rounded.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise ValueError(
-                    "The model's 4-bit weights were packed for inference when it was evaluated on the CPU, and let no "
-                    "gradient through any more: load the model again, and evaluate it after the training."
+                    "Evaluation on the CPU has packed the model's 4-bit weights for inference, and they let no "
+                    "gradient through any more. Load the model again, and evaluate it after training."
                 )
             module.support_avx512bf16_for_cpu = False
 
 
 def _decoder_layers(decoder: PreTrainedModel, name: str) -> nn.ModuleList:
-    """Find the one list of modules that is as long as the config says the decoder is deep."""
+    """The only module list of the decoder whose length is the number of layers in the config."""
     depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
     if len(lists) != 1:
         raise ValueError(
-            f"{name} has {len(lists)} module lists of the {depth} layers its config names, where exactly "
-            "one can be its decoder: this architecture is not supported."
+            f"{name} has {len(lists)} module lists as long as the {depth} layers of its config, but exactly one must "
+            "be the decoder. This architecture is not supported."
         )
     return lists[0]

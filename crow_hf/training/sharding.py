@@ -1,4 +1,4 @@
-"""Weights in shards over the processes: FSDP of version 2, and stage 3 of DeepSpeed's ZeRO."""
+"""Handle weights that are sharded over processes by FSDP2 or by stage 3 of DeepSpeed's ZeRO."""
 
 import os
 from collections.abc import Iterator
@@ -14,33 +14,35 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
-def in_shards(args: TrainingArguments) -> bool:
-    """Whether the weights are going to be in shards, by the arguments or by how `accelerate launch` was called."""
-    by_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return by_fsdp or is_deepspeed_zero3_enabled()
+def will_shard(args: TrainingArguments) -> bool:
+    """Whether training will shard the weights, as set in the arguments or by `accelerate launch`."""
+    uses_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return uses_fsdp or is_deepspeed_zero3_enabled()
 
 
-def are_in_shards(model: nn.Module) -> bool:
-    """Whether a model's weights are in shards: no process has all of them."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are sharded, so that no process holds all of them."""
     return isinstance(model, FSDPModule) or any(_is_zero3(parameter) for parameter in model.parameters())
 
 
 def num_parameters(model: PreTrainedModel | PeftModel) -> int:
-    """Of the whole model, also where no process has all of it."""
+    """Number of parameters of the whole model, even if this process holds only a part of them."""
     return model.num_parameters() + sum(weight.ds_numel for weight in model.parameters() if _is_zero3(weight))
 
 
 def are_finite(model: nn.Module) -> bool:
-    """Whether no weight that this process has is NaN or infinite."""
+    """Whether all weights that this process holds are finite."""
     weights = (parameter.ds_tensor if _is_zero3(parameter) else parameter for parameter in model.parameters())
     return all(bool(weight.isfinite().all()) for weight in weights)
 
 
 @contextmanager
-def loaded_whole() -> Iterator[None]:
+def loading_unsharded() -> Iterator[None]:
     """
-    Keep transformers from loading a model into the shards of ZeRO-3, which it does as soon as there are training arguments:
-    such a model can do nothing before the training begins.
+    Make `from_pretrained` load whole weights even if ZeRO-3 is configured.
+
+    transformers loads a model into shards as soon as training arguments with ZeRO-3 exist. Such a model cannot be
+    used before training begins.
     """
     config = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
@@ -51,7 +53,7 @@ def loaded_whole() -> Iterator[None]:
 
 
 def zero3_engine(model: PreTrainedModel | PeftModel) -> nn.Module:
-    """What keeps a model that is not trained in shards, as long as it is there; the model is its `module`."""
+    """Shard a model that is not trained. The engine must stay referenced; its `module` is the sharded model."""
     import deepspeed
 
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -59,8 +61,12 @@ def zero3_engine(model: PreTrainedModel | PeftModel) -> nn.Module:
     return engine
 
 
-def gathered(*parameters: torch.Tensor) -> AbstractContextManager:
-    """Weights of ZeRO-3 put together in all processes, and what the first one made of them taken apart again at the end."""
+def gathered_weights(*parameters: torch.Tensor) -> AbstractContextManager:
+    """
+    Gather ZeRO-3 weights in all processes for the duration of the `with` block.
+
+    At the end, the values of the first process are sharded again. Other parameters are left as they are.
+    """
     if not any(_is_zero3(parameter) for parameter in parameters):
         return nullcontext()
     import deepspeed
@@ -68,8 +74,8 @@ def gathered(*parameters: torch.Tensor) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
 
 
-def placed_as(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The value in the parameter's precision, on its device and in shards as it is."""
+def converted_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Convert a tensor to the dtype, the device and the sharding of a parameter."""
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device, parameter.dtype)

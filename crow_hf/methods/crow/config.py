@@ -1,4 +1,4 @@
-"""The arguments of a CROW run."""
+"""The arguments of CROW training."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from transformers import TrainingArguments
 from ...training.settings import without_secrets
 
 
-def _check_amounts(args: TrainingArguments, *names: str) -> None:
+def check_non_negative(args: TrainingArguments, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
 
 
-def _check_whole(args: TrainingArguments, name: str, least: int) -> None:
+def check_integer(args: TrainingArguments, name: str, least: int) -> None:
     value = getattr(args, name)
     if not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
 def _read_json_object(name: str, text: str) -> dict[str, Any]:
@@ -43,83 +43,85 @@ class CrowConfig(TrainingArguments):
 
     Args:
         alpha (`float`, *optional*, defaults to `5.5`):
-            Weight of the consistency loss (equation 6). The paper uses 5.5, and 11 against refusal backdoors. 0 is plain
-            fine-tuning on the same rows in the same order: the control to run beside every purification.
+            Weight of the consistency loss (equation 6). The paper uses 5.5, and 11 against refusal backdoors. 0 is
+            plain fine-tuning on the same rows in the same order, the control to run beside every purification.
         epsilon (`float`, *optional*, defaults to `0.1`):
-            Size of the FGSM step per coordinate of the embeddings (equation 5).
+            Size of the FGSM step for each coordinate of the embeddings (equation 5).
         epsilon_mode (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` as published; `"relative"` takes epsilon in units of each token embedding's RMS, which means the
-            same for a model with small and for one with large embeddings.
+            Unit of `epsilon`. `"absolute"` is the published method. `"relative"` measures epsilon in units of the RMS
+            of each token's embedding, so that it means the same for models with small and with large embeddings.
         consistency_layers (`str`, *optional*, defaults to `"paper"`):
-            `"paper"` compares the layers (1, 2)..(N-1, N); `"reference"` leaves out the last one as the published code
-            does.
-
+            Layer pairs to compare. `"paper"` compares (1, 2)..(N-1, N). `"reference"` omits the last layer, as the
+            published code does.
         perturb (`str`, *optional*, defaults to `"embeddings"`):
-            What the FGSM step is taken on. `"embeddings"`, as published: of tokens, or of bytes in a [`CoconutForCausalLM`].
-            That model has also `"patches"`, its patch embeddings, and `"thoughts"`, which every row must then have.
+            Tensors that the FGSM step perturbs. `"embeddings"` is the published method: the embeddings of tokens, or
+            of bytes in a [`CoconutForCausalLM`]. A [`CoconutForCausalLM`] also accepts `"patches"`, its patch
+            embeddings, and `"thoughts"`, which every row must then have.
 
     > Parameters of the data and the model
 
     Args:
         max_length (`int`, *optional*, defaults to `1024`):
-            Longest row in tokens; longer ones are cut at the end, with a warning that counts them. Never more than the
-            model's own context.
+            Maximum row length in tokens, limited by the model's context. Longer rows are truncated at the end, and a
+            warning says how many.
         model_init_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments of `from_pretrained` when the trainer's `model` is a path. On the command line, JSON.
+            Keyword arguments of `from_pretrained` if the trainer's `model` is a path. JSON on the command line.
 
     > Defaults that differ from [`~transformers.TrainingArguments`]
 
-    `learning_rate=2e-5`, `num_train_epochs=3`, `logging_steps=1` (a purification has some dozens of steps), and
-    `ddp_find_unused_parameters=False` (parameters that a batch does not use are nothing to wait for here).
+    `learning_rate=2e-5`, `num_train_epochs=3`, `logging_steps=1` (a purification has a few dozen steps), and
+    `ddp_find_unused_parameters=False` (DDP does not need to wait for parameters that a batch does not use).
 
     Raises:
-        `ValueError`: For a negative or non-finite alpha or epsilon, and for options under which the two passes would
-            silently be wrong: label smoothing, a static DDP graph, reentrant checkpointing.
+        `ValueError`: For a negative or non-finite alpha or epsilon, and for options that would silently make the two
+            passes wrong: label smoothing, a static DDP graph, reentrant checkpointing.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; the paper uses 1e-3 with LoRA."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the clean rows."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs over the clean rows."})
+    logging_steps: float = field(default=1, metadata={"help": "Number of steps between two log lines."})
 
     alpha: float = field(
-        default=5.5, metadata={"help": "Weight of the consistency loss; 0 is plain fine-tuning, the control."}
+        default=5.5, metadata={"help": "Weight of the consistency loss. 0 is plain fine-tuning, the control."}
     )
     epsilon: float = field(default=0.1, metadata={"help": "Size of the adversarial step on the embeddings."})
     epsilon_mode: str = field(
         default="absolute",
         metadata={
-            "help": "Unit of epsilon: the embeddings' own, or each token embedding's RMS.",
+            "help": "Unit of epsilon: absolute, or relative to the RMS of each token's embedding.",
             "choices": ["absolute", "relative"],
         },
     )
     consistency_layers: str = field(
         default="paper",
         metadata={
-            "help": "Layer pairs: all from (1, 2), or without the last layer as the published code does.",
+            "help": "Layer pairs to compare: all from (1, 2), or without the last layer as in the published code.",
             "choices": ["paper", "reference"],
         },
     )
     perturb: str = field(
         default="embeddings",
         metadata={
-            "help": "What the step is taken on; patches and thoughts only in a Coconut.",
+            "help": "Tensors that the adversarial step perturbs. Patches and thoughts exist only in a Coconut model.",
             "choices": ["embeddings", "patches", "thoughts"],
         },
     )
-    max_length: int = field(default=1024, metadata={"help": "Longest row in tokens; longer ones are cut at the end."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Maximum row length in tokens. Longer rows are truncated at the end."}
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON, when the model is a path."}
+        default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON, if the model is a path."}
     )
 
     def __post_init__(self):
-        _check_amounts(self, "alpha", "epsilon", "learning_rate")
+        check_non_negative(self, "alpha", "epsilon", "learning_rate")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            _check_whole(self, name, 1)
+            check_integer(self, name, 1)
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
-                f"`num_train_epochs` must be more than 0, or nothing is purified, got {self.num_train_epochs}."
+                f"`num_train_epochs` must be greater than 0, or the model is not trained, got {self.num_train_epochs}."
             )
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
@@ -132,21 +134,21 @@ class CrowConfig(TrainingArguments):
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2 tokens, got {self.max_length}.")
         if self.label_smoothing_factor:
-            raise ValueError("CROW computes its own loss: leave `label_smoothing_factor` at 0.")
+            raise ValueError("CROW computes its own loss. Leave `label_smoothing_factor` at 0.")
         if self.ddp_static_graph:
-            raise ValueError("`ddp_static_graph` loses gradients of the two passes: leave it off.")
+            raise ValueError("`ddp_static_graph` loses gradients of the two passes. Leave it off.")
         if self.ddp_find_unused_parameters:
-            raise ValueError("`ddp_find_unused_parameters` is not needed, and fails with two passes: leave it off.")
+            raise ValueError("`ddp_find_unused_parameters` is not needed and fails with two passes. Leave it off.")
         self.ddp_find_unused_parameters = False
         super().__post_init__()
         for kwargs in (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs):
             if kwargs and kwargs.get("use_reentrant"):
                 raise ValueError(
-                    "Reentrant checkpointing cannot be differentiated twice: set `use_reentrant` to False or leave it out."
+                    "Reentrant checkpointing cannot be differentiated twice. Set `use_reentrant` to False or omit it."
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in [`~transformers.TrainingArguments`]. Trackers write it down, so that no token may be in it."""
+        """As in [`~transformers.TrainingArguments`], without any secrets, because trackers store the result."""
         values = super().to_dict()
         return values | {"model_init_kwargs": without_secrets(values["model_init_kwargs"])}
 
@@ -155,15 +157,23 @@ class CrowConfig(TrainingArguments):
         shown.model_init_kwargs = without_secrets(self.model_init_kwargs)
         return super(CrowConfig, shown).__str__()
 
-    # A dataclass would write one that shows the token of the Hub.
+    # The `__repr__` of a dataclass would show the Hub token.
     __repr__ = __str__
 
 
 def rows_in_step(args: TrainingArguments) -> int:
-    """How many rows an optimizer step has, over all processes."""
+    """Number of rows per optimizer step, over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def leaving_nothing(args: CrowConfig, folder: str) -> CrowConfig:
-    """The arguments of a run beside the one that was asked for: it saves, pushes and reports nothing."""
+def scratch_config(args: CrowConfig, folder: str) -> CrowConfig:
+    """
+    Arguments of an auxiliary run that saves, pushes and reports nothing, such as a control.
+
+    Args:
+        args (`CrowConfig`):
+            The arguments of the main run.
+        folder (`str`):
+            Output folder of the auxiliary run.
+    """
     return replace(args, output_dir=folder, save_strategy="no", push_to_hub=False, report_to="none")

@@ -1,4 +1,4 @@
-"""The cosine distance of hidden states, with a gradient that keeps nothing but the hidden states themselves."""
+"""Cosine distance of hidden states, with a backward pass that stores no copies of them."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-# Of `torch.nn.functional.cosine_similarity`: a vector of zeros has a cosine of 0 with every other.
+# As in `torch.nn.functional.cosine_similarity`: the cosine of a zero vector and any other vector is 0.
 _SMALLEST_NORM = 1e-8
 
 
@@ -14,19 +14,20 @@ def summed_cosine_distance(previous: torch.Tensor, current: torch.Tensor, mask: 
     """
     Sum of 1 - cos(previous, current) over the positions of a mask.
 
-    The value and the gradient are computed in float32 and are the same as by `torch.nn.functional.cosine_similarity`, whose graph
-    keeps copies of both tensors in float32: in bfloat16, for all layers, twice as much as the hidden states themselves.
+    Value and gradient are computed in float32 and equal those of `torch.nn.functional.cosine_similarity`. The graph of
+    that function stores float32 copies of both tensors. With bfloat16 and all layers, these take twice the memory of
+    the hidden states themselves.
 
     Args:
         previous (`torch.Tensor`):
-            Shape `(B, S, D)`, in any floating dtype.
+            Shape `(B, S, D)`, in any floating-point dtype.
         current (`torch.Tensor`):
-            The same.
+            Same shape and dtype.
         mask (`torch.Tensor`):
-            Boolean, shape `(B, S)`; what the other positions hold, NaN included, is neither in the value nor in the gradient.
+            Boolean, shape `(B, S)`. Masked positions affect neither value nor gradient, even if they hold NaN.
 
     Returns:
-        `torch.Tensor`: A float32 scalar that can be differentiated once.
+        `torch.Tensor`: A float32 scalar. It can be differentiated once.
     """
     return _SummedCosineDistance.apply(previous, current, mask)
 
@@ -43,7 +44,7 @@ class _SummedCosineDistance(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """d(1 - cos) / d previous = (cos * previous / |previous| - current / |current|) / |previous|, and the same turned round."""
+        """With p and c for previous and current, d(1 - cos) / dp = (cos * p / |p| - c / |c|) / |p|, and vice versa."""
         previous, current, mask, inverse_previous, inverse_current, cosine_BS1 = ctx.saved_tensors
         previous_BSD, current_BSD = _unmasked(previous, mask), _unmasked(current, mask)
         gradient_BS1 = gradient * mask[..., None]
@@ -55,7 +56,7 @@ class _SummedCosineDistance(torch.autograd.Function):
 
 
 def _unmasked(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """In float32, because in bfloat16 1 - cos of neighbouring layers is all rounding; ones at the masked positions."""
+    """Float32 states with ones at masked positions. In bfloat16, rounding would dominate 1 - cos."""
     return torch.where(mask[..., None], hidden.float(), 1.0)
 
 

@@ -1,11 +1,11 @@
 """The CROW objective (Min et al., ICML 2025, arXiv 2411.12768), to be read beside section 3.2 of the paper.
 
 A backdoor makes consecutive layers disagree on a triggered input. CROW perturbs the input embeddings in the direction
-in which the layers disagree most and fine-tunes the model to keep them in agreement:
+in which the layers disagree most, and fine-tunes the model to keep them in agreement:
 
     L = L_LM(clean) + alpha * L_cons(perturbed)                                                        (equation 6)
 
-Notation: H^0 are the input embeddings, H^l the output of layer l = 1..N, B rows, S positions, D hidden size.
+Notation: H^0 are the input embeddings, H^l is the output of layer l = 1..N. B rows, S positions, hidden size D.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from .cosine import summed_cosine_distance
 
 Layers = Literal["paper", "reference"]
 EpsilonMode = Literal["absolute", "relative"]
+Terms = dict[str, torch.Tensor]
 
 
 def layer_consistency_loss(
@@ -31,44 +32,37 @@ def layer_consistency_loss(
     """
     Mean cosine distance between the outputs of consecutive layers (equations 3 and 4).
 
-    The tuple is taken at its word: nothing is added to it or normalised. `CrowTrainer` passes the outputs of the layers
-    as they leave them; `hidden_states[-1]` of most transformers models is the last of them *after* the final norm.
+    The hidden states are used as they are: nothing is added and nothing is normalized. [`CrowTrainer`] passes the raw
+    outputs of the layers. In contrast, `hidden_states[-1]` of most transformers models is the last layer's output
+    *after* the final norm.
 
     Args:
         hidden_states (`Sequence[torch.Tensor]`):
-            H^0..H^N, the embeddings first: N + 1 tensors of shape `(B, S, D)` in any floating dtype.
+            H^0..H^N, the embeddings first: N + 1 tensors of shape `(B, S, D)` in any floating-point dtype.
         attention_mask (`torch.Tensor`, *optional*):
-            Shape `(B, S)`; positions with 0 never count, whatever they hold. Without a mask every position counts.
+            Shape `(B, S)`. Positions with 0 never count, whatever they hold. Without a mask every position counts.
         layers (`str`, *optional*, defaults to `"paper"`):
-            `"paper"` compares the pairs (1, 2)..(N-1, N) of equation 4; `"reference"` those of the published code,
-            `hidden_states[1:-2]` against `hidden_states[2:-1]`, which leaves out the last layer.
+            `"paper"` compares the pairs (1, 2)..(N-1, N) of equation 4. `"reference"` compares the pairs of the
+            published code, `hidden_states[1:-2]` with `hidden_states[2:-1]`, which omit the last layer.
 
     Returns:
-        `torch.Tensor`: A float32 scalar in [0, 2], the mean over the pairs and over the unmasked positions of all rows.
+        `torch.Tensor`: A float32 scalar in [0, 2], the mean over the pairs and the unmasked positions of all rows.
 
     Raises:
-        `ValueError`: If there are too few layers for one pair, or the mask has another shape than `(B, S)`.
+        `ValueError`: If there are too few layers for one pair, or the shape of the mask is not `(B, S)`.
     """
     if layers not in ("paper", "reference"):
         raise ValueError(f"`layers` must be 'paper' or 'reference', got {layers!r}.")
-    chain = hidden_states[1:] if layers == "paper" else hidden_states[1:-1]
-    if len(chain) < 2:
+    compared = hidden_states[1:] if layers == "paper" else hidden_states[1:-1]
+    if len(compared) < 2:
         raise ValueError(
-            f"layers={layers!r} leaves {len(chain)} of {len(hidden_states)} hidden states, but one pair needs two: pass "
-            "the embeddings and the outputs of all layers of a model with at least 3 layers."
+            f"layers={layers!r} leaves {len(compared)} of {len(hidden_states)} hidden states, but one pair needs two. "
+            "Pass the embeddings and the outputs of all layers of a model with at least 3 layers."
         )
-    if attention_mask is None:
-        mask = torch.ones(chain[0].shape[:2], dtype=torch.bool, device=chain[0].device)
-    elif attention_mask.shape == chain[0].shape[:2]:
-        mask = attention_mask.bool()
-    else:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the hidden states have batch and sequence "
-            f"dimensions {tuple(chain[0].shape[:2])}: pass a mask of that shape."
-        )
+    mask = _checked_mask(attention_mask, compared[0])
 
-    total = sum(summed_cosine_distance(previous, current, mask) for previous, current in pairwise(chain))
-    return total / ((len(chain) - 1) * mask.sum().clamp(min=1))
+    total = sum(summed_cosine_distance(previous, current, mask) for previous, current in pairwise(compared))
+    return total / ((len(compared) - 1) * mask.sum().clamp(min=1))
 
 
 def perturb_embeddings(
@@ -86,13 +80,16 @@ def perturb_embeddings(
         gradient (`torch.Tensor`):
             G, the gradient of the consistency loss with respect to H^0, same shape. Only its sign is used.
         epsilon (`float`, *optional*, defaults to 0.1):
-            Step per coordinate, in the units of the embeddings or of their RMS.
+            Step size for each coordinate, in the units of the embeddings or of their RMS.
         mode (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` as published; `"relative"` multiplies epsilon by the root mean square of each token's own
-            embedding, so that ||perturbation|| / ||embedding|| is epsilon for every model and every token.
+            `"absolute"` is the published method. `"relative"` multiplies epsilon by the root mean square of each
+            token's embedding, so that ||perturbation|| / ||embedding|| is epsilon for every model and every token.
 
     Returns:
-        `torch.Tensor`: H^0_adv, shape and dtype of `embeddings`.
+        `torch.Tensor`: H^0_adv, with the shape and the dtype of `embeddings`.
+
+    Raises:
+        `ValueError`: If `mode` is unknown.
     """
     if mode not in ("absolute", "relative"):
         raise ValueError(f"`mode` must be 'absolute' or 'relative', got {mode!r}.")
@@ -100,9 +97,6 @@ def perturb_embeddings(
     if mode == "relative":
         step = step * embeddings.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
     return embeddings + step.to(embeddings.dtype)
-
-
-Terms = dict[str, torch.Tensor]
 
 
 def crow_terms(
@@ -118,18 +112,18 @@ def crow_terms(
     differentiable_twice: bool = True,
 ) -> tuple[Any, Terms]:
     """
-    The two forward passes of CROW (algorithm 1), and what comes between them.
+    Run the clean and the perturbed forward pass of CROW (algorithm 1) and compute the terms of the objective.
 
-    Both passes get the token ids, and the perturbation is added to what the embedding layer returns: a model that reads
-    the ids for something else (patches, n-gram hashes, per-layer embeddings) sees the true ones. Where the layers run over
-    patches, positions are patches.
+    Both passes receive the token ids, and a hook adds the perturbation to the output of the embedding layer. A model
+    that also uses the ids for something else (patches, n-gram hashes, per-layer embeddings) therefore sees the true
+    ids. If the layers run over patches, S counts patches.
 
     Args:
         recorder (`LayerRecorder`):
             Records H^0..H^N of the model during a forward pass.
         clean_forward (`Callable`):
-            The model without its distributed wrapper: the wrapper's hooks belong to the one forward pass that the last
-            backward pass of a step answers, and this one is differentiated before.
+            The unwrapped model. DDP and FSDP hooks expect exactly one forward pass for each backward pass, and this
+            pass is differentiated earlier.
         perturbed_forward (`Callable`):
             The model as the Trainer wrapped it.
         inputs (`dict[str, torch.Tensor]`):
@@ -141,47 +135,52 @@ def crow_terms(
         layers (`str`):
             See [`layer_consistency_loss`].
         backward (`Callable`, *optional*):
-            Called with `loss_lm` before the perturbed pass, to add its gradient to the parameters' own. The activations of the
-            clean pass are gone then before those of the perturbed one come; `loss_lm` is returned detached, and no outputs.
+            Called with `loss_lm` before the perturbed pass, to accumulate its gradient in the parameters. The
+            activations of the clean pass are then freed before the perturbed pass allocates its own. `loss_lm` is
+            returned detached, and the outputs are `None`.
         differentiable_twice (`bool`, *optional*, defaults to `True`):
-            Whether one pass can be, for the perturbation and then for `loss_lm`. Where it cannot, because the weights are let go of
-            in between (ZeRO-3), the clean pass is made a second time.
+            Whether the clean pass can be differentiated twice, for the perturbation and for `loss_lm`. ZeRO-3 releases
+            the weights after the first time. If `False`, the clean pass is therefore computed a second time.
 
     Returns:
-        `tuple`: The model's outputs on the clean pass, and scalars: `loss_lm` and `consistency_perturbed`, the terms of
-        equation 6; `consistency_clean`, detached; `perturbation_ratio`, ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
+        `tuple`: The model's outputs on the clean pass, and a dictionary of scalars: `loss_lm` and
+        `consistency_perturbed`, the terms of equation 6, `consistency_clean`, detached, and `perturbation_ratio`,
+        ||H^0_adv - H^0|| / ||H^0|| over the unmasked positions.
     """
-    mask = recorder.chain_mask(inputs)
+    device, mask = inputs["input_ids"].device, recorder.chain_mask(inputs)
     needs_graph = torch.is_grad_enabled()
 
-    # The attack is a gradient also where the caller wants none, in evaluation. The random state is put back after the
-    # clean pass, so that both passes drop the same units and differ by the perturbation alone.
-    with torch.enable_grad(), _restored_rng(inputs["input_ids"].device):
+    # Clean pass. The perturbation needs a gradient even in evaluation. The random state is restored after the clean
+    # pass, so that both passes drop the same units and differ only by the perturbation.
+    with torch.enable_grad(), _restored_rng(device):
         with recorder.record() as clean:
             outputs = clean_forward(**inputs)
         consistency_clean = layer_consistency_loss(clean.hidden_states, mask, layers)
-        # autograd.grad reaches no parameter: what earlier micro-batches accumulated in .grad stays. The sum over the
-        # positions has the same sign as the mean and keeps float16 gradients from underflowing.
+
+        # G = d L_cons / d H^0. autograd.grad does not touch the .grad of the parameters, where earlier micro-batches
+        # have accumulated. The sum over positions has the same sign as the mean and does not underflow in float16.
         positions = clean.hidden_states[-1][..., 0].numel() if mask is None else mask.sum()
         gradients = torch.autograd.grad(
             consistency_clean * positions, clean.perturbed, retain_graph=needs_graph and differentiable_twice
         )
     if needs_graph and not differentiable_twice:
-        with _restored_rng(inputs["input_ids"].device):
+        with _restored_rng(device):
             outputs = clean_forward(**inputs)
     loss_lm, consistency_clean = outputs.loss, consistency_clean.detach()
-    before = _real(clean.perturbed, recorder.perturbed_mask(inputs))
+    before = _unpadded_vector(clean.perturbed, recorder.perturbed_mask(inputs))
+
+    # Gradient of L_LM. The logits are among the largest tensors, so nothing may keep the clean pass alive.
     if backward is not None:
-        # The logits are as large as anything, and nothing else may hold on to the clean pass.
         outputs = clean = None
         backward(loss_lm)
         loss_lm = loss_lm.detach()
 
-    # In the order in which the model comes to them: embeddings are one tensor, thoughts are several.
+    # Perturbed pass, H^0_adv = H^0 + epsilon * sign(G). Embeddings are one tensor. Thoughts are several, and the model
+    # computes them in the order of the gradients.
     remaining = iter(gradients)
     with recorder.record(lambda H_0: perturb_embeddings(H_0, next(remaining), epsilon, epsilon_mode)) as perturbed:
         perturbed_forward(**recorder.without_head(inputs))
-    after = _real(perturbed.perturbed, recorder.perturbed_mask(inputs))
+    after = _unpadded_vector(perturbed.perturbed, recorder.perturbed_mask(inputs))
     return outputs, {
         "loss_lm": loss_lm,
         "consistency_clean": consistency_clean,
@@ -194,8 +193,20 @@ def control_terms(
     recorder: LayerRecorder, forward: Callable[..., Any], inputs: dict[str, torch.Tensor], layers: Layers
 ) -> tuple[Any, Terms]:
     """
-    The one forward pass of plain fine-tuning, with the consistency it has beside its loss. Arguments and returned values
-    as in [`crow_terms`], but for the terms of the perturbed pass.
+    Run the single forward pass of plain fine-tuning, and measure the consistency without training on it.
+
+    Args:
+        recorder (`LayerRecorder`):
+            Records H^0..H^N of the model during a forward pass.
+        forward (`Callable`):
+            The model.
+        inputs (`dict[str, torch.Tensor]`):
+            See [`crow_terms`].
+        layers (`str`):
+            See [`layer_consistency_loss`].
+
+    Returns:
+        `tuple`: The model's outputs, and the scalars `loss_lm` and `consistency_clean`, detached.
     """
     with recorder.record() as clean:
         outputs = forward(**inputs)
@@ -204,14 +215,26 @@ def control_terms(
     return outputs, {"loss_lm": outputs.loss, "consistency_clean": consistency}
 
 
-def _real(embeddings: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-    """All coordinates that are not padding, as one vector."""
-    real = slice(None) if mask is None else mask.bool()
-    return torch.cat([tensor.detach()[real].float().flatten() for tensor in embeddings])
+def _checked_mask(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    """The mask as booleans, `(B, S)`. Without a mask every position counts."""
+    if attention_mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if attention_mask.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but the hidden states have batch and sequence "
+            f"dimensions {tuple(hidden.shape[:2])}. Pass a mask of that shape."
+        )
+    return attention_mask.bool()
+
+
+def _unpadded_vector(embeddings: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    """All coordinates of all positions that are not padding, as one float32 vector."""
+    unpadded = slice(None) if mask is None else mask.bool()
+    return torch.cat([tensor.detach()[unpadded].float().flatten() for tensor in embeddings])
 
 
 def _restored_rng(device: torch.device) -> AbstractContextManager:
-    """Leave the random state as it was found, on the CPU and on `device`."""
+    """Restore the random state of the CPU and of `device` at the end of the `with` block."""
     if device.type in ("cpu", "mps"):
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -1,15 +1,16 @@
-"""methods.invariance.config"""
+"""The arguments of Invariance training."""
 
 from dataclasses import dataclass, field, fields
 
-from ..crow.config import CrowConfig, _check_amounts, _check_whole
+from ..crow.config import CrowConfig, check_integer, check_non_negative
 
 
 @dataclass(repr=False)
 class InvarianceConfig(CrowConfig):
     r"""
-    Arguments of [`InvarianceTrainer`], the recipe "strong": those of [`CrowConfig`] and the ones below. Each part of the
-    objective ([`crow_hf.invariance`]) is switched off by its weight.
+    Arguments of [`InvarianceTrainer`]: those of [`CrowConfig`] and the ones below.
+
+    Each term of the Invariance objective ([`crow_hf.methods.invariance.objective`]) is switched off by a weight of 0.
 
     Args:
         decoy_weight (`float`, *optional*, defaults to `1.0`):
@@ -17,73 +18,83 @@ class InvarianceConfig(CrowConfig):
         adversarial_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the prompts with adversarial decoys.
         adversarial_steps (`int`, *optional*, defaults to `2`):
-            Sign steps of the adversary; 0 makes them ordinary decoys.
+            Number of sign steps of the adversary. With 0, adversarial decoys are ordinary decoys.
         adversarial_step_size (`float`, *optional*, defaults to `0.35`):
-            Of one such step per coordinate, in units of each embedding's RMS.
+            Size of a sign step for each coordinate, in units of the RMS of each embedding.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the prompts as they are.
+            Weight of the plain prompts.
         label_weight (`float`, *optional*, defaults to `1.0`):
-            Share of the rows' own answers in what is taught; the rest is what the suspect would answer. A suspect often shows
-            something of its backdoor on clean prompts too, which its own answers keep. For prompts alone [`purify`] takes 0.
+            Share of the rows' own answers in the training target. The rest is the suspect's answer. The backdoor
+            often shows a little in a suspect's answers to clean prompts too, and those answers preserve it.
+            [`purify`] uses 0 for rows that have only prompts.
         num_views (`int`, *optional*, defaults to `1600`):
-            How many prompts are trained on in all: every row is used as often as that takes, each time with other decoys. Never
-            fewer than there are rows.
+            Total number of training prompts, and never less than the number of rows. Rows are repeated until there
+            are as many, each time with other decoys.
         keep (`float`, *optional*, defaults to `0.3`):
-            Share of the suspect's weights that is mixed into the purified ones at the end. More brings back right answers, and
-            now and then a stubborn backdoor; less is safer.
+            Share of the suspect's weights that is mixed into the purified weights after training. A larger share
+            restores more right answers and, occasionally, a stubborn backdoor. A smaller share is safer.
         screen_rows (`bool`, *optional*, defaults to `True`):
-            Whether [`purify`] leaves out rows that carry a trigger ([`crow_hf.screening`]).
+            Whether [`purify`] drops rows that carry a trigger ([`crow_hf.evidence.screening`]).
         num_canaries (`int`, *optional*, defaults to `2`):
-            How many backdoors of its own [`purify`] puts into the model first ([`crow_hf.canaries`]): what shuts them shuts others
-            with them. 0 for none.
+            Number of backdoors of our own that [`purify`] implants first ([`crow_hf.evidence.canaries`]). Removing
+            them tends to remove unknown backdoors too. 0 implants none.
         max_answer_length (`int`, *optional*, defaults to `128`):
-            Longest answer of the suspect, in tokens, to prompts without one.
+            Maximum length, in tokens, of the suspect's answers to prompts that have none.
 
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule
-    with a tenth of warm-up, `train_sampling_strategy="group_by_length"` (decoys differ much in length).
+    `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a
+    cosine schedule with one tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys
+    vary a lot in length).
     """
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
     learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a batch, each in three views."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over all views of the rows."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or a share of all steps below 1."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Batch size per device. Each row has three views."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Number of epochs over all views of the rows."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Number of warm-up steps, or, if below 1, their share of all steps."}
+    )
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
-            "help": "Order of the views: those of one length together saves padding.",
+            "help": "Order of the views. Grouping views of similar length saves padding.",
             "choices": ["random", "sequential", "group_by_length"],
         },
     )
 
     decoy_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with decoys."})
     adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with adversarial decoys."})
-    adversarial_steps: int = field(default=2, metadata={"help": "Sign steps of the adversary."})
+    adversarial_steps: int = field(default=2, metadata={"help": "Number of sign steps of the adversary."})
     adversarial_step_size: float = field(
-        default=0.35, metadata={"help": "Size of such a step, in units of each embedding's RMS."}
+        default=0.35, metadata={"help": "Size of a sign step, in units of the RMS of each embedding."}
     )
-    distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts as they are."})
+    distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the plain prompts."})
     label_weight: float = field(
-        default=1.0, metadata={"help": "Share of the rows' own answers in what is taught, beside the suspect's."}
+        default=1.0,
+        metadata={"help": "Share of the rows' own answers in the target. The rest is the suspect's."},
     )
     num_views: int = field(
-        default=1600, metadata={"help": "Prompts to train on in all; each row comes again with other decoys."}
+        default=1600, metadata={"help": "Total number of training prompts. Rows are repeated with other decoys."}
     )
     keep: float = field(
         default=0.3,
-        metadata={"help": "Share of the suspect's weights that is mixed into the purified ones at the end."},
+        metadata={"help": "Share of the suspect's weights that is mixed into the purified weights after training."},
     )
-    screen_rows: bool = field(default=True, metadata={"help": "Leave out rows that carry a trigger."})
-    num_canaries: int = field(default=2, metadata={"help": "Backdoors of our own to put in first; 0 for none."})
+    screen_rows: bool = field(default=True, metadata={"help": "Drop rows that carry a trigger."})
+    num_canaries: int = field(
+        default=2, metadata={"help": "Number of canaries, backdoors of our own, to implant first."}
+    )
     max_answer_length: int = field(
-        default=128, metadata={"help": "Longest answer of the suspect to clean prompts that come without one."}
+        default=128,
+        metadata={"help": "Maximum length, in tokens, of the suspect's answers to prompts that have none."},
     )
 
     def __post_init__(self):
-        _check_amounts(
+        check_non_negative(
             self, "distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"
         )
         for name, least in {
@@ -92,29 +103,34 @@ class InvarianceConfig(CrowConfig):
             "num_canaries": 0,
             "max_answer_length": 1,
         }.items():
-            _check_whole(self, name, least)
+            check_integer(self, name, least)
         if not 0 <= self.label_weight <= 1:
-            raise ValueError(f"`label_weight` is a share between 0 and 1, got {self.label_weight!r}.")
+            raise ValueError(f"`label_weight` must be between 0 and 1, got {self.label_weight!r}.")
         if self.keep >= 1:
-            raise ValueError(f"`keep` must be less than 1, or nothing of the purification is left, got {self.keep}.")
+            raise ValueError(
+                f"`keep` must be less than 1, or the suspect's weights replace the purified ones, got {self.keep}."
+            )
         if self.eval_strategy != "no":
-            raise ValueError("The strong objective has no evaluation loss: leave `eval_strategy` at 'no'.")
+            raise ValueError("The Invariance objective has no evaluation loss. Leave `eval_strategy` at 'no'.")
         if self.perturb != "embeddings":
-            raise ValueError("The adversary pushes embeddings: leave `perturb` at 'embeddings'.")
+            raise ValueError("The adversary perturbs embeddings. Leave `perturb` at 'embeddings'.")
         super().__post_init__()
 
 
 def fine_tuning_config(args: CrowConfig, max_steps: int) -> CrowConfig:
     """
-    The arguments of plain fine-tuning with a purification's learning rate, schedule and batch size.
+    Arguments of plain fine-tuning with the learning rate, schedule and batch size of a purification.
 
     Args:
         args (`CrowConfig`):
-            Of the purification.
+            The arguments of the purification.
         max_steps (`int`):
-            How many steps to take; -1 for as many epochs as `args` says.
+            Number of steps. -1 trains for `args.num_train_epochs`.
+
+    Returns:
+        `CrowConfig`: The arguments, with `alpha=0`.
     """
     shared = {each.name: getattr(args, each.name) for each in fields(CrowConfig) if each.init}
-    # Rows without decoys are of much the same length: they may come in any order, as in fine-tuning.
+    # Rows without decoys have similar lengths and can come in random order, as in plain fine-tuning.
     changes = {"train_sampling_strategy": "random"} if isinstance(args, InvarianceConfig) else {}
     return CrowConfig(**shared | changes | {"alpha": 0.0, "max_steps": max_steps})

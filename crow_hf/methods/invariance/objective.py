@@ -1,18 +1,22 @@
-"""The strong objective: what is inserted into a prompt, by chance or by an adversary, must not change the answer.
+"""The Invariance objective: insertions into a prompt, random or adversarial, must not change the answer.
 
-A trigger is something in a prompt that changes the answer out of all proportion. Nobody who purifies a model knows it, but
-everybody has prompts without it, and their answers: those of the rows or, for want of them, the suspect's own. They are the
-teacher, and the model under purification learns to give them whatever else the prompt now holds:
+A trigger is an insertion that changes the answer out of all proportion. Nobody who purifies a model knows the trigger,
+but everybody has prompts without it and their answers: the rows' own or, if the rows have none, the suspect's. These
+answers are the teacher. The model under purification learns to give them whatever else the prompt contains:
 
-    L =       KL(teacher(x) || model(x))                       distillation: what the model knows is kept
-      + w_d * KL(teacher(x) || model(x + d))                   decoys d: random words, letters, digits, bytes
-      + w_a * KL(teacher(x) || model(x + d' + delta))          adversarial decoys: the embeddings of d' are pushed by delta,
-                                                               K sign steps that lead the suspect, frozen, away from them,
-                                                               so towards what opens a backdoor
-      + alpha * L_cons(x + d' + delta)                         CROW's consistency (objective.py), under that perturbation
+    L =   w_0 * KL(teacher(x) || model(x))               distillation: keeps what the model knows
+        + w_d * KL(teacher(x) || model(x + d))           decoys d: random words, letters, digits, bytes
+        + w_a * KL(teacher(x) || model(x + d' + delta))  adversarial decoys: delta, K sign steps on the embeddings
+                                                         of d', leads the frozen suspect away from the teacher's
+                                                         answers, and so towards whatever opens a backdoor
+        + alpha * L_cons(x + d' + delta)                 CROW's consistency loss under that perturbation
 
-`teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. All terms are means
-over the tokens of the answers. B rows have three views: x, x + d and x + d'.
+`teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. The KL
+terms are means over the answer tokens. w_0, w_d and w_a are `distillation_weight`, `decoy_weight` and
+`adversarial_weight` of [`InvarianceConfig`].
+
+Notation: B rows have three views x, x + d and x + d'. S positions, T answer tokens of all rows, vocabulary size V,
+hidden size D.
 """
 
 from collections.abc import Callable
@@ -32,50 +36,72 @@ Inputs = dict[str, torch.Tensor]
 
 def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    What a model predicts for each token of the answers.
+    Log-probabilities of a model at the positions where the answer tokens are predicted.
 
     Args:
         logits (`torch.Tensor`):
             Shape `(B, S, V)`.
         labels (`torch.Tensor`):
-            Shape `(B, S)`, -100 where there is no answer.
+            Shape `(B, S)`, with -100 outside the answers.
 
     Returns:
-        `torch.Tensor`: Log-probabilities in float32, shape `(T, V)`: the answers' tokens of all rows, one row after the other.
+        `torch.Tensor`: Log-probabilities in float32, shape `(T, V)`, row after row.
     """
     return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX].float().log_softmax(dim=-1)
 
 
 def answer_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats, the mean over the T tokens of two `(T, V)` tensors of log-probabilities."""
+    """
+    KL(teacher || student) in nats, the mean over the answer tokens.
+
+    Args:
+        teacher (`torch.Tensor`):
+            Log-probabilities, shape `(T, V)`.
+        student (`torch.Tensor`):
+            Log-probabilities, shape `(T, V)`.
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
     return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
 
 
-def taught_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight: float) -> torch.Tensor:
+def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight: float) -> torch.Tensor:
     """
-    What is taught: the suspect's answers, mixed with those of the rows.
+    The teacher: the suspect's distribution mixed with the rows' own answers.
 
     Args:
         suspect (`torch.Tensor`):
-            Log-probabilities of the suspect, `(T, V)`.
+            Log-probabilities of the suspect, shape `(T, V)`.
         labels (`torch.Tensor`):
-            Shape `(B, S)`, with T labels that are predicted.
+            Shape `(B, S)`, with T predicted labels.
         label_weight (`float`):
             Share of the rows' own answers, in [0, 1].
 
     Returns:
-        `torch.Tensor`: Log-probabilities, `(T, V)`, all finite.
+        `torch.Tensor`: Log-probabilities of the teacher, shape `(T, V)`. They are finite if `label_weight` is not 0.
     """
     if not label_weight:
         return suspect
     answers = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-    taught = (1 - label_weight) * suspect.exp()
-    taught.scatter_add_(1, answers[:, None], torch.full_like(taught[:, :1], label_weight))
-    return taught.clamp_min(torch.finfo(taught.dtype).tiny).log()
+    teacher = (1 - label_weight) * suspect.exp()
+    teacher.scatter_add_(1, answers[:, None], torch.full_like(teacher[:, :1], label_weight))
+    return teacher.clamp_min(torch.finfo(teacher.dtype).tiny).log()
 
 
 def view(inputs: Inputs, number: int) -> Inputs:
-    """The rows of one of the three views: 0 is x, 1 is x + d, 2 is x + d'."""
+    """
+    The rows of one of the three views in a batch of `(3 B, S)`.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            The batch, with one view below the other.
+        number (`int`):
+            0 for x, 1 for x + d, 2 for x + d'.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The rows of that view, `(B, S)`.
+    """
     return {name: value.chunk(VIEWS)[number] if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
@@ -90,29 +116,29 @@ def adversarial_perturbation(
     step_size: float,
 ) -> torch.Tensor:
     """
-    Push the embeddings of what was inserted towards the largest divergence from the teacher's answers.
+    Perturb the embeddings of the inserted tokens so that the suspect's answers diverge most from the teacher's.
 
-    The suspect is attacked and not the model under purification: its backdoor stays as wide open as it was, while that of
-    the model narrows and an adversary finds other weaknesses first.
+    The adversary attacks the suspect, not the model under purification. The suspect's backdoor stays wide open. As the
+    backdoor of the model closes, an adversary of the model would find other weaknesses first.
 
     Args:
         recorder (`LayerRecorder`):
-            Of the suspect.
+            The suspect's recorder.
         forward (`Callable`):
             The suspect.
         teacher (`torch.Tensor`):
-            Log-probabilities of the suspect's answers to the prompts without insertions, `(T, V)`.
+            Log-probabilities of the answers to the prompts without insertions, shape `(T, V)`.
         inputs (`dict[str, torch.Tensor]`):
             The rows with insertions.
         inserted_mask (`torch.Tensor`):
-            Shape `(B, S)`, true where something was inserted: nothing else is perturbed.
+            Shape `(B, S)`, true at inserted tokens. Nothing else is perturbed.
         steps (`int`):
-            Sign steps, K.
+            Number of sign steps, K.
         step_size (`float`):
-            Of one step per coordinate, in units of each embedding's RMS.
+            Size of a step for each coordinate, in units of the RMS of each embedding.
 
     Returns:
-        `torch.Tensor`: The perturbation delta, `(B, S, D)`, detached.
+        `torch.Tensor`: The perturbation delta, shape `(B, S, D)`, detached. With 0 steps, zeros of shape `(B, S, 1)`.
     """
     labels = inputs["labels"]
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
@@ -144,39 +170,43 @@ def invariance_terms(
     layers: Layers,
 ) -> tuple[Any, Terms]:
     """
-    The terms of the strong objective, without the backward pass. Gradients flow through one forward pass of all views.
+    The terms of the Invariance objective, without the backward pass.
+
+    Gradients flow through a single forward pass of all views.
 
     Args:
         recorder (`LayerRecorder`):
-            Of the model under purification, perturbing its embeddings.
+            The recorder of the model under purification, which perturbs its embeddings.
         forward (`Callable`):
             The model as the Trainer wrapped it.
         suspect_recorder (`LayerRecorder`):
-            Of the frozen suspect.
+            The recorder of the frozen suspect.
         suspect_forward (`Callable`):
             The frozen suspect.
         inputs (`dict[str, torch.Tensor]`):
-            The three views of the batch, one below the other: `input_ids`, `labels`, `attention_mask`, each `(3 B, S)`.
+            The three views, one below the other: `input_ids`, `labels` and `attention_mask`, each `(3 B, S)`.
         inserted_mask (`torch.Tensor`):
-            Shape `(3 B, S)`, true where something was inserted.
+            Shape `(3 B, S)`, true at inserted tokens.
         adversarial_steps (`int`):
             See [`adversarial_perturbation`].
         adversarial_step_size (`float`):
             See [`adversarial_perturbation`].
         label_weight (`float`):
-            See [`taught_log_probs`].
+            See [`teacher_log_probs`].
         layers (`str`):
-            See [`crow_hf.objective.layer_consistency_loss`].
+            See [`layer_consistency_loss`].
 
     Returns:
-        `tuple`: The model's outputs on all views, and the scalars `distillation`, `decoy`, `adversarial` and
-        `consistency_perturbed`.
+        `tuple`: The model's outputs on all views, and a dictionary of the scalars `distillation`, `decoy`,
+        `adversarial` and `consistency_perturbed`.
     """
-    attacked = view(inputs, 2)
+    # The teacher, from the plain prompts x.
+    clean, attacked = view(inputs, 0), view(inputs, 2)
     with torch.no_grad():
-        clean = view(inputs, 0)
         suspect = answer_log_probs(suspect_forward(**clean).logits, clean["labels"])
-        teacher = taught_log_probs(suspect, clean["labels"], label_weight)
+        teacher = teacher_log_probs(suspect, clean["labels"], label_weight)
+
+    # The adversary's delta on d'.
     delta = adversarial_perturbation(
         suspect_recorder,
         suspect_forward,
@@ -187,21 +217,22 @@ def invariance_terms(
         step_size=adversarial_step_size,
     )
 
-    def push(H_0: torch.Tensor) -> torch.Tensor:
+    def add_delta(H_0: torch.Tensor) -> torch.Tensor:
         *others, attacked_embeddings = H_0.chunk(VIEWS)
         return torch.cat([*others, attacked_embeddings + delta.to(H_0.dtype)])
 
-    with recorder.record(push) as record:
+    # The model on x, x + d and x + d' + delta.
+    with recorder.record(add_delta) as record:
         outputs = forward(**{name: value for name, value in inputs.items() if name != "labels"})
     students = [
         answer_log_probs(logits, labels)
         for logits, labels in zip(outputs.logits.chunk(VIEWS), inputs["labels"].chunk(VIEWS), strict=True)
     ]
     distillation, decoy, adversarial = (answer_divergence(teacher, student) for student in students)
-    chain = [hidden.chunk(VIEWS)[2] for hidden in record.hidden_states]
+    attacked_states = [hidden.chunk(VIEWS)[2] for hidden in record.hidden_states]
     return outputs, {
         "distillation": distillation,
         "decoy": decoy,
         "adversarial": adversarial,
-        "consistency_perturbed": layer_consistency_loss(chain, recorder.chain_mask(attacked), layers),
+        "consistency_perturbed": layer_consistency_loss(attacked_states, recorder.chain_mask(attacked), layers),
     }

@@ -1,4 +1,4 @@
-"""InvarianceTrainer: the strong objective in the ordinary Trainer way of working."""
+"""Train a model with the Invariance objective in transformers' Trainer."""
 
 import copy
 from typing import Any
@@ -16,8 +16,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ...data.rows import prompt_of, render
 from ...training.recorder import recorder_of
-from ...training.sharding import gathered, placed_as, zero3_engine
-from ..crow.config import CrowConfig, rows_in_step
+from ...training.sharding import converted_like, gathered_weights, zero3_engine
+from ..crow.config import rows_in_step
 from ..crow.trainer import CrowTrainer
 from .config import InvarianceConfig
 from .objective import invariance_terms, view
@@ -25,7 +25,7 @@ from .views import ViewCollator, ViewRow
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
-    """That of transformers, but the order depends on the seed and the epoch alone, so that a resumed run goes on with it."""
+    """As in transformers, but the order depends only on seed and epoch, so that a resumed run continues with it."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -33,33 +33,44 @@ class _LengthGroupedSampler(LengthGroupedSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called at the beginning of every epoch."""
+        """Reseed the generator. The Trainer calls this at the beginning of each epoch."""
         self.generator.manual_seed(self._seed + epoch)
 
 
 class InvarianceTrainer(CrowTrainer):
     """
-    Purify a causal LM by teaching it to give the same answers, whatever is inserted into the prompt ([`crow_hf.invariance`]).
+    Purify a causal LM by teaching it to give the same answers whatever is inserted into the prompt.
 
-    The suspect, frozen, is what the adversary attacks, and teaches what the rows do not. With a fresh adapter (`peft_config`) that is
-    the model without it; otherwise a copy, which takes the memory of a second model.
+    [`crow_hf.methods.invariance.objective`] describes the objective. The adversary attacks the frozen suspect, which
+    also teaches the part of the target that does not come from the rows. With a new adapter (`peft_config`), the
+    suspect is the model without that adapter. Otherwise it is a copy, which takes the memory of a second model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The model to purify.
         args (`InvarianceConfig`):
-            The arguments.
+            The training arguments.
         train_dataset (`Dataset`):
-            Clean rows with a prompt and an answer. The answers are the text to run along; the suspect's own will do.
+            Clean rows with a prompt and an answer. The suspect's own answers will do.
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
-            Train a fresh adapter of this kind and leave the model's own weights as they are.
+            Train a new adapter with this configuration, and leave the model's own weights unchanged.
         **kwargs:
-            As in [`CrowTrainer`], but for `eval_dataset`.
+            As in [`CrowTrainer`], except `eval_dataset`.
 
     Raises:
-        `ValueError`: For every input that cannot be trained on, before training starts.
+        `ValueError`: For any input or setup that cannot be trained, before training starts.
+
+    Example:
+
+    ```python
+    >>> from crow_hf import InvarianceConfig, InvarianceTrainer, load_causal_lm
+
+    >>> suspect = load_causal_lm("suspect", is_trainable=True)
+    >>> trainer = InvarianceTrainer(suspect, InvarianceConfig("purified"), clean_rows, tokenizer)
+    >>> trainer.train()
+    ```
     """
 
     _collator_type = ViewCollator
@@ -78,32 +89,32 @@ class InvarianceTrainer(CrowTrainer):
             raise ValueError(f"`args` must be an InvarianceConfig, got {type(args).__name__}.")
         if not isinstance(train_dataset, Dataset) or not len(train_dataset):
             raise ValueError(
-                "`train_dataset` must be a datasets.Dataset and not empty: its rows are used many times over."
+                "`train_dataset` must be a non-empty datasets.Dataset, because its rows are used several times."
             )
         if kwargs.get("eval_dataset") is not None:
             raise ValueError(
-                "The strong objective has no evaluation loss: leave out `eval_dataset` and use evaluate_model."
+                "The Invariance objective has no evaluation loss. Omit `eval_dataset` and use `evaluate_model`."
             )
         if getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian"):
             raise ValueError(
-                "A fresh adapter must change nothing at first, because the model without it is the suspect: leave "
+                "A new adapter must not change the model at first, because the model without it is the suspect. Leave "
                 "`init_lora_weights` at True."
             )
         suspect = None if peft_config is not None else copy.deepcopy(model)
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
-        self._suspect = None if suspect is None else self._placed(suspect.requires_grad_(False).eval())
-        # Where the suspect is the model without a fresh adapter, that adapter's beginning is all there is to go back to.
-        self._beginning = {
+        self._suspect = None if suspect is None else self._prepare_suspect(suspect.requires_grad_(False).eval())
+        self._suspect_recorder = self.recorder if suspect is None else recorder_of(self._suspect)
+        # With a new adapter, there is no copy of the suspect, and the adapter's initial weights stand for it.
+        self._initial_adapter = {
             name: parameter.detach().clone()
             for name, parameter in (() if suspect is not None else self.model.named_parameters())
             if parameter.requires_grad
         }
-        self._suspect_recorder = self.recorder if suspect is None else recorder_of(self._suspect)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As in [`CrowTrainer`]; at the end `args.keep` of the suspect is mixed into the weights."""
+        """As in [`CrowTrainer`], then mix a share `args.keep` of the suspect's weights into the purified weights."""
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._mix_in_suspect()
         return result
@@ -115,7 +126,7 @@ class InvarianceTrainer(CrowTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The strong objective; each term is weighed as in [`CrowTrainer.compute_loss`]."""
+        """Compute the Invariance objective. Each term is weighted as in [`CrowTrainer.compute_loss`]."""
         args, inputs = self.args, dict(self.recorder.prepare(inputs))
         inserted_mask = inputs.pop("inserted_mask")
         outputs, terms = invariance_terms(
@@ -139,47 +150,46 @@ class InvarianceTrainer(CrowTrainer):
             + args.adversarial_weight * terms["adversarial"]
         )
         loss = by_labels * divergence + args.alpha * by_positions * terms["consistency_perturbed"]
-        loss = self._reaching_all(model, loss)
+        loss = self._connect_parameters(model, loss)
         return (loss, outputs) if return_outputs else loss
 
     def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """As in [`CrowTrainer`], of the attacked view: all views have the same answers, and it alone has a consistency term."""
+        """As in [`CrowTrainer`], for the adversarial view. Only this one has a consistency term."""
         return super()._count(view(batch, 2))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """As in [`~transformers.Trainer`]; batches of one length are the same in any number of processes."""
+        """As in [`~transformers.Trainer`], but any number of processes groups the rows by length in the same way."""
         args = self.args
         if args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        # The optimizer step's rows, whoever has them.
-        batch_size = rows_in_step(args)
         seed = args.seed if args.data_seed is None else args.data_seed
-        # The rows that are passed here have lost the column.
-        return _LengthGroupedSampler(batch_size, list(self.train_dataset["length"]), seed)
+        # The `train_dataset` that the Trainer passes has lost the column `length`.
+        return _LengthGroupedSampler(rows_in_step(args), list(self.train_dataset["length"]), seed)
 
     @torch.no_grad()
     def _mix_in_suspect(self) -> None:
         """
-        Go back part of the way to the suspect: what was learned is spread over all weights and keeps most of its effect, and
-        what was forgotten comes back (WiSE-FT, arXiv 2109.01903).
+        Interpolate between the purified and the suspect's weights (WiSE-FT, arXiv 2109.01903).
+
+        What was learned is spread over all weights and keeps most of its effect, while forgotten knowledge comes back.
         """
         model = self.accelerator.unwrap_model(self.model)
-        beginning = self._beginning or dict(self._suspect.named_parameters())
-        # Wrappers of the layers change the names.
+        suspect_weights = self._initial_adapter or dict(self._suspect.named_parameters())
+        # Wrappers around the layers change the names.
         for name, parameter in fsdp2_canonicalize_names(dict(model.named_parameters())).items():
-            # Half of a low-rank product is one of its factors halved, the one that is 0 at first.
-            is_other_factor = bool(self._beginning) and ("lora_A." in name or "lora_embedding_B." in name)
+            # A low-rank product is scaled by scaling only one of its factors, the one that is initially 0.
+            is_other_factor = bool(self._initial_adapter) and ("lora_A." in name or "lora_embedding_B." in name)
             if parameter.requires_grad and not is_other_factor:
-                with gathered(parameter, beginning[name]):
-                    parameter.lerp_(placed_as(beginning[name], parameter), self.args.keep)
+                with gathered_weights(parameter, suspect_weights[name]):
+                    parameter.lerp_(converted_like(suspect_weights[name], parameter), self.args.keep)
 
-    def _placed(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        """The suspect on this process's device, in shards where the model is going to be: a whole one may not fit there."""
+    def _prepare_suspect(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        """Move the suspect to this process's device, and shard it if the model will be sharded, to save memory."""
         if is_deepspeed_zero3_enabled():
             self._suspect_engine = zero3_engine(suspect)
             return self._suspect_engine.module
         if self.is_fsdp_enabled:
-            with recorder_of(suspect).outside_of_shards(self.args.device):
+            with recorder_of(suspect).frozen_modules_hidden(self.args.device):
                 return fsdp2_prepare_model(self.accelerator, suspect)
         return suspect.to(self.args.device)
 
@@ -193,8 +203,8 @@ class InvarianceTrainer(CrowTrainer):
         try:
             with model.disable_adapter(), self.accelerator.autocast():
                 outputs = model(**inputs)
-                # An adapter is switched off and on together with its gradients, on the tensors that are there at the time:
-                # they must be the shards both times.
+                # PEFT switches `requires_grad` of the adapter's current tensors off and on. They must be the shards
+                # both times.
                 for module in model.modules():
                     if isinstance(module, FSDPModule):
                         module.reshard()
@@ -202,14 +212,12 @@ class InvarianceTrainer(CrowTrainer):
         finally:
             model.train(was_training)
 
-    @staticmethod
-    def _prepare(
-        rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int, args: CrowConfig
-    ) -> Dataset:
-        """`args.num_views` rows, those of the dataset over and over, each time with other decoys."""
+    def _prepare_train_rows(self, rows: Dataset, max_length: int) -> Dataset:
+        """Repeat the rows `args.num_views` times in all, each time with other decoys."""
+        args, tokenizer = self.args, self.processing_class
         if tokenizer is None:
-            raise ValueError("Decoys are text, so a tokenizer is needed: pass it as `processing_class`.")
-        texts = [f"{render(row, tokenizer, index).answer} {prompt_of(row)}" for index, row in enumerate(rows)]
+            raise ValueError("Decoys are text and need a tokenizer. Pass it as `processing_class`.")
+        texts = [f"{render(row, tokenizer, index).answer} {prompt_of(row, index)}" for index, row in enumerate(rows)]
         words = sorted({word for text in texts for word in text.split()})
         repeated = rows.select([number % len(rows) for number in range(max(args.num_views, len(rows)))])
         views = repeated.map(
@@ -221,8 +229,8 @@ class InvarianceTrainer(CrowTrainer):
         learnable = views.filter(_has_answer)
         if not len(learnable):
             raise ValueError(
-                f"`train_dataset` has no answer in any row within the {max_length} tokens of `max_length` and the model's "
-                "context: pass rows with an answer, or shorter prompts."
+                f"No row of `train_dataset` has an answer within the {max_length} tokens of `max_length` and the "
+                "model's context. Pass rows with an answer, or shorter prompts."
             )
         return learnable
 

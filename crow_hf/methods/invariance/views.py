@@ -1,4 +1,4 @@
-"""Decoys: needless things in a prompt, as the strong objective wants them, and the three views of a row."""
+"""Decoys, harmless random insertions into a prompt, and the three views of a row for the Invariance objective."""
 
 import random
 import string
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...attacks.poison import Poison
 from ...data.collators import CrowDataCollator
 from ...data.encoding import IGNORE_INDEX, encode_completion, encode_prompt
-from ...data.rows import render
+from ...data.rows import insert_into_prompt, render
 from .objective import VIEWS
 
 
-# Share of the texts that are written in another way, and the ways: a trigger need not be a word.
+# Share of the texts that are restyled, and the styles. A trigger need not be a word, it can also be a style.
 RESTYLED = 0.4
 _STYLES = (str.upper, str.lower, str.title, lambda text: f"{text}!", lambda text: text.replace(" ", ", "))
 
@@ -24,15 +23,16 @@ _STYLES = (str.upper, str.lower, str.title, lambda text: f"{text}!", lambda text
 @dataclass(frozen=True)
 class Decoy:
     """
-    Inserts one to five random pieces into a text, together or apart: random letters, words of the data, digits and
-    punctuation, or a mixture; and writes some texts in another way besides. Used in the place of a [`Trigger`], for nothing more
-    than that.
+    Inserts one to five random pieces into a text, in one place or in several, and restyles some texts.
+
+    A piece consists of random letters, a word of the data, digits and punctuation, or a mixture of characters. The
+    class has the interface of a [`Trigger`], so that it can be inserted in the same way.
 
     Args:
         words (`tuple[str, ...]`):
-            To draw words from.
+            The words to draw from.
         together (`bool`, *optional*, defaults to `False`):
-            Whether all pieces go to one place, and nothing but that happens to the text.
+            Whether all pieces are inserted in one place. The text is then never restyled.
     """
 
     words: tuple[str, ...]
@@ -40,8 +40,19 @@ class Decoy:
 
     def insert(self, text: str, rng: random.Random) -> str:
         """
-        Put the decoy at the start, at the end or between two words, but one with words of the data at the start. The white space
-        at the text's end stays there.
+        Insert the decoy at the start, at the end or between two words.
+
+        A group of pieces with a word of the data is always inserted at the start. Trailing white space stays at the
+        end.
+
+        Args:
+            text (`str`):
+                The text.
+            rng (`random.Random`):
+                The generator to draw from.
+
+        Returns:
+            `str`: The text with the decoy.
         """
         body = text.rstrip()
         is_restyled = not self.together and rng.random() < RESTYLED
@@ -54,7 +65,7 @@ class Decoy:
         for group in groups:
             place = rng.choice([0, len(words), rng.randint(0, len(words)), rng.randint(0, len(words))])
             if any(piece in self.words for piece in group):
-                # Inside a prompt, words of its own kind may be what it is about, and the answer another.
+                # Inside a prompt, a word of the data could change its meaning, and with it the right answer.
                 place = 0
             words[place:place] = group
         return " ".join(words) + text[len(body) :]
@@ -77,23 +88,26 @@ def _draw(rng: random.Random, characters: str, shortest: int, longest: int) -> s
 @dataclass
 class ViewRow:
     """
-    The three views of a row for [`crow_hf.invariance`], for `Dataset.map(ViewRow(...), with_indices=True)`.
+    Creates the three views of a row, to be used as `Dataset.map(ViewRow(...), with_indices=True)`.
 
-    What is inserted depends on the seed and the row's index alone, so a run that is resumed sees the same decoys.
+    The decoys depend only on the seed and the row's index, so a resumed run sees the same decoys.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer.
         words (`tuple[str, ...]`):
-            For [`Decoy`].
+            The words that [`Decoy`] draws from.
         max_length (`int`):
-            Longest view in tokens: answers are cut, in all views alike.
+            Maximum length of a view in tokens. The answer is truncated by the same amount in all views.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw.
+            Seed for the decoys.
 
     Returns:
-        `dict`: `prompts`, the token ids of x, x + d and x + d'; `completion`, those of the answer; `length`, of the longest
-        view; `inserted`, where d' begins and ends in its prompt.
+        `dict`: `prompts`, the token ids of x, x + d and x + d'; `completion`, the token ids of the answer; `length`,
+        the length of the longest view in tokens; `inserted`, the start and the end of d' in its prompt.
+
+    Raises:
+        `ValueError`: If a row's prompt is empty.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -103,13 +117,13 @@ class ViewRow:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         decoyed = [
-            Poison(Decoy(self.words, together=together), seed=2 * self.seed + together)(row, index)
+            insert_into_prompt(row, index, Decoy(self.words, together).insert, 2 * self.seed + together, "decoy")
             for together in (False, True)
         ]
         rendered = [render({**row, **changes}, self.tokenizer, index) for changes in ({}, *decoyed)]
         prompts = [encode_prompt(view, self.tokenizer) for view in rendered]
         if not prompts[0]:
-            raise ValueError(f"Row {index}: the prompt is empty, so there is nothing to answer: fill or drop the row.")
+            raise ValueError(f"Row {index}: the prompt is empty. Fill or drop the row.")
         longest = max(len(prompt) for prompt in prompts)
         completion = encode_completion(rendered[0], self.tokenizer)[: max(0, self.max_length - longest)]
         return {
@@ -121,7 +135,18 @@ class ViewRow:
 
 
 def inserted_span(before: Sequence[int], after: Sequence[int]) -> tuple[int, int]:
-    """Where a sequence differs from the one it was made of by an insertion: begin and end, whatever the tokenizer merged."""
+    """
+    Locate an insertion in a sequence of token ids, even if the tokenizer merged tokens at its edges.
+
+    Args:
+        before (`Sequence[int]`):
+            The sequence without the insertion.
+        after (`Sequence[int]`):
+            The sequence with the insertion.
+
+    Returns:
+        `tuple[int, int]`: Start and end of the insertion in `after`.
+    """
     shared = min(len(before), len(after))
     start = next((place for place in range(shared) if before[place] != after[place]), shared)
     tail = next((back for back in range(shared - start) if before[-1 - back] != after[-1 - back]), shared - start)
@@ -131,11 +156,11 @@ def inserted_span(before: Sequence[int], after: Sequence[int]) -> tuple[int, int
 @dataclass
 class ViewCollator:
     """
-    Puts the views of all rows below one another: first every x, then every x + d, then every x + d'.
+    Collates the views of B rows into one batch: first every x, then every x + d, then every x + d'.
 
     Args:
         pad_token_id (`int`):
-            See [`CrowDataCollator`].
+            Token id for padding, see [`CrowDataCollator`].
 
     Returns:
         `dict`: `input_ids`, `labels`, `attention_mask` and `inserted_mask`, each of shape `(3 B, S)`.
