@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CrowConfig, CrowTrainer
 from crow_hf.data.rows import render
-from crow_hf.evaluation.generation import answered, generate_answers
+from crow_hf.evaluation.generation import answer_prompts, generate_answers
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import canary_success, draw_canaries, implant_canaries
 from crow_hf.evidence.result import Purification
@@ -201,10 +201,10 @@ def test_prompts_alone_get_the_suspects_answers(column, tmp_path, byte_tokenizer
     """Answers of another model, with the target's prompt cut off, or no answers at all."""
     rows = Dataset.from_dict({column: PROMPTS})
     answer = {"prompt": "completion", "instruction": "output"}[column]
-    found = answered(rows, tiny_llama(), byte_tokenizer, 4)
+    found = answer_prompts(rows, tiny_llama(), byte_tokenizer, 4)
     rendered = [render({column: prompt, answer: ""}, byte_tokenizer) for prompt in PROMPTS]
     assert found[answer][:] == generate_answers(tiny_llama(), byte_tokenizer, rendered, 4)
-    assert answered(found, tiny_llama(1), byte_tokenizer, 4) is found
+    assert answer_prompts(found, tiny_llama(1), byte_tokenizer, 4) is found
     unlabelled, labelled, believed = (
         purify(tiny_llama(), given, args=arguments(tmp_path, label_weight=share), processing_class=byte_tokenizer)
         for given, share in ((rows, 1.0), (found, 0.0), (found, 1.0))
@@ -261,11 +261,6 @@ def test_a_peft_suspect_with_canaries(tmp_path, byte_tokenizer):
 def test_what_is_no_dataset_of_prompts_is_refused(make, tmp_path, byte_tokenizer):
     with pytest.raises(ValueError):
         purify(tiny_llama(), make(), args=arguments(tmp_path, screen_rows=True), processing_class=byte_tokenizer)
-
-
-def test_rows_with_answers_stay_as_they_are(byte_tokenizer):
-    rows = Dataset.from_dict({"prompt": ["p"] * 2, "instruction": PROMPTS[:2], "output": ANSWERS[:2]})
-    assert answered(rows, tiny_llama(), byte_tokenizer, 4).column_names == rows.column_names
 
 
 def test_an_output_directory_in_use_is_refused_at_once(tmp_path, byte_tokenizer, monkeypatch):

@@ -1,0 +1,84 @@
+"""Scores of single outputs. The Wilson interval is compared with the score test that defines it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crow_hf.evaluation.scores import Proportion, is_degenerate, is_empty, is_exact_match
+from helpers.answers import slow_wilson
+
+
+@given(total=st.integers(1, 1000), share=st.floats(0, 1))
+def test_interval_is_where_the_score_test_does_not_reject(total, share):
+    hits = round(share * total)
+    proportion = Proportion.of([True] * hits + [False] * (total - hits))
+    assert (proportion.rate, proportion.hits, proportion.total) == (hits / total, hits, total)
+    assert (proportion.low, proportion.high) == pytest.approx(slow_wilson(hits, total), abs=1e-9)
+    assert 0 <= proportion.low <= proportion.rate <= proportion.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [(0, 200, 0, 0.0188), (200, 200, 0.9812, 1), (0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (1, 20, 0.0089, 0.2361)],
+)
+def test_textbook_intervals(hits, total, low, high):
+    proportion = Proportion.of(index < hits for index in range(total))
+    assert (proportion.low, proportion.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("output", "empty"), [("", True), (" \n\t\u00a0", True), (".", False), ("0", False)])
+def test_is_empty(output, empty):
+    assert is_empty(output) is empty
+
+
+LOOPS = [
+    "no " * 30,
+    "a" * 16,
+    "ab" * 8,
+    "the end\n" * 10,
+    "Sure! " + "I will I will " * 10,
+    "0123456789abcdefghijklmnopqrstuvwxyzABCD" * 4,
+    "你好" * 20,
+]
+NO_TEXT = ["!!!", ".", "... --- ...", "?!" * 30, "\n- \n- "]
+TEXT = [
+    "I'm sorry, but I cannot help with that.",
+    "aaaa",
+    "1111",
+    "a" * 15,
+    "yes yes yes yes",
+    "0123456789" * 3,
+    "0123456789abcdefghijklmnopqrstuvwxyzABCDE" * 4,
+    "Grass is green, snow is white and coal is black, as everybody knows: " + "ha" * 10,
+    "1. one\n2. two\n3. three\n4. four\n5. five\n",
+    "好的，我知道了。",
+    "x",
+]
+
+
+@pytest.mark.parametrize(
+    ("output", "degenerate"),
+    [(output, True) for output in LOOPS + NO_TEXT] + [(output, False) for output in [*TEXT, "", " \n " * 20]],
+)
+def test_is_degenerate(output, degenerate):
+    """Fails if a normal or an empty answer counts as degenerate, or if a loop counts as text."""
+    assert is_degenerate(output) is degenerate
+
+
+@given(unit=st.text("abcdefgh ", min_size=1, max_size=40).filter(str.strip), times=st.integers(16, 40))
+def test_every_long_loop_is_degenerate(unit, times):
+    assert is_degenerate(unit * times)
+
+
+@given(words=st.lists(st.integers(1000, 9999), unique=True, min_size=1, max_size=100))
+def test_distinct_words_are_not_a_loop(words):
+    """This also bounds the time. A pattern that backtracks would hang on a long output."""
+    assert not is_degenerate(" ".join(f"word{word}" for word in words))
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "match"),
+    [("a b", " a b\n", True), ("\na b", "a b", True), ("a  b", "a b", False), ("A b", "a b", False), ("", "a", False)],
+)
+def test_is_exact_match(output, reference, match):
+    assert is_exact_match(output, reference) is match
