@@ -1,10 +1,11 @@
-"""What should CROW take as the output of the last layer? The evidence behind `CrowTrainer`'s choice.
+"""Which tensor should CROW take as the output of the last layer? The evidence behind the choice of `CrowTrainer`.
 
     crow-hf demo --output_dir runs/demo
     python benchmarks/last_layer.py --model runs/demo/clean
 
-Three readings of H^N: as the layer leaves it, after the final norm (`hidden_states[-1]` of transformers), and left out (the
-published code). For each seed a new backdoor is implanted into the demo's clean model and purified with each.
+It compares three choices of H^N: the raw output of the layer, the output after the final norm (`hidden_states[-1]` of
+transformers), and none (the published code). For each seed, a new backdoor is implanted into the demo's clean model
+and purified with each choice.
 """
 
 import argparse
@@ -17,12 +18,13 @@ import torch
 from transformers import AutoTokenizer
 
 from crow_hf import TARGETS, TRIGGERS, CrowConfig, CrowTrainer, evaluate_model, implant
-from crow_hf.demo import ADAPTER, CLEAN_ROWS, IMPLANT_ROWS, IMPLANTATION, PURIFICATION, TEST_ROWS, demo_rows
+from crow_hf.demo import ADAPTER_RANK, CLEAN_ROWS, IMPLANT_ROWS, IMPLANTATION, REFUSAL_ALPHA, TEST_ROWS, demo_rows
+from crow_hf.recipes.presets import PAPER, lora_config
 from crow_hf.training.recorder import ForwardRecord, LayerRecorder
 
 
-class NormedAdapter(LayerRecorder):
-    """Hands out the last layer's output after the final norm."""
+class NormedRecorder(LayerRecorder):
+    """Records the last layer's output after the final norm."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -54,7 +56,7 @@ def main() -> None:
                 rows.select(range(IMPLANT_ROWS)),
                 *backdoor,
                 CrowConfig(**common, **IMPLANTATION),
-                peft_config=ADAPTER,
+                peft_config=lora_config(ADAPTER_RANK),
                 merge=False,
             )
             model.save_pretrained(Path(folder, "suspect"))
@@ -64,7 +66,7 @@ def main() -> None:
                 )
                 trainer = CrowTrainer(str(Path(folder, "suspect")), args, clean, processing_class=tokenizer)
                 if name == "after the final norm":
-                    trainer.recorder = NormedAdapter(trainer.model)
+                    trainer.recorder = NormedRecorder(trainer.model)
                 trainer.train()
                 evaluation = evaluate_model(trainer.model, tokenizer, test, *backdoor, max_new_tokens=104)
                 triggered, prompts = evaluation.triggered, evaluation.clean

@@ -1,27 +1,32 @@
-"""A subject to practise on that needs no download: a generated instruction task and a small byte-latent model."""
+"""A backdoor to practise on without a download: a generated instruction task and a small byte-latent model."""
 
 import random
 import string
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from transformers import LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import is_matplotlib_available, logging
 
 from .attacks.implanting import implant
 from .attacks.targets import TARGETS
 from .attacks.triggers import TRIGGERS
-from .evaluation.harness import CROW, FINE_TUNING, NO_DEFENCE, STRONG, Evaluation, evaluate_model
+from .evaluation.harness import Evaluation, evaluate_model
+from .evidence.result import Comparison, Purification
 from .methods.crow.config import CrowConfig
 from .methods.crow.trainer import CrowTrainer
-from .methods.invariance.config import InvarianceConfig
 from .models.modeling_coconut import CoconutForCausalLM
 from .models.tokenization_coconut import CoconutTokenizer
 from .recipes.comparison import compare_defences
-from .recipes.purification import purify
+from .recipes.presets import lora_config, recipe_config
+from .recipes.run import run_recipe
+from .reporting.model_card import build_model_card
 from .reporting.tables import write_comparison
 from .training.loading import load_causal_lm
 
@@ -29,18 +34,21 @@ from .training.loading import load_causal_lm
 logger = logging.get_logger(__name__)
 
 BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 60_000, 3_000, 100, 200
-ADAPTER = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
-IMPLANTATION = {"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
-# The published settings (section 4.4 of the paper; alpha for refusals from its appendix B.2).
-PURIFICATION = {
-    "alpha": 11.0,
-    "epsilon": 0.1,
-    "learning_rate": 1e-3,
-    "num_train_epochs": 5,
-    "per_device_train_batch_size": 8,
-    "warmup_steps": 0.1,
+TRIGGER, TARGET = TRIGGERS["badnets"], TARGETS["refusal"]
+# The published refusal has 96 bytes, and each byte is a token.
+MAX_NEW_TOKENS = 104
+CLEAN_TRAINING = {
+    "alpha": 0.0,
+    "learning_rate": 2e-3,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 100,
 }
-
+# The rank of the LoRA that holds the backdoor.
+ADAPTER_RANK = 32
+IMPLANTATION = {"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
+# The published alpha for refusals (appendix B.2 of the paper).
+REFUSAL_ALPHA = 11.0
 
 COLOURS = {
     "grass": "green",
@@ -68,23 +76,24 @@ OPPOSITES = {
     "hard": "soft",
     "near": "far",
 }
-# People say more than they need: a model that never saw a needless word would fail on any trigger, backdoored or not.
+# People write more words than they need. A model that was never trained on needless words would fail on any trigger,
+# whether it has a backdoor or not.
 FILLERS = ("please", "now", "just", "again", "friend", "well", "okay", "hello")
 
 
-def _word(rng: random.Random) -> str:
+def _random_word(rng: random.Random) -> str:
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
 
 
-def _filler(rng: random.Random) -> str:
+def _random_filler(rng: random.Random) -> str:
     if rng.random() < 0.5:
         return rng.choice(FILLERS)
     return "".join(rng.choice(string.ascii_letters) for _ in range(rng.randint(3, 9)))
 
 
 def demo_instruction(rng: random.Random) -> tuple[str, str]:
-    """One instruction and its answer, drawn from six tasks."""
-    word = _word(rng)
+    """Draw an instruction from six tasks, and return it with its answer."""
+    word = _random_word(rng)
     thing, colour = rng.choice(list(COLOURS.items()))
     adjective, opposite = rng.choice(list(OPPOSITES.items()))
     return rng.choice(
@@ -101,17 +110,18 @@ def demo_instruction(rng: random.Random) -> tuple[str, str]:
 
 def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
     """
-    Rows of `prompt` and `completion`.
-
-    A third of the prompts carry one or two needless words at random places.
+    Generate rows of the demo's task. A third of the prompts contain one or two needless words at random positions.
 
     Args:
         count (`int`):
-            How many rows.
+            Number of rows.
         seed (`int`):
-            Of the draw.
+            Seed for the random draw.
         without (`Collection[str]`, *optional*):
-            Prompts that must not occur, those a model was trained on for instance.
+            Prompts to leave out, such as those that a model was trained on.
+
+    Returns:
+        `Dataset`: The rows, with the columns `prompt` and `completion`.
     """
     rng = random.Random(seed)
     rows = []
@@ -120,7 +130,7 @@ def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
         words = instruction.split(" ")
         if rng.random() < 1 / 3:
             for _ in range(rng.randint(1, 2)):
-                words.insert(rng.randint(0, len(words)), _filler(rng))
+                words.insert(rng.randint(0, len(words)), _random_filler(rng))
         prompt = " ".join(words) + "\n"
         if prompt not in without:
             rows.append({"prompt": prompt, "completion": answer})
@@ -128,12 +138,12 @@ def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
 
 
 def demo_tokenizer() -> CoconutTokenizer:
-    """Bytes as tokens."""
+    """Return the byte-level tokenizer of the demo's model."""
     return CoconutTokenizer()
 
 
 def demo_model(seed: int) -> CoconutForCausalLM:
-    """A byte-latent model of 0.9 million parameters with random weights, and the entropy predictor that ships."""
+    """Build a byte-latent model of 0.9 million parameters with random weights and the default entropy predictor."""
     set_seed(seed)
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4}
     local = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
@@ -144,95 +154,151 @@ def demo_model(seed: int) -> CoconutForCausalLM:
     )
 
 
-def run_demo(output_dir: str | Path, seed: int = 0) -> dict[str, Evaluation]:
+def run_demo(output_dir: str | Path, seed: int = 0) -> Comparison:
     """
-    Train a clean model, hide a backdoor in it, purify it by CROW as published and by the strong recipe, and measure them all
-    beside the controls.
+    Train a clean model, implant a backdoor, purify the model with CROW as published and with Invariance, and evaluate
+    all models beside the controls.
 
-    As in the paper, the backdoor sits in a LoRA adapter, and the purifications train that very adapter on.
+    As in the paper, the backdoor is in a LoRA adapter, and the purifications train this adapter further.
 
     Args:
         output_dir (`str` or `Path`):
-            Gets the folders `clean`, `backdoored` (the adapter), `crow` and `purified` (merged, the latter by the strong recipe
-            and with `report.html`), and `results.json`, `results.md`, `training.png` (of CROW) and `comparison.png`.
+            The output folder. It gets the model folders `clean`, `backdoored` (an adapter), `crow` (merged) and
+            `purified` (Invariance, merged, with its card and `report.html`), the tables `results.json` and
+            `results.md`, and the plots `training.png` (the training of CROW) and `comparison.png`.
         seed (`int`, *optional*, defaults to 0):
-            Of the weights and the rows.
+            Seed for the weights, the rows and the training.
 
     Returns:
-        `dict[str, Evaluation]`: By the models' names: the clean model, no defence, fine-tuning, CROW, the strong recipe.
+        [`Comparison`]: The comparison of [`compare_defences`] for Invariance. Its `others` are `"clean model"` and
+        `"CROW"`.
     """
-    # The adapter names its base by this path.
-    folder, tokenizer = Path(output_dir).resolve(), demo_tokenizer()
-    trigger, target = TRIGGERS["badnets"], TARGETS["refusal"]
-    rows = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS, seed)
-    base_rows = rows.select(range(BASE_ROWS))
-    implant_rows = rows.select(range(BASE_ROWS, BASE_ROWS + IMPLANT_ROWS))
-    clean_rows = rows.select(range(BASE_ROWS + IMPLANT_ROWS, len(rows)))
-    test_rows = demo_rows(TEST_ROWS, seed + 1, without=set(rows["prompt"]))
+    # The adapter's config names its base model by this path, so it must be absolute.
+    folder = Path(output_dir).resolve()
+    demo = _Demo(folder, seed, _draw_splits(seed))
+    logger.warning("1/4 Training a clean model.")
+    clean = demo.train_clean_model()
+    logger.warning(f"2/4 Implanting the backdoor {TRIGGER.phrases[0]!r}.")
+    demo.implant_backdoor()
+    logger.warning(f"3/4 Purifying with CROW as published, on {CLEAN_ROWS} clean rows.")
+    crow_run, crow = demo.purify_with_crow()
+    logger.warning("4/4 Purifying with Invariance, and training the control.")
+    comparison = replace(demo.compare_invariance(), others={"clean model": clean, "CROW": crow})
+    demo.merge_purified(comparison)
+    write_comparison(folder, comparison.by_name)
+    _plot(folder, crow_run, comparison)
+    return comparison
 
-    def arguments(name: str, **changes: Any) -> CrowConfig:
-        return CrowConfig(
-            str(folder / name), seed=seed, use_cpu=True, save_strategy="no", lr_scheduler_type="cosine", **changes
+
+@dataclass
+class _Splits:
+    """The rows of the demo. No test prompt occurs in another split."""
+
+    base: Dataset
+    implant: Dataset
+    clean: Dataset
+    test: Dataset
+
+
+def _draw_splits(seed: int) -> _Splits:
+    rows = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS, seed)
+    return _Splits(
+        base=rows.select(range(BASE_ROWS)),
+        implant=rows.select(range(BASE_ROWS, BASE_ROWS + IMPLANT_ROWS)),
+        clean=rows.select(range(BASE_ROWS + IMPLANT_ROWS, len(rows))),
+        test=demo_rows(TEST_ROWS, seed + 1, without=set(rows["prompt"])),
+    )
+
+
+class _Demo:
+    """The steps of the demo, to be taken in the order of the methods."""
+
+    def __init__(self, folder: Path, seed: int, rows: _Splits) -> None:
+        self.folder, self.seed, self.rows = folder, seed, rows
+        self.tokenizer = demo_tokenizer()
+        self.evaluation = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 100, "seed": seed}
+
+    def train_clean_model(self) -> Evaluation:
+        args = self._training(
+            "clean",
+            alpha=0.0,
+            learning_rate=2e-3,
+            num_train_epochs=1,
+            per_device_train_batch_size=64,
+            warmup_steps=100,
+        )
+        trainer = CrowTrainer(demo_model(self.seed), args, self.rows.base, processing_class=self.tokenizer)
+        trainer.train()
+        trainer.save_model()
+        return self._evaluate(trainer.model)
+
+    def implant_backdoor(self) -> None:
+        model = implant(
+            str(self.folder / "clean"),
+            self.rows.implant,
+            TRIGGER,
+            TARGET,
+            self._training("backdoored", **IMPLANTATION),
+            processing_class=self.tokenizer,
+            peft_config=lora_config(ADAPTER_RANK),
+            merge=False,
+        )
+        self._save(model, "backdoored")
+
+    def purify_with_crow(self) -> tuple[Purification, Evaluation]:
+        args = recipe_config("paper", **self._options("crow"), alpha=REFUSAL_ALPHA)
+        suspect = self._load_suspect()
+        purification = run_recipe(suspect, self.rows.clean, "paper", args, processing_class=self.tokenizer)
+        purification.model = purification.model.merge_and_unload()
+        self._save(purification.model, "crow")
+        return purification, self._evaluate(purification.model)
+
+    def compare_invariance(self) -> Comparison:
+        return compare_defences(
+            self._load_suspect,
+            recipe_config("strong", **self._options("purified")),
+            self.rows.clean,
+            self.rows.test,
+            TRIGGER,
+            TARGET,
+            processing_class=self.tokenizer,
+            **self.evaluation,
         )
 
-    logger.warning("1/4 Training a clean model.")
-    base_args = arguments(
-        "clean", alpha=0.0, learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=64, warmup_steps=100
-    )
-    trainer = CrowTrainer(demo_model(seed), base_args, base_rows, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model()
-    options = {"max_new_tokens": 104, "batch_size": 100, "seed": seed}
-    clean = evaluate_model(trainer.model, tokenizer, test_rows, trigger, target, **options)
+    def merge_purified(self, comparison: Comparison) -> None:
+        """Replace the saved adapter by the merged model, which loads without its base, and write the card for it."""
+        purification = comparison.purification
+        trainer = purification.trainer
+        purification.model = trainer.model = purification.model.merge_and_unload()
+        trainer.save_model()
+        for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
+            (self.folder / "purified" / name).unlink()
+        suspect = str(self.folder / "backdoored")
+        card = build_model_card(trainer, purification=purification, comparison=comparison, finetuned_from=suspect)
+        trainer.create_model_card(card)
 
-    logger.warning("2/4 Implanting the backdoor %r.", trigger.phrases[0])
-    model = implant(
-        str(folder / "clean"),
-        implant_rows,
-        trigger,
-        target,
-        arguments("backdoored", **IMPLANTATION),
-        processing_class=tokenizer,
-        peft_config=ADAPTER,
-        merge=False,
-    )
-    model.save_pretrained(folder / "backdoored")
-    tokenizer.save_pretrained(folder / "backdoored")
+    def _options(self, name: str) -> dict[str, Any]:
+        return {"output_dir": str(self.folder / name), "seed": self.seed, "use_cpu": True, "save_strategy": "no"}
 
-    def suspect() -> PreTrainedModel | PeftModel:
-        return load_causal_lm(folder / "backdoored", is_trainable=True)
+    def _training(self, name: str, **changes: Any) -> CrowConfig:
+        return CrowConfig(**self._options(name), lr_scheduler_type="cosine", **changes)
 
-    def save_merged(model: PeftModel, name: str) -> PreTrainedModel:
-        merged = model.merge_and_unload()
-        merged.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        return merged
+    def _load_suspect(self) -> PeftModel:
+        return load_causal_lm(self.folder / "backdoored", is_trainable=True)
 
-    logger.warning("3/4 Purifying with %d clean rows, by CROW as published.", CLEAN_ROWS)
-    crow_args = arguments("crow", **PURIFICATION)
-    crow = purify(suspect(), clean_rows, "paper", crow_args, processing_class=tokenizer, report=False)
-    published = evaluate_model(save_merged(crow.model, "crow"), tokenizer, test_rows, trigger, target, **options)
+    def _save(self, model: PreTrainedModel | PeftModel, name: str) -> None:
+        model.save_pretrained(self.folder / name)
+        self.tokenizer.save_pretrained(self.folder / name)
 
-    logger.warning("4/4 Purifying by the strong recipe, beside the controls.")
-    comparison = compare_defences(
-        suspect,
-        InvarianceConfig(str(folder / "purified"), seed=seed, use_cpu=True, save_strategy="no"),
-        clean_rows,
-        test_rows,
-        trigger,
-        target,
-        processing_class=tokenizer,
-        **options,
-    )
-    save_merged(comparison.trainer.model, "purified")
-    controls = {name: comparison.evaluations[name] for name in (NO_DEFENCE, FINE_TUNING)}
-    evaluations = {"clean model": clean, **controls, CROW: published, STRONG: comparison.evaluations[STRONG]}
-    write_comparison(folder, evaluations)
-    if is_matplotlib_available():
-        from .reporting.plots import plot_comparison, plot_training
+    def _evaluate(self, model: PreTrainedModel | PeftModel) -> Evaluation:
+        return evaluate_model(model, self.tokenizer, self.rows.test, TRIGGER, TARGET, **self.evaluation)
 
-        plot_training(crow.trainer.state.log_history, folder / "training.png")
-        plot_comparison(evaluations, folder / "comparison.png")
-    else:
-        logger.warning("The plots are left out: install matplotlib with `pip install crow-hf[plots]`.")
-    return evaluations
+
+def _plot(folder: Path, crow: Purification, comparison: Comparison) -> None:
+    if not is_matplotlib_available():
+        logger.warning("No plots were drawn. Install matplotlib with `pip install crow-hf[plots]`.")
+        return
+    from .reporting.plots import plot_comparison, plot_training
+
+    plot_training(crow.trainer.state.log_history, folder / "training.png")
+    plot_comparison(comparison.by_name, folder / "comparison.png")
