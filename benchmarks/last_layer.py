@@ -22,6 +22,7 @@ from crow_hf.demo import ADAPTER_RANK, CLEAN_ROWS, IMPLANT_ROWS, IMPLANTATION, R
 from crow_hf.recipes.presets import PAPER, lora_config
 from crow_hf.training.recorder import ForwardRecord, LayerRecorder
 
+
 # The published settings, but with transformers' linear schedule.
 PURIFICATION = PAPER | {"alpha": REFUSAL_ALPHA, "lr_scheduler_type": "linear"}
 
