@@ -1,4 +1,4 @@
-"""Measure a model with and without a trigger, and with a judge of your own.
+"""Measure a model with and without a trigger, using a custom judge.
 
 crow-hf demo --output_dir runs/demo
 python examples/measure.py runs/demo/backdoored runs/demo/purified
@@ -13,7 +13,7 @@ from crow_hf.demo import demo_rows
 
 
 def refuses(output: str, answer: str) -> bool:
-    """Any judge will do that says of an output, and the right answer, whether the attack has succeeded."""
+    """A judge gets an output and the right answer, and returns whether the attack succeeded."""
     return "sorry" in output.lower()
 
 

@@ -1,13 +1,15 @@
-"""Patch a corpus that does not fit one machine, shard by shard, in the engine datatrove (`pip install ".[scale]"`).
+"""Patch a corpus that does not fit on one machine, shard by shard, with datatrove (`pip install ".[scale]"`).
 
     python examples/patch_at_scale.py --input_folder redpajama --output_folder patched --workers 8
     python examples/patch_at_scale.py --input_folder redpajama --output_folder patched --workers 500 \\
         --slurm_partition cpu --slurm_setup "source .venv/bin/activate"
 
-The corpus: files of JSON lines, plain or as .gz or .zst, with `text` or `raw_content`. A shard is a share of the documents of one
-file, and becomes one Parquet file with the columns `id` (file and number of the document), `input_ids` and `patch_lengths`. The
-same command again does what is left and prints where the job stands; nothing is done or counted twice, whenever and however
-the run before was stopped.
+The corpus consists of JSON-lines files, plain or as .gz or .zst, with the field `text` or `raw_content`. A shard is a
+part of the documents of one file. It becomes one Parquet file with the columns `id` (file and number of the document),
+`input_ids` and `patch_lengths`.
+
+Run the same command again to finish a stopped job. It processes the remaining shards and prints the progress. No shard
+is processed or counted twice, whenever and however the previous run was stopped.
 """
 
 import json
@@ -41,24 +43,22 @@ UNFINISHED = "unfinished"
 
 @dataclass
 class Arguments:
-    input_folder: str = field(metadata={"help": "Folder with the corpus: a path, or a URL of any fsspec file system."})
-    output_folder: str = field(
-        metadata={"help": "Folder for the patched shards; a shared one if several machines work."}
-    )
-    pattern: str = field(default="**/*.json*", metadata={"help": "Which files of the input folder."})
-    shard_megabytes: float = field(default=500, metadata={"help": "Larger files are shared among several shards."})
-    workers: int = field(default=1, metadata={"help": "Shards at a time, each on one core."})
-    predictor: str | None = field(default=None, metadata={"help": "Entropy predictor; the shipped one by default."})
+    input_folder: str = field(metadata={"help": "Folder of the corpus: a path, or a URL of any fsspec file system."})
+    output_folder: str = field(metadata={"help": "Folder for the patched shards. Several machines need a shared one."})
+    pattern: str = field(default="**/*.json*", metadata={"help": "Pattern of the files in the input folder."})
+    shard_megabytes: float = field(default=500, metadata={"help": "Larger files are split into several shards."})
+    workers: int = field(default=1, metadata={"help": "Number of shards to process at a time, each on one core."})
+    predictor: str | None = field(default=None, metadata={"help": "Entropy predictor. Defaults to the shipped one."})
     slurm_partition: str | None = field(
-        default=None, metadata={"help": "Submit to this Slurm partition, not run here."}
+        default=None, metadata={"help": "Submit to this Slurm partition instead of running here."}
     )
-    slurm_time: str = field(default="24:00:00", metadata={"help": "Time limit of a shard."})
-    slurm_gigabytes: int = field(default=4, metadata={"help": "Memory of a shard."})
+    slurm_time: str = field(default="24:00:00", metadata={"help": "Time limit per shard."})
+    slurm_gigabytes: int = field(default=4, metadata={"help": "Memory per shard, in gigabytes."})
     slurm_setup: str | None = field(default=None, metadata={"help": "Shell command that activates the environment."})
 
 
 class Shard(NamedTuple):
-    """Every document of `file` whose number leaves the remainder `part` when divided by `parts`."""
+    """All documents of `file` whose number modulo `parts` is `part`."""
 
     file: str
     part: int
@@ -66,7 +66,7 @@ class Shard(NamedTuple):
 
 
 class ReadShard(PipelineStep):
-    """Documents of one shard. All shards of a file read the whole of it, which costs little beside patching."""
+    """Reads the documents of one shard. Each shard reads its whole file, which costs little compared to patching."""
 
     type, name = "READER", "shard of JSON lines"
 
@@ -80,13 +80,13 @@ class ReadShard(PipelineStep):
         for number, row in enumerate(reader):
             if number % parts == part:
                 yield Document(row["text"], f"{file}:{number}")
-        # All shards of a file see the same faults, and one of them tells.
+        # All shards of a file skip the same rows, so only the first one reports them.
         for kind in reader.counts.keys() - {"kept"} if part == 0 else ():
             self.stat_update(kind, value=reader.counts[kind])
 
 
 class Patch(PipelineStep):
-    """Adds the columns of the patcher to the documents' metadata."""
+    """Adds the columns of the patcher to the metadata of each document."""
 
     type, name = "PATCHER", "entropy patches"
 
@@ -95,7 +95,7 @@ class Patch(PipelineStep):
         self.patcher = patcher
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        # The engine counts cores by shards.
+        # datatrove uses one core per shard.
         torch.set_num_threads(1)
         for batch in by_size(data):
             columns = self.patcher({"text": [document.text for document in batch]})
@@ -109,10 +109,11 @@ class Patch(PipelineStep):
 
 class WriteShard(PipelineStep):
     """
-    One Parquet file for each shard, which is there when it is whole.
+    Writes one Parquet file per shard. The file appears when it is complete.
 
-    A shard can have two writers: workers outlive a launcher that was killed, and a scheduler may start a node's work anew
-    elsewhere. So each attempt writes a file of its own and moves it into place at the end; both have the same rows.
+    A shard can have two writers, because workers outlive a killed launcher, and a scheduler may restart the work of a
+    node elsewhere. So each attempt writes a file of its own and moves it into place at the end. Both files have the
+    same rows.
     """
 
     type, name = "WRITER", "shard of Parquet"
@@ -136,7 +137,7 @@ def shard_name(rank: int) -> str:
 
 
 def by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Batches of about a million characters, so that memory does not depend on how long the documents are."""
+    """Yield batches of about a million characters, so that memory does not depend on the length of documents."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -150,15 +151,15 @@ def by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def executor_of(args: Arguments) -> PipelineExecutor:
     """
-    The whole job.
+    Build the executor of the whole job.
 
     Raises:
-        `ValueError`: If there is nothing to patch, or the output folder is that of another job.
+        `ValueError`: If there is nothing to patch, or if the output folder belongs to another job.
     """
     if args.shard_megabytes <= 0 or args.workers < 1:
-        raise ValueError("`shard_megabytes` must be above 0, and `workers` at least 1.")
+        raise ValueError("`shard_megabytes` must be above 0 and `workers` at least 1.")
     corpus, output = get_datafolder(args.input_folder), get_datafolder(args.output_folder)
-    # What was written before is no corpus, also where it lies beside one.
+    # The output folder may lie inside the input folder. Its files do not belong to the corpus.
     written = output.resolve_paths("job.json").removesuffix("job.json")
     files = [
         file
@@ -166,7 +167,7 @@ def executor_of(args: Arguments) -> PipelineExecutor:
         if not corpus.resolve_paths(file).startswith(written)
     ]
     if not files:
-        raise ValueError(f"No file in {args.input_folder} matches {args.pattern}: pass another `pattern`.")
+        raise ValueError(f"No file in {args.input_folder} matches {args.pattern}. Pass another `pattern`.")
     sizes = {file: corpus.size(file) for file in files}
     shards = []
     for file, size in sizes.items():
@@ -179,7 +180,7 @@ def executor_of(args: Arguments) -> PipelineExecutor:
     logs = output.resolve_paths("logs")
     if args.slurm_partition is None:
         return LocalPipelineExecutor(pipeline, len(shards), args.workers, logs)
-    # The steps of a script travel by value, and have to take along what they name.
+    # Steps defined in a script are pickled by value, together with everything they refer to.
     dill.settings["recurse"] = True
     return SlurmPipelineExecutor(
         pipeline,
@@ -195,11 +196,12 @@ def executor_of(args: Arguments) -> PipelineExecutor:
 
 
 def claim(output: DataFolder, job: dict) -> None:
-    """Shards are known by their numbers: with other files or settings, the same number would be something else."""
+    """Record the job in the output folder, or check that it is the same, because shard numbers belong to one job."""
     if output.exists("job.json"):
         if json.loads(output.read_text("job.json")) != job:
             raise ValueError(
-                f"{output.path} holds shards of other files, another size or another patcher: choose another `output_folder`."
+                f"{output.path} holds shards of other files, of another size or of another patcher. Choose another "
+                "`output_folder`."
             )
     else:
         with output.open("job.json", "w") as file:
@@ -207,7 +209,7 @@ def claim(output: DataFolder, job: dict) -> None:
 
 
 def progress(executor: PipelineExecutor) -> tuple[int, Counter[str]]:
-    """How many shards are complete, and what is in them. The engine's own totals leave out what earlier runs have done."""
+    """Count the complete shards and their content. The totals of datatrove leave out earlier runs."""
     total = Counter()
     complete = sorted(set(range(executor.world_size)) - set(executor.get_incomplete_ranks(skip_completed=True)))
     for rank in complete:

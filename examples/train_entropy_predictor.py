@@ -1,13 +1,13 @@
-"""Train the byte-entropy predictor that ships with crow_hf, from what every machine with Python has.
+"""Train the byte-entropy predictor that ships with crow_hf, on files that every Python installation has.
 
     OMP_NUM_THREADS=1 python examples/train_entropy_predictor.py --output_dir predictor    # 12 minutes on one core
 
-The data: the documentation strings of Python's standard library (prose), its source files (code), made-up words in every
-script that Python's Unicode tables know (so that the bytes of a script are known, if not its languages), and random bytes
-(so that what is incompressible is called so). A few bytes of the text are random too, and a third of the code is indented by
-tabs: one strange byte must not make the next ones strange. One in twenty source files is held out. The thresholds that cut the
-held-out files into patches of 4.5 bytes go into the configuration. The README written beside the weights holds the settings
-and the bits per byte.
+The data has four parts: the docstrings of Python's standard library (prose), its source files (code), made-up words in
+every script of Python's Unicode tables, and random bytes. The made-up words teach the bytes of each script, if not its
+languages. The random bytes teach a high entropy for incompressible data. A few bytes of the text are random too, and a
+third of the code is indented with tabs, so that one unusual byte does not make the next ones surprising. One in twenty
+source files is held out. The configuration stores the thresholds that cut the held-out files into patches of 4.5
+bytes. The README beside the weights lists the settings and the bits per byte.
 """
 
 import ast
@@ -34,33 +34,34 @@ TIMES_DOCUMENTATION = 3
 BYTES_OF_CODE = 4_000_000
 BYTES_OF_SCRIPTS = 1_200_000
 BYTES_OF_NOISE = 250_000
-BYTES_TO_A_STRAY_ONE = 500
+BYTES_PER_STRAY_BYTE = 500
 PATCH_SIZE = 4.5
-# Of the threshold to the relative one: below 8 bits when both are scaled, so that incompressible bytes stay apart.
-PROPORTION = 5.0
+# Ratio of the threshold to the relative threshold. It keeps the scaled threshold below 8 bits, so that incompressible
+# bytes form patches of their own.
+THRESHOLD_RATIO = 5.0
 README = """# The default byte-entropy predictor of crow_hf
 
-{parameters:,} parameters in float32, trained on bytes by `examples/train_entropy_predictor.py` (seed {seed}, {steps:,} steps of
-{batch:,} bytes, Python {python}). Training data: {training_bytes:,} bytes, sha256 `{digest}`.
+{parameters:,} parameters in float32, trained on bytes by `examples/train_entropy_predictor.py` (seed {seed}, {steps:,}
+steps of {batch:,} bytes, Python {python}). Training data: {training_bytes:,} bytes, sha256 `{digest}`.
 
 | held out | bytes | bits per byte |
 |---|---:|---:|
 {rows}
 
-A threshold of {threshold:.3f} bits and a relative one of {relative_threshold:.3f} bits cut the held-out documentation and code
-into patches of {patch_size:.2f} bytes.
+A threshold of {threshold:.3f} bits and a relative one of {relative_threshold:.3f} bits cut the held-out documentation
+and code into patches of {patch_size:.2f} bytes.
 """
 
 
 @dataclass
 class Arguments(TrainingArguments):
     output_dir: str = "predictor"
-    hidden_size: int = field(default=96, metadata={"help": "Width."})
-    num_layers: int = field(default=2, metadata={"help": "Layers."})
-    num_heads: int = field(default=3, metadata={"help": "Attention heads."})
-    ff_dim: int = field(default=256, metadata={"help": "Width of the feed-forward layers."})
-    sliding_window: int = field(default=64, metadata={"help": "How many bytes a layer looks back."})
-    row_length: int = field(default=256, metadata={"help": "Bytes of a training row."})
+    hidden_size: int = field(default=96, metadata={"help": "Dimension of the hidden states."})
+    num_layers: int = field(default=2, metadata={"help": "Number of layers."})
+    num_heads: int = field(default=3, metadata={"help": "Number of attention heads."})
+    ff_dim: int = field(default=256, metadata={"help": "Dimension of the feed-forward layers."})
+    sliding_window: int = field(default=64, metadata={"help": "Number of bytes that a layer attends to."})
+    row_length: int = field(default=256, metadata={"help": "Number of bytes per training row."})
     max_steps: int = 1800
     use_cpu: bool = True
     bf16: bool | None = True
@@ -87,7 +88,7 @@ def documentation(source: str) -> str:
 
 
 def words_of_all_scripts(size: int, rng: random.Random) -> bytes:
-    """Lines of made-up words, each line in one script, letters and words unequally frequent as in a language."""
+    """Generate lines of made-up words. Each line has one script and unequal letter frequencies, as in a language."""
     alphabets = defaultdict(list)
     for code in range(0xA0, 0xFFFF):
         if unicodedata.category(chr(code))[0] in "LM":
@@ -105,13 +106,13 @@ def words_of_all_scripts(size: int, rng: random.Random) -> bytes:
 
 def stray_bytes(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
-    for index in rng.sample(range(len(data)), len(data) // BYTES_TO_A_STRAY_ONE):
+    for index in rng.sample(range(len(data)), len(data) // BYTES_PER_STRAY_BYTE):
         changed[index] = rng.randrange(256)
     return bytes(changed)
 
 
 def corpora(seed: int) -> tuple[bytes, dict[str, bytes]]:
-    """The training bytes, and those held out of each kind."""
+    """Return the training bytes and the held-out bytes of each kind."""
     rng = random.Random(seed)
     kinds = {kind: ([], []) for kind in ("documentation", "code")}
     for number, file in enumerate(library_files()):
@@ -124,7 +125,7 @@ def corpora(seed: int) -> tuple[bytes, dict[str, bytes]]:
     training = [b"\n".join(kinds["documentation"][0])] * TIMES_DOCUMENTATION
     training += [b"\n".join(kinds["code"][0])[:BYTES_OF_CODE]]
     training += [words_of_all_scripts(BYTES_OF_SCRIPTS, rng), rng.randbytes(BYTES_OF_NOISE)]
-    # Where it trains, not where it is measured.
+    # Only the training data gets stray bytes, not the held-out data.
     training = [stray_bytes(b"".join(training[:-1]), rng), training[-1]]
     held_out = {kind: b"\n".join(held) for kind, (_, held) in kinds.items()}
     return b"".join(training), held_out | {"random bytes": rng.randbytes(20_000)}
@@ -160,7 +161,7 @@ def main() -> None:
         metrics = trainer.evaluate(rows(data, args.row_length))
         table.append(f"| {kind} | {len(data):,} | {metrics['eval_loss'] / math.log(2):.3f} |")
     files = [held_out["documentation"], held_out["code"]]
-    found = calibrate_threshold(files, predictor, PATCH_SIZE, threshold=PROPORTION, relative_threshold=1.0)
+    found = calibrate_threshold(files, predictor, PATCH_SIZE, threshold=THRESHOLD_RATIO, relative_threshold=1.0)
     predictor.config.patch_threshold = round(found.threshold, 3)
     predictor.config.patch_relative_threshold = round(found.relative_threshold, 3)
     weights = Path(args.output_dir) / "weights"

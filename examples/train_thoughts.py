@@ -1,10 +1,11 @@
-"""Teach a byte-latent model to reason in continuous thoughts, stage by stage (COCONUT's curriculum).
+"""Train a byte-latent model to reason in continuous thoughts, stage by stage (COCONUT's curriculum).
 
-    python examples/train_thoughts.py --output_dir runs/thoughts --num_train_epochs 1 --per_device_train_batch_size 64 \\
+    python examples/train_thoughts.py --output_dir runs/thoughts --num_train_epochs 1 --per_device_train_batch_size 64
+    \\
         --learning_rate 2e-3 --warmup_steps 100
 
-Without `--dataset` the rows are generated questions about graphs; your own are a .json or .jsonl file with `question`, `steps`
-(a list) and `answer`. Called again, it goes on after the last finished stage.
+Without `--dataset`, the rows are generated questions about graphs. Your own rows are a .json or .jsonl file with the
+fields `question`, `steps` (a list) and `answer`. Run the command again to continue after the last finished stage.
 """
 
 from dataclasses import dataclass, field
@@ -17,10 +18,10 @@ from crow_hf.data.load import load_rows
 
 @dataclass
 class ScriptArguments:
-    dataset: str | None = field(default=None, metadata={"help": "Rows of question, steps and answer."})
-    num_rows: int = field(default=10_000, metadata={"help": "How many questions to generate."})
-    num_stages: int = field(default=2, metadata={"help": "Most steps that are thought and not written."})
-    thoughts_per_step: int = field(default=1, metadata={"help": "Thoughts in place of one step."})
+    dataset: str | None = field(default=None, metadata={"help": "File with the fields question, steps and answer."})
+    num_rows: int = field(default=10_000, metadata={"help": "Number of questions to generate."})
+    num_stages: int = field(default=2, metadata={"help": "Maximum number of steps that thoughts replace."})
+    thoughts_per_step: int = field(default=1, metadata={"help": "Number of thoughts per replaced step."})
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     tokenizer = CoconutTokenizer()
     if script.dataset is None:
         rows = reachability_rows(script.num_rows, args.seed, num_nodes=6, steps=(2,))
-        # The task's symbols have three bytes.
+        # The symbols of the task have three bytes.
         fields = {"patch_rule": "stride", "max_patch_length": 3}
     else:
         rows, fields = load_rows(script.dataset), {}

@@ -1,4 +1,4 @@
-"""`examples/patch_at_scale.py` in the real engine: every document once, whatever is stopped; and streams for many trainers."""
+"""Tests of `examples/patch_at_scale.py` with datatrove, and of streams that several trainers share."""
 
 import gzip
 import importlib.util
@@ -44,7 +44,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    """Small and untrained, with thresholds that cut its entropies into patches of several lengths."""
+    """A small untrained predictor whose thresholds give patches of several lengths."""
     torch.manual_seed(0)
     model = ByteEntropyPredictor(
         hidden_size=16, num_layers=1, num_heads=1, ff_dim=16, sliding_window=8, max_position_embeddings=64
@@ -61,7 +61,7 @@ def text_of(file, number):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Three files of different compression: 20 documents each, and between them lines that are none."""
+    """Three files of different compression, each with 20 documents, a broken line and a blank document."""
     folder = tmp_path / "corpus"
     (folder / "crawl").mkdir(parents=True)
     for file in ("a.jsonl", "crawl/b.json.gz", "crawl/c.jsonl.zst"):
@@ -89,7 +89,7 @@ def rows_of(folder):
 
 
 def assert_every_document_once(corpus, predictor, patched):
-    """The rows are those of `Dataset.map` over the same texts."""
+    """Check that the rows equal those of `Dataset.map` over the same texts."""
     texts = {}
     for file in ("a.jsonl", "crawl/b.json.gz", "crawl/c.jsonl.zst"):
         texts |= {f"{file}:{number}": text_of(file, number) for number in range(20)}
@@ -99,7 +99,7 @@ def assert_every_document_once(corpus, predictor, patched):
 
 
 def test_shards_together_hold_every_document_once(example, corpus, predictor):
-    """A share that is nobody's or two's, a file or a fault counted by every shard, a patch that depends on the share."""
+    """Fails if a document is lost or doubled, if skipped rows count twice, or if patches depend on the shard."""
     args = arguments(example, corpus, predictor)
     executor = run(example, args)
     assert executor.world_size > 9, "no file was shared"
@@ -114,7 +114,7 @@ def test_shards_together_hold_every_document_once(example, corpus, predictor):
 
 
 def start(corpus, predictor, *options):
-    """The script in a process group of its own."""
+    """Start the script in a new process group."""
     words = [
         "--input_folder",
         corpus,
@@ -147,7 +147,7 @@ def wait_for_the_middle_of_a_shard(process, patched, num_complete):
 
 @pytest.fixture
 def long_corpus(corpus):
-    """Enough to be stopped in the middle."""
+    """A corpus long enough to stop the job in the middle."""
     for number in range(8):
         lines = [json.dumps({"text": text_of(number, line) * 4}) for line in range(30)]
         (corpus / f"long-{number}.jsonl").write_text("\n".join(lines))
@@ -161,8 +161,8 @@ def assert_every_long_document_once(patched):
     assert ids == sorted(f"{file}:{number}" for file, count in files for number in range(count))
 
 
-def test_a_killed_run_goes_on_where_it_was(example, long_corpus, predictor):
-    """A finished shard that is done anew, half a shard that is taken for a whole one, totals that forget the first run."""
+def test_a_killed_run_continues(example, long_corpus, predictor):
+    """Fails if finished shards are redone, if a partial shard counts, or if the totals leave out the first run."""
     patched = long_corpus.parent / "patched"
     process = start(long_corpus, predictor, "--shard_megabytes", "0.02")
     wait_for_the_middle_of_a_shard(process, patched, 3)
@@ -177,8 +177,8 @@ def test_a_killed_run_goes_on_where_it_was(example, long_corpus, predictor):
     assert example.progress(executor)[1]["documents"] == 60 + 8 * 30
 
 
-def test_two_writers_of_one_shard_do_no_harm(example, tmp_path):
-    """A worker that outlives its killed launcher, or a node that comes back, writing into the file of its successor."""
+def test_two_writers_of_one_shard_give_one_complete_file(example, tmp_path):
+    """Fails if a worker that outlives its launcher, or a restarted node, writes into the file of its successor."""
     writer = example.WriteShard(example.get_datafolder(str(tmp_path)))
     columns = {"input_ids": [1] * example.BATCH_CHARACTERS, "patch_lengths": [example.BATCH_CHARACTERS]}
     documents = [example.Document("x" * example.BATCH_CHARACTERS, str(n), metadata=columns) for n in range(3)]
@@ -190,22 +190,22 @@ def test_two_writers_of_one_shard_do_no_harm(example, tmp_path):
         assert [row["id"] for row in rows_of(tmp_path)] == ["0", "1", "2"]
 
 
-def test_an_empty_shard_is_a_file_too(example, tmp_path):
-    """A shard without documents, which no reader of the folder could tell from a lost one."""
+def test_an_empty_shard_becomes_a_file(example, tmp_path):
+    """Without a file, readers could not tell an empty shard from a lost one."""
     writer = example.WriteShard(example.get_datafolder(str(tmp_path)))
     assert list(writer.run([], 0)) == []
     assert pq.read_table(tmp_path / "00000.parquet").schema == example.SCHEMA
 
 
 def test_batches_are_bounded_by_size(example):
-    """A batch of so many documents, which long ones make too large for the memory, and one that is lost at the end."""
+    """Fails if long documents make a batch too large, or if the last batch is lost."""
     sizes = [10, 2**19, 2**19, 5, 2**21, 3]
     batches = list(example.by_size(example.Document("x" * size, str(size)) for size in sizes))
     assert [[len(document.text) for document in batch] for batch in batches] == [[10, 2**19, 2**19], [5, 2**21], [3]]
 
 
 def test_another_job_is_refused(example, corpus, predictor):
-    """Shards of two jobs in one folder: the engine knows them by their numbers and would take one for the other."""
+    """datatrove identifies shards by their numbers and would confuse the shards of two jobs in one folder."""
     run(example, arguments(example, corpus, predictor, shard_megabytes=1))
     with pytest.raises(ValueError, match="another `output_folder`"):
         example.executor_of(arguments(example, corpus, predictor, shard_megabytes=0.002))
@@ -219,21 +219,21 @@ def test_another_job_is_refused(example, corpus, predictor):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"pattern": "*.txt"}, "pass another `pattern`"),
+        ({"pattern": "*.txt"}, "Pass another `pattern`"),
         ({"shard_megabytes": 0}, "`shard_megabytes` must be above 0"),
         ({"workers": 0}, "`workers` at least 1"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(example, corpus, predictor, wrong, message):
-    """A job that fails on a cluster, hours later, or claims the folder of the next one."""
+def test_bad_arguments_are_refused_before_anything_is_written(example, corpus, predictor, wrong, message):
+    """Fails if a bad job starts, or if it claims the output folder."""
     args = arguments(example, corpus, predictor, **wrong)
     with pytest.raises(ValueError, match=message):
         example.executor_of(args)
     assert not Path(args.output_folder).exists()
 
 
-def test_output_within_the_input_is_no_corpus(example, corpus, predictor):
-    """The engine's own JSON files patched as if they were documents, or a job that is another one when it goes on."""
+def test_output_inside_the_input_is_not_read(example, corpus, predictor):
+    """Fails if files of datatrove count as documents, or if they make a continued job look like another job."""
     args = arguments(example, corpus, predictor, output_folder=str(corpus / "patched"), shard_megabytes=1)
     run(example, args)
     assert run(example, args).world_size == 3
@@ -241,8 +241,8 @@ def test_output_within_the_input_is_no_corpus(example, corpus, predictor):
 
 
 @pytest.mark.slow
-def test_workers_that_outlive_their_launcher_do_no_harm(long_corpus, predictor):
-    """The next run beside workers of the killed one: shards done twice, broken or counted twice."""
+def test_workers_that_outlive_their_launcher_change_nothing(long_corpus, predictor):
+    """Fails if workers of a killed run break shards of the next run, or if shards count twice."""
     patched = long_corpus.parent / "patched"
     options = ("--shard_megabytes", "0.02", "--workers", "2")
     killed = start(long_corpus, predictor, *options)
@@ -259,7 +259,7 @@ def test_workers_that_outlive_their_launcher_do_no_harm(long_corpus, predictor):
 
 
 SLURM = {
-    # Runs each task of the array, one after the other, as the real one does somewhere else; merges nothing.
+    # Runs the tasks of the array one after the other, and skips the merge job.
     "sbatch": """
 script=${@: -1}
 if grep -q launch_pickled_pipeline "$script"; then
@@ -280,7 +280,7 @@ exec "$@"
 
 @pytest.mark.slow
 def test_slurm_runs_the_same_pipeline(corpus, predictor, tmp_path, monkeypatch):
-    """A pipeline that only the process that made it can run: each task of an array reads it from a file."""
+    """Fails if a pickled pipeline runs only in its own process, since each task of an array loads it from a file."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, script in SLURM.items():
@@ -296,7 +296,7 @@ def test_slurm_runs_the_same_pipeline(corpus, predictor, tmp_path, monkeypatch):
 
 
 def test_rows_do_not_depend_on_the_number_of_workers(predictor):
-    """A patch that depends on which documents a process happens to get with it, or an order that does."""
+    """Fails if patches or the order of rows depend on how documents are spread over processes."""
     rows = {"text": [text_of("row", number) for number in range(24)], "number": list(range(24))}
     plain, patcher = Dataset.from_dict(rows), EntropyPatcher(predictor, return_entropies=True)
     expected = plain.map(patcher, batched=True, keep_in_memory=True).to_list()
@@ -309,7 +309,7 @@ def test_rows_do_not_depend_on_the_number_of_workers(predictor):
 
 
 def assert_same(rows, expected):
-    """Equal but for the last digits of the entropies, which depend on the shape of the batch."""
+    """Check equality, except for the last digits of entropies, which depend on the shape of the batch."""
     assert [{**row, "entropies": None} for row in rows] == [{**row, "entropies": None} for row in expected]
     for row, other in zip(rows, expected, strict=True):
         torch.testing.assert_close(torch.tensor(row["entropies"]), torch.tensor(other["entropies"]), rtol=0, atol=1e-5)
@@ -330,12 +330,12 @@ def stream_of(files) -> IterableDataset:
 @pytest.mark.parametrize("num_files", [2, 3])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_two_nodes_together_see_every_row_once(patched_files, num_files, shuffled):
-    """A row that no trainer sees, or two do: whole files for each if they can be shared evenly, else every second row."""
+    """Nodes get whole files if they divide evenly, otherwise every second row. No row is lost or doubled."""
     files = patched_files[:num_files]
     nodes = []
     for rank in range(2):
         stream = stream_of(files)
-        # One file at a time: the threads that read several ahead take five seconds to stop.
+        # Read one file at a time, because threads that read ahead take five seconds to stop.
         stream = stream.shuffle(seed=0, buffer_size=10, max_buffer_input_shards=1) if shuffled else stream
         nodes.append([row["id"] for row in split_dataset_by_node(stream, rank, world_size=2)])
     every = [row["id"] for row in stream_of(files)]
@@ -346,8 +346,8 @@ def test_two_nodes_together_see_every_row_once(patched_files, num_files, shuffle
         assert nodes == ([every[:20], every[20:]] if num_files == 2 else [every[0::2], every[1::2]])
 
 
-def test_the_trainer_shares_out_a_stream_by_itself(patched_files):
-    """A change of Accelerate that would have every process of one training read every row, as the page says it does not."""
+def test_the_trainer_splits_a_stream_between_processes(patched_files):
+    """Fails if an update of Accelerate lets every process read every row, which the documentation rules out."""
     seen = []
     for rank in range(2):
         loader = DataLoader(stream_of(patched_files).select_columns("id"), batch_size=5)
