@@ -1,49 +1,30 @@
-"""Patching as a whole: nothing lost, independent of the neighbours, equal to one call per byte, and cached by `datasets`."""
+"""Tests of the patcher: lossless, independent of other documents, equal to one call per byte, and cached."""
 
-import logging
 import pickle
 import subprocess
 import sys
-from itertools import cycle
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow_hf import EntropyPatcher, calibrate_threshold, entropy_patching, from_binary, load_entropy_predictor
+from crow_hf import EntropyPatcher, entropy_patching, from_binary, load_entropy_predictor
 from crow_hf.models.boundaries import RULES
 from crow_hf.models.byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID
 from crow_hf.patching.patcher import split_patches
+from helpers.documents import words
 from helpers.tiny import tiny_predictor
 
 
-# Random bytes hold few newlines, and texts of few letters many patches.
+# Random bytes have few newlines. Texts of few letters have many patches.
 DOCUMENTS = st.one_of(st.binary(max_size=80), st.text("ab \n", max_size=80).map(str.encode))
 PREDICTOR = tiny_predictor()
 WINDOWED = tiny_predictor(sliding_window=6, max_position_embeddings=32)
 THRESHOLDS = {"threshold": 5.2, "relative_threshold": 0.6}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def warnings_said(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
-    caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "crow_hf.patching"]
-
-
-def words(letters, length, seed=0):
-    """Random letters."""
-    return bytes(np.random.default_rng(seed).choice(list(letters), length).astype(np.uint8))
 
 
 def starts_of(document):
@@ -72,19 +53,9 @@ def test_nothing_is_lost_or_altered(documents, rule, predictor, special):
         assert b"".join(from_binary(binary)) == document
 
 
-def test_binary_patches_by_hand():
-    patcher = EntropyPatcher(PREDICTOR, rule="stride", max_patch_length=2, return_binary_patches=True)
-    binary = patcher({"text": ["a\x01b"]})["binary_patches"][0]
-    assert [list(bits) for bits in binary] == [
-        [],
-        [0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1],
-        [0, 1, 1, 0, 0, 0, 1, 0],
-    ]
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.lists(DOCUMENTS, min_size=1, max_size=5), st.sampled_from([PREDICTOR, WINDOWED]))
-def test_neighbours_make_no_difference(documents, predictor):
+def test_patches_do_not_depend_on_other_documents(documents, predictor):
     patcher = EntropyPatcher(predictor, **THRESHOLDS)
     for together, document in zip(patcher.patch(documents), documents, strict=True):
         alone = patcher.patch([document])[0]
@@ -93,7 +64,7 @@ def test_neighbours_make_no_difference(documents, predictor):
 
 
 def assert_same_where_clear(one, other, rule, margin=1e-3):
-    """The same starts, but where float32 decides: next to a threshold."""
+    """Check that the starts agree, except where float32 rounding near a threshold decides."""
     entropies = one.entropies
     rises = np.diff(entropies, prepend=np.inf)
     doubtful = (abs(entropies - rule.threshold) < margin) | (abs(rises - rule.relative_threshold) < margin)
@@ -105,7 +76,7 @@ def assert_same_where_clear(one, other, rule, margin=1e-3):
 @settings(max_examples=30, deadline=None)
 @given(DOCUMENTS.filter(len), st.sampled_from([rule for rule in RULES if rule != "stride"]), st.data())
 def test_patches_of_a_prefix_are_a_prefix_of_the_patches(document, rule, data):
-    """But for the last, which is still open."""
+    """The last patch of the prefix is still open and may differ."""
     patcher = EntropyPatcher(PREDICTOR, rule=rule, **THRESHOLDS)
     prefix = document[: data.draw(st.integers(1, len(document)))]
     closed = patcher.patches(prefix)[:-1]
@@ -114,7 +85,7 @@ def test_patches_of_a_prefix_are_a_prefix_of_the_patches(document, rule, data):
 
 @pytest.mark.parametrize("document", [b"ab ba\nab\n\nthe end", bytes(range(60)), b"\n", b"a"])
 def test_equal_to_one_call_per_byte(document):
-    """The original loop: the model is asked anew for every byte, and a patch is closed where it is unsure."""
+    """Compares with the original loop: one forward pass per byte, and a new patch where the model is uncertain."""
     patches, current, before = [], b"", None
     for index in range(len(document)):
         if index:
@@ -137,7 +108,7 @@ def test_windows_give_the_entropies_of_one_long_pass(reset, length):
     np.testing.assert_allclose(patcher.patch([document])[0].entropies[1:-1], expected.numpy(), atol=1e-4)
 
 
-def test_without_a_window_every_byte_sees_half_a_context():
+def test_without_a_sliding_window_every_byte_sees_half_a_context():
     predictor = tiny_predictor(max_position_embeddings=16, reset_on_newline=False)
     patcher = EntropyPatcher(predictor)
     assert not patcher.is_exact
@@ -149,7 +120,7 @@ def test_without_a_window_every_byte_sees_half_a_context():
 
 
 def test_long_and_many_documents_are_scored_in_several_batches():
-    """More than one batch of bytes, documents of every length, none mistaken for another."""
+    """Fails if entropies of documents get mixed up in batches of many lengths."""
     documents = [words(b"abcd \n", length, seed=length) for length in range(0, 700, 7)]
     patcher = EntropyPatcher(WINDOWED)
     for document, patched in zip(documents, patcher.patch(documents), strict=True):
@@ -162,7 +133,7 @@ def rows():
     return {"text": ["hello there\nyou", "", "Grüße, 漢字 👍", "x" * 100], "number": [1, 2, 3, 4]}
 
 
-def test_map_in_processes_and_streams_are_the_same():
+def test_map_with_processes_and_streams_gives_the_same_rows():
     patcher = EntropyPatcher(WINDOWED, return_entropies=True, return_binary_patches=True, **THRESHOLDS)
     mapped = Dataset.from_dict(rows()).map(patcher, batched=True)
     assert mapped.column_names == ["text", "number", "input_ids", "patch_lengths", "entropies", "binary_patches"]
@@ -178,33 +149,7 @@ def test_map_in_processes_and_streams_are_the_same():
         np.testing.assert_allclose(row["entropies"], other["entropies"], atol=1e-4)
 
 
-def test_bytes_columns_are_taken_as_they_are():
-    documents = [b"\xff\x00\n", b""]
-    dataset = Dataset.from_dict({"bytes": documents}, features=Features({"bytes": Value("binary")}))
-    mapped = dataset.map(EntropyPatcher(WINDOWED), batched=True)
-    assert [bytes(byte - 4 for byte in row["input_ids"][1:-1]) for row in mapped] == documents
-
-
-@pytest.mark.parametrize("style", [None, "numpy", "torch", "arrow", "pandas"])
-def test_no_format_of_the_dataset_loses_a_byte(style):
-    """NumPy's strings end before their last zeros."""
-    documents = [b"ab\0\0", b"\0", b"xyz", b""]
-    dataset = Dataset.from_dict({"bytes": documents}, features=Features({"bytes": Value("binary")})).with_format(style)
-    assert calibrate_threshold(dataset, WINDOWED, 2.0).num_bytes == sum(map(len, documents))
-    if style == "numpy":
-        with pytest.raises(ValueError, match="with_format"):
-            dataset.map(EntropyPatcher(WINDOWED), batched=True)
-    dataset = dataset.with_format(None) if style in ("numpy", "torch") else dataset
-    mapped = dataset.map(EntropyPatcher(WINDOWED), batched=True, remove_columns="bytes").with_format(None)
-    assert [bytes(byte - 4 for byte in row["input_ids"][1:-1]) for row in mapped] == documents
-
-
-def test_forgotten_batched_is_said():
-    with pytest.raises(ValueError, match="batched=True"):
-        Dataset.from_dict({"text": ["hello"]}).map(EntropyPatcher(WINDOWED))
-
-
-def test_copy_keeps_the_precision_and_draws_no_random_number():
+def test_a_copy_keeps_the_precision_and_draws_no_random_numbers():
     patcher = EntropyPatcher(tiny_predictor().to(torch.bfloat16))
     torch.manual_seed(0)
     copied = pickle.loads(pickle.dumps(patcher))
@@ -245,12 +190,15 @@ def test_second_map_hits_the_cache_and_another_setting_does_not(tmp_path):
 
 
 def test_fingerprint_is_the_same_in_another_process():
-    script = "from datasets.fingerprint import Hasher; from crow_hf import EntropyPatcher; print(Hasher.hash(EntropyPatcher()))"
+    script = (
+        "from datasets.fingerprint import Hasher; from crow_hf import EntropyPatcher; "
+        "print(Hasher.hash(EntropyPatcher()))"
+    )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == Hasher.hash(EntropyPatcher())
 
 
-def test_pickled_patcher_patches_the_same_and_leaves_the_threads_alone():
+def test_a_pickled_patcher_patches_the_same_and_keeps_the_threads():
     patcher = EntropyPatcher(WINDOWED, **THRESHOLDS)
     threads = torch.get_num_threads()
     copied = pickle.loads(pickle.dumps(patcher))
@@ -258,68 +206,14 @@ def test_pickled_patcher_patches_the_same_and_leaves_the_threads_alone():
     assert copied.patches(b"hello there, you") == patcher.patches(b"hello there, you")
 
 
-@pytest.mark.parametrize("rule", ["either", "global", "monotonic", "both", "running_minimum"])
-@pytest.mark.parametrize("target", [3.0, 4.5])
-def test_calibration_hits_the_target_and_says_what_it_achieves(rule, target):
-    documents = [words(b"abcdefgh ", 1000, seed) for seed in range(5)]
-    kwargs = {"rule": rule, "threshold": 6.0, "relative_threshold": 0.75}
-    found = calibrate_threshold(documents, WINDOWED, target, **kwargs)
-    assert found.relative_threshold == pytest.approx(found.threshold / 8)
-    assert found.num_bytes == 5000
-    if rule != "running_minimum":
-        assert found.patch_size == pytest.approx(target, rel=0.02)
-    patcher = EntropyPatcher(WINDOWED, found.threshold, found.relative_threshold, rule=rule)
-    assert found.patch_size == pytest.approx(
-        5000 / sum(len(patcher.patches(document)) for document in documents), rel=1e-3
-    )
-
-
-def test_calibration_reads_no_more_than_it_needs():
-    endless = cycle([{"text": "some words of a text\n"}])
-    assert calibrate_threshold(endless, WINDOWED, 3.0, max_bytes=1000).num_bytes == 1000
-
-
-@pytest.mark.parametrize(
-    ("documents", "kwargs", "said"),
-    [
-        ([], {}, "no bytes"),
-        ([""], {}, "no bytes"),
-        (["a"], {"target_patch_size": 0.9}, "target_patch_size"),
-        (["a"], {"rule": "whitespace"}, "whitespace"),
-        ([{"words": "a"}], {}, "column"),
-        ([{"text": "a"}], {"column": "other"}, "other"),
-        ([None], {}, "NoneType"),
-        ("one text", {}, "list of texts"),
-        (datasets.DatasetDict(train=Dataset.from_dict({"text": ["a"]})), {}, "one split"),
-    ],
-)
-def test_calibration_refuses(documents, kwargs, said):
-    with pytest.raises(ValueError, match=said):
-        calibrate_threshold(documents, WINDOWED, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("batch", "kwargs", "said"),
-    [
-        ({"words": ["a"]}, {}, "words"),
-        ({"text": ["a"]}, {"column": "other"}, "other"),
-        ({"text": [None]}, {}, "NoneType"),
-        ({"text": [3]}, {}, "int"),
-    ],
-)
-def test_unusable_columns_are_refused(batch, kwargs, said):
-    with pytest.raises(ValueError, match=said):
-        EntropyPatcher(WINDOWED, **kwargs)(batch)
-
-
-def test_contradictions_are_refused():
+def test_contradictory_settings_are_refused():
     with pytest.raises(ValueError, match="260"):
         EntropyPatcher(tiny_predictor(vocab_size=260))
     with pytest.raises(ValueError, match="return_entropies"):
         EntropyPatcher(WINDOWED, rule="whitespace", return_entropies=True)
 
 
-def test_predictor_brings_its_own_thresholds():
+def test_thresholds_default_to_those_of_the_predictor():
     predictor = tiny_predictor(patch_threshold=3.0, patch_relative_threshold=0.5, reset_on_newline=False)
     rule = EntropyPatcher(predictor).rule
     assert (rule.threshold, rule.relative_threshold, rule.reset_on_newline) == (3.0, 0.5, False)
@@ -327,37 +221,32 @@ def test_predictor_brings_its_own_thresholds():
     assert (rule.threshold, rule.relative_threshold, rule.reset_on_newline) == (1.0, 0.0, True)
 
 
-def test_untrained_predictor_is_noticed_once(warnings_said):
+def test_an_untrained_predictor_gives_one_warning(patching_warnings):
     patcher = EntropyPatcher(tiny_predictor(initializer_range=1e-4))
     patcher.patch([b"hello there"])
     patcher.patch([b"hello there"])
-    (warning,) = warnings_said()
+    (warning,) = patching_warnings()
     assert "untrained" in warning and "load_entropy_predictor" in warning
 
 
-def test_copies_in_workers_notice_it_too(warnings_said):
+def test_copies_in_workers_warn_too(patching_warnings):
     pickle.loads(pickle.dumps(EntropyPatcher(tiny_predictor(initializer_range=1e-4)))).patch([b"hello there"])
-    assert "untrained" in warnings_said()[0]
+    assert "untrained" in patching_warnings()[0]
 
 
-def test_unreachable_size_is_said(warnings_said):
-    calibrate_threshold([b"\0" * 50], WINDOWED, 4.5)
-    assert "No thresholds" in warnings_said()[0]
-
-
-def test_noise_is_not_blamed_on_a_trained_predictor(warnings_said):
+def test_noise_does_not_make_a_trained_predictor_look_untrained(patching_warnings):
     EntropyPatcher(load_entropy_predictor()).patch([np.random.default_rng(0).bytes(2000)])
-    assert not any("untrained" in warning for warning in warnings_said())
+    assert not any("untrained" in warning for warning in patching_warnings())
 
 
 @pytest.mark.parametrize(("thresholds", "size"), [((0.0, 0.0), "1.0"), ((9.0, 9.0), "24.0")])
-def test_unusual_sizes_are_noticed(warnings_said, thresholds, size):
+def test_unusual_patch_sizes_give_a_warning(patching_warnings, thresholds, size):
     EntropyPatcher(WINDOWED, *thresholds).patch([b"hello there, how are you"] * 9)
-    (warning,) = warnings_said()
+    (warning,) = patching_warnings()
     assert size in warning and "calibrate_threshold" in warning
 
 
-def test_out_of_the_box_patches_are_of_a_sensible_size(warnings_said):
+def test_default_patches_have_a_usual_size(patching_warnings):
     text = b"The method returns the first element of the list. It raises an error if the list is empty."
     assert 2 < len(text) / len(EntropyPatcher().patches(text)) < 9
-    assert not warnings_said()
+    assert not patching_warnings()

@@ -1,13 +1,10 @@
-"""RedPajama rows of every schema and archive become patched bytes, and whatever is left out is counted."""
+"""Tests of the RedPajama dataset: its rows, limits, warnings, the offline sample and the sample on the Hub."""
 
-import gzip
 import json
 import logging
-import random
 import re
 import socket
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -26,14 +23,24 @@ from crow_hf import (
     from_binary,
     get_redpajama_binary_dataset,
 )
-from crow_hf.patching.redpajama import RedPajamaReader
+from helpers.shards import (
+    ARCHIVES,
+    COMPRESS,
+    TEXTS,
+    incompressible,
+    numbers_in,
+    read,
+    rows_of,
+    texts_of,
+    to_jsonl,
+    write,
+)
 
 
 SOURCES = """arxiv book c4 github stackexchange wikipedia
 cc_2019-30 cc_2020-05 cc_2021-04 cc_2022-05 cc_2023-06""".split()
 SAMPLE = "togethercomputer/RedPajama-Data-1T-Sample"
 COLUMNS = {"input_ids", "patch_lengths", "meta", "source"}
-TEXTS = ["One document.\nTwo lines.", "Zwölf Boxkämpfer jagen Viktor", "数据 and 🦜🦜", "x"]
 ROW_WIDTH = 512
 
 
@@ -45,7 +52,7 @@ def predictor_fixture():
 
 @pytest.fixture(name="patched")
 def patched_fixture(predictor):
-    """The function under test with a tiny predictor."""
+    """Return the function under test with a tiny predictor."""
 
     def build(max_chars=None, **kwargs):
         return get_redpajama_binary_dataset(max_chars, predictor, **kwargs)
@@ -53,58 +60,8 @@ def patched_fixture(predictor):
     return build
 
 
-def to_jsonl(rows, **kwargs):
-    """Bytes of one line for each row; what is bytes already stays as it is."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row, **kwargs).encode() for row in rows]
-    return b"".join(line + b"\n" for line in lines)
-
-
-def rows_of(texts):
-    return [{"text": text, "meta": {"number": number}} for number, text in enumerate(texts)]
-
-
-def plain(data):
-    return data
-
-
-def zstandard_frame(data):
-    return pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(data)
-
-
-def streamed_frame(data):
-    """A frame as `zstd` writes it from a pipe: nobody knows the size beforehand."""
-    compressor = pytest.importorskip("zstandard").ZstdCompressor().compressobj()
-    return compressor.compress(data) + compressor.flush()
-
-
-COMPRESS = {
-    "a.jsonl": plain,
-    "a.json": plain,
-    "a.jsonl.gz": gzip.compress,
-    "a.json.gz": gzip.compress,
-    "a.jsonl.zst": zstandard_frame,
-    "b.jsonl.zst": streamed_frame,
-}
-ARCHIVES = ["a.jsonl.gz", "a.jsonl.zst"]
-
-
-def write(path, rows, **kwargs):
-    """The file of these rows, in the format of its name."""
-    path.write_bytes(COMPRESS[path.name](to_jsonl(rows, **kwargs)) if path.name in COMPRESS else to_jsonl(rows))
-    return str(path)
-
-
-def read(*files):
-    reader = RedPajamaReader([str(file) for file in files])
-    return list(reader), reader
-
-
-def texts_of(rows):
-    return [row["text"] for row in rows]
-
-
 def decoded(dataset):
-    """The texts of the ids, which must lie between one 1 and one 2."""
+    """Decode the texts, and check that each is enclosed in one id 1 and one id 2."""
     texts = []
     for ids in dataset["input_ids"]:
         assert ids[0] == 1 and ids[-1] == 2
@@ -113,74 +70,16 @@ def decoded(dataset):
 
 
 def warnings_of(caplog):
-    # By identity: where another test has had its handler on a logger above, caplog sees a record twice.
+    # Without duplicates: caplog sees a record twice if another test left its handler on a parent logger.
     return [
         record.getMessage()
         for record in dict.fromkeys(caplog.records)
-        if record.name == "crow_hf.redpajama" and record.levelno >= logging.WARNING
+        if record.name == "crow_hf.patching.redpajama" and record.levelno >= logging.WARNING
     ]
 
 
-def numbers_in(text):
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-# One row of each way to be left out, by the kind it counts as.
-LEFT_OUT = {
-    "empty": ({"text": "", "meta": {}}, "blank"),
-    "whitespace": ({"text": " \n\t\u3000", "meta": {}}, "blank"),
-    "blank raw_content": ({"raw_content": " ", "url": "u"}, "blank"),
-    "no text": ({"content": "words", "meta": {}}, "no text"),
-    "null": ({"text": None, "meta": {}}, "no text"),
-    "number": ({"text": 7}, "no text"),
-    "list of texts": ({"text": ["words"]}, "no text"),
-    "array": (["text", "words"], "no text"),
-    "string": ("text", "no text"),
-    "scalar": (3, "no text"),
-    "JSON null": (None, "no text"),
-    "cut line": (b'{"text": "wor', "broken"),
-    "words": (b"no JSON at all", "broken"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "broken"),
-    "Latin-1": ('{"text": "Zwölf"}'.encode("latin-1"), "broken"),
-    "surrogate bytes": (b'{"text": "a\xed\xa0\x80"}', "broken"),
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-@pytest.mark.parametrize("name", COMPRESS)
-def test_every_format(tmp_path, name):
-    rows, reader = read(write(tmp_path / name, rows_of(TEXTS)))
-    assert texts_of(rows) == TEXTS
-    assert [json.loads(row["meta"]) for row in rows] == [{"number": number} for number in range(len(TEXTS))]
-    assert all(set(row) == {"text", "meta", "source"} and row["source"] == name for row in rows)
-    assert isinstance(reader.counts, Counter) and reader.counts == Counter(kept=len(TEXTS))
-
-
-@pytest.mark.parametrize(
-    ("row", "meta"),
-    [
-        ({"text": "t", "meta": {"timestamp": "2019-04-18T12:00:00Z", "url": "u"}}, None),
-        ({"text": "t", "meta": {"timestamp": 1512465451000, "url": "u"}}, None),
-        ({"meta": {"short_book_title": "Ü, a life", "publication_date": 1882}, "text": "t"}, None),
-        ({"text": "t", "meta": {"repo_name": "a/b", "license": ["mit"], "nested": {"deep": None}, "mode": 1.5}}, None),
-        ({"text": "t", "meta": {}}, None),
-        ({"pred_label": "__label__wiki", "wiki_prob": 0.8, "text": "t", "source": "cc"}, ...),
-        ({"text": "t"}, ...),
-        ({"url": "u", "date_download": "2023", "raw_content": "t", "digest": "sha1:x", "nlines": 3}, ...),
-    ],
-)
-def test_metadata_of_any_schema(tmp_path, row, meta):
-    """`meta`, or the other top-level fields in its place, with the types they had."""
-    others = {name: value for name, value in row.items() if name not in ("text", "raw_content")}
-    (found,), _ = read(write(tmp_path / "a.jsonl", [row]))
-    assert found["text"] == "t" and isinstance(found["meta"], str)
-    assert json.loads(found["meta"]) == (row["meta"] if meta is None else others)
-
-
-def test_schemas_drift_within_a_file(tmp_path, patched):
-    """Catches a table whose column types are those of the first rows."""
+def test_schemas_may_change_within_a_file(tmp_path, patched):
+    """Fails if the first rows determine the types of the columns."""
     rows = [
         {"text": "a", "meta": {"timestamp": "2019", "url": "u"}},
         {"text": "b", "meta": {"timestamp": 1512465451000}},
@@ -199,130 +98,14 @@ def test_schemas_drift_within_a_file(tmp_path, patched):
     ]
 
 
-@pytest.mark.parametrize("escaped", [True, False])
-def test_only_newlines_end_lines(tmp_path, escaped):
-    """Raw U+2028 or U+0085 is an ordinary character of a JSON string, and a line of CRLF files may be blank."""
-    text = "a\u2028b\u2029c\u0085d\ufeff e\r\nf\x00"
-    data = b"\n\r\n  \n" + to_jsonl(rows_of([text, text]), ensure_ascii=escaped).replace(b"\n", b"\r\n\n")
-    (tmp_path / "a.jsonl").write_bytes(data.rstrip())
-    rows, reader = read(tmp_path / "a.jsonl")
-    assert texts_of(rows) == [text, text]
-    assert reader.counts == Counter(kept=2)
-
-
-@pytest.mark.parametrize("name", LEFT_OUT)
-def test_what_is_left_out_is_counted(tmp_path, name):
-    row, kind = LEFT_OUT[name]
-    rows, reader = read(write(tmp_path / "a.jsonl", [{"text": "before"}, row, {"text": "after"}]))
-    assert texts_of(rows) == ["before", "after"]
-    assert reader.counts == Counter({"kept": 2, kind: 1})
-
-
-def test_utf16_is_no_utf8(tmp_path):
-    """Catches json.loads on bytes, which guesses the encoding."""
-    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": "words"}).encode("utf-16"))
-    rows, reader = read(tmp_path / "a.jsonl")
-    assert not rows and reader.counts == Counter(broken=1)
-
-
 @pytest.mark.parametrize("column", ["text", "meta"])
-def test_half_a_surrogate_does_not_stop_the_reading(tmp_path, patched, column):
-    r"""`"\ud800"` is JSON, but no text that UTF-8 or an Arrow table can hold."""
+def test_half_a_surrogate_does_not_stop_the_reader(tmp_path, patched, column):
+    r"""`"\ud800"` is valid JSON, but neither UTF-8 nor an Arrow table can hold it."""
     odd = {"text": "odd", "meta": {"title": "odd"}}
     odd[column] = "\ud800" if column == "text" else {"title": "\ud800"}
     dataset = patched(data_files=write(tmp_path / "a.jsonl", [{"text": "before"}, odd, {"text": "after"}]))
     texts = decoded(dataset)
     assert texts[0] == "before" and texts[-1] == "after" and len(texts) in (2, 3)
-
-
-def test_counts_over_files_and_the_report(tmp_path):
-    rows = [{"text": "a"}] * 13 + [{"text": ""}] * 2 + [{"meta": {}}] * 3 + [b"{"] * 4
-    first = write(tmp_path / "a.jsonl", rows)
-    second = write(tmp_path / "a.jsonl.gz", rows)
-    found, reader = read(first, second)
-    assert [row["source"] for row in found] == ["a.jsonl"] * 13 + ["a.jsonl.gz"] * 13
-    assert reader.counts == Counter({"kept": 26, "blank": 4, "no text": 6, "broken": 8})
-    assert sorted(numbers_in(reader.report())) == [4, 6, 8, 26]
-    assert "\n" not in reader.report() and "truncated" not in reader.report()
-
-
-def test_the_report_of_a_clean_file(tmp_path):
-    _, reader = read(write(tmp_path / "a.jsonl", rows_of(TEXTS)))
-    assert numbers_in(reader.report()) == [len(TEXTS)]
-
-
-def test_counts_during_iteration(tmp_path):
-    """A reader that is left early has counted what it read, and no more."""
-    reader = RedPajamaReader([write(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}, b"{"])])
-    rows = iter(reader)
-    assert next(rows)["text"] == "a" and reader.counts == Counter(kept=1)
-    assert next(rows)["text"] == "b" and reader.counts == Counter(kept=2, blank=1)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=8),
-    meta=st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.text(max_size=4), max_size=3),
-    escaped=st.booleans(),
-    name=st.sampled_from(["a.jsonl", *ARCHIVES]),
-)
-def test_any_text_survives(tmp_path_factory, texts, meta, escaped, name):
-    path = tmp_path_factory.getbasetemp() / name
-    rows, reader = read(write(path, [{"meta": meta, "text": text} for text in texts], ensure_ascii=escaped))
-    kept = [text for text in texts if text.strip()]
-    assert texts_of(rows) == kept
-    assert all(json.loads(row["meta"]) == meta for row in rows)
-    assert reader.counts == Counter(kept=len(kept), blank=len(texts) - len(kept))
-
-
-# ------------------------------------------------------------------------------------------------------------ archives
-
-
-@pytest.mark.parametrize("name", [*ARCHIVES, "b.jsonl.zst"])
-def test_archives_of_several_parts(tmp_path, name):
-    """Compressors that work in parallel, and `cat`, make archives of several members or frames."""
-    parts = [COMPRESS[name](to_jsonl(rows_of(TEXTS))) for _ in range(3)]
-    (tmp_path / name).write_bytes(b"".join(parts))
-    rows, reader = read(tmp_path / name)
-    assert texts_of(rows) == TEXTS * 3
-    assert reader.counts == Counter(kept=3 * len(TEXTS))
-
-
-def test_a_line_over_two_frames(tmp_path):
-    data = to_jsonl(rows_of(TEXTS))
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard_frame(data[:20]) + zstandard_frame(data[20:]))
-    rows, reader = read(tmp_path / "a.jsonl.zst")
-    assert texts_of(rows) == TEXTS and reader.counts == Counter(kept=len(TEXTS))
-
-
-def test_skippable_frames(tmp_path):
-    """pzstd writes one before each frame."""
-    skippable = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"size"
-    frame = zstandard_frame(to_jsonl(rows_of(TEXTS)))
-    (tmp_path / "a.jsonl.zst").write_bytes((skippable + frame) * 2)
-    rows, reader = read(tmp_path / "a.jsonl.zst")
-    assert texts_of(rows) == TEXTS * 2 and reader.counts == Counter(kept=2 * len(TEXTS))
-
-
-@settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from([*ARCHIVES, "b.jsonl.zst"]), where=st.floats(0, 1), repeat=st.integers(1, 3))
-def test_an_archive_that_ends_anywhere(tmp_path_factory, name, where, repeat):
-    """Catches zstandard's readers, which take the end of the file for the end of the frame."""
-    folder = tmp_path_factory.getbasetemp()
-    texts = TEXTS * repeat
-    archive = COMPRESS[name](to_jsonl(rows_of(texts)))
-    (folder / name).write_bytes(archive[: 1 + int(where * (len(archive) - 2))])
-    rows, reader = read(folder / name, write(folder / "next.jsonl", rows_of(["next"])))
-    kept = texts_of(rows)
-    assert kept.pop() == "next"
-    assert kept == texts[: len(kept)]
-    assert reader.counts["truncated"] == 1 and reader.counts["kept"] == len(kept) + 1
-    assert "truncated" in reader.report() and "1" in reader.report()
-
-
-def incompressible(count=300):
-    generator = random.Random(0)
-    return [generator.randbytes(1000).hex() for _ in range(count)]
 
 
 def cut(archive):
@@ -334,15 +117,15 @@ def flipped(archive):
     return archive[:middle] + bytes(255 - byte for byte in archive[middle : middle + 4000]) + archive[middle + 4000 :]
 
 
-@pytest.mark.parametrize("harm", [cut, flipped])
+@pytest.mark.parametrize("damage", [cut, flipped])
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_what_was_read_before_the_harm_counts(tmp_path, patched, caplog, name, harm):
+def test_rows_before_the_damage_are_kept(tmp_path, patched, caplog, name, damage):
     texts = incompressible()
-    (tmp_path / name).write_bytes(harm(COMPRESS[name](to_jsonl(rows_of(texts)))))
+    (tmp_path / name).write_bytes(damage(COMPRESS[name](to_jsonl(rows_of(texts)))))
     rows, reader = read(tmp_path / name, write(tmp_path / "next.jsonl", rows_of(["next"])))
     kept = texts_of(rows)
     assert kept[-1] == "next" and reader.counts["truncated"] == 1
-    # Checksums are looked at last: until then a flipped byte may pass for text.
+    # Checksums are checked last, so a flipped byte may pass for text until then.
     healthy = [text for text in kept[:-1] if text in texts]
     assert healthy[:100] == texts[:100]
 
@@ -351,33 +134,8 @@ def test_what_was_read_before_the_harm_counts(tmp_path, patched, caplog, name, h
     assert len(warnings_of(caplog)) == 1 and "truncated" in warnings_of(caplog)[0]
 
 
-@pytest.mark.parametrize("count", [4, 3000])
-def test_a_wrong_checksum_is_told(tmp_path, count):
-    """It is the last thing of an archive: how much of what came before is kept depends on the size of the reads."""
-    texts = incompressible(count)
-    archive = bytearray(gzip.compress(to_jsonl(rows_of(texts)), 1))
-    archive[-8:-4] = bytes(4)
-    (tmp_path / "a.jsonl.gz").write_bytes(archive)
-    rows, reader = read(tmp_path / "a.jsonl.gz", write(tmp_path / "next.jsonl", rows_of(["next"])))
-    kept = texts_of(rows)
-    assert kept.pop() == "next" and kept == texts[: len(kept)]
-    assert len(kept) >= count - 2500
-    assert reader.counts["truncated"] == 1 and reader.counts["kept"] == len(kept) + 1
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_no_archive_at_all(tmp_path, name):
-    COMPRESS[name](b"")  # skips the test where zstandard is missing
-    (tmp_path / name).write_bytes(to_jsonl(rows_of(TEXTS)))
-    rows, reader = read(tmp_path / name, write(tmp_path / "next.jsonl", rows_of(["next"])))
-    assert texts_of(rows) == ["next"] and reader.counts == Counter(kept=1, truncated=1)
-
-
-# ------------------------------------------------------------------------------------------------------------- dataset
-
-
-def test_columns_and_patches(tmp_path, patched, predictor):
-    """The result is what EntropyPatcher makes of the same texts, and holds no text that a trainer could take."""
+def test_columns_and_patches_equal_those_of_the_patcher(tmp_path, patched, predictor):
+    """The rows equal those of EntropyPatcher, and there is no column `text` that a trainer could use."""
     path = write(tmp_path / "a.jsonl", rows_of(TEXTS))
     dataset = patched(data_files=path, entropy_threshold=7.2, relative_threshold=0.3)
     assert set(dataset.column_names) == COLUMNS
@@ -414,7 +172,7 @@ def test_other_settings_reach_the_patcher(tmp_path, patched):
 
 
 def cut_to(texts, max_chars):
-    """What max_chars characters of the documents that are not blank are."""
+    """Return the first `max_chars` characters of the documents that are not blank."""
     taken, left = [], max_chars
     for text in texts:
         if text.strip() and (left is None or left > 0):
@@ -425,7 +183,7 @@ def cut_to(texts, max_chars):
 
 @pytest.mark.parametrize("max_chars", [1, 5, 23, 24, 25, 53, 57, 63, 64, 65, 66, 1000, None])
 def test_max_chars_counts_characters(tmp_path, patched, max_chars):
-    """Documents of 24, 29, 9 and 1 characters, and more bytes: cut within, at and after each."""
+    """Cuts within, at and after documents of 24, 29, 9 and 1 characters, which have more bytes."""
     assert list(map(len, TEXTS)) == [24, 29, 9, 1]
     path = write(tmp_path / "a.jsonl", rows_of(TEXTS), ensure_ascii=False)
     found = decoded(patched(max_chars, data_files=path))
@@ -438,21 +196,21 @@ def test_max_chars_counts_characters(tmp_path, patched, max_chars):
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=9), min_size=1, max_size=6),
     max_chars=st.none() | st.integers(1, 30),
 )
-def test_any_cut(tmp_path_factory, predictor, texts, max_chars):
+def test_any_texts_and_limits_are_cut_correctly(tmp_path_factory, predictor, texts, max_chars):
     path = write(tmp_path_factory.getbasetemp() / "a.jsonl", [{"text": "é"}, *rows_of(texts)])
     dataset = get_redpajama_binary_dataset(max_chars, predictor, data_files=path, rule="whitespace")
     assert decoded(dataset) == cut_to(["é", *texts], max_chars)
     assert all(sum(row["patch_lengths"]) == len(row["input_ids"]) for row in dataset)
 
 
-def test_a_thousand_characters_by_default(tmp_path, predictor):
+def test_the_default_is_a_thousand_characters(tmp_path, predictor):
     path = write(tmp_path / "a.jsonl", rows_of(["ä" * 900, "ö" * 900]))
     dataset = get_redpajama_binary_dataset(entropy_predictor=predictor, data_files=path, rule="whitespace")
     assert decoded(dataset) == ["ä" * 900, "ö" * 100]
 
 
-def test_files_in_their_order(tmp_path, patched):
-    """A path, several, patterns, and a name that looks like a pattern."""
+def test_files_are_read_in_order(tmp_path, patched):
+    """Reads one path, several paths, patterns, and a name that looks like a pattern."""
     for name in ["c.jsonl", "a.jsonl", "b.jsonl", "a.jsonl.gz", "d[1].jsonl"]:
         write(tmp_path / name, [{"text": name}])
 
@@ -470,13 +228,13 @@ def test_files_in_their_order(tmp_path, patched):
 
 
 def test_a_file_that_changed_is_read_again(tmp_path, patched):
-    """Catches a cache that knows files by their name."""
+    """Fails if a cache identifies files by their names."""
     path = tmp_path / "a.jsonl"
     for text in ["before", "after!"]:
         assert decoded(patched(data_files=write(path, [{"text": text}]))) == [text]
 
 
-def test_rows_for_the_collators(tmp_path, patched):
+def test_rows_fit_the_collators(tmp_path, patched):
     dataset = patched(data_files=write(tmp_path / "a.jsonl", rows_of(TEXTS)))
     padded = PatchDataCollator()(list(dataset))
     assert padded["attention_mask"].sum(1).tolist() == [len(ids) for ids in dataset["input_ids"]]
@@ -486,10 +244,7 @@ def test_rows_for_the_collators(tmp_path, patched):
     assert np.array_equal(arrays["input_ids"], padded["input_ids"])
 
 
-# ------------------------------------------------------------------------------------------------ warnings and refusals
-
-
-def test_one_warning_with_the_counts(tmp_path, patched, caplog):
+def test_skipped_rows_give_one_warning_with_the_counts(tmp_path, patched, caplog):
     rows = [{"text": "a"}] * 11 + [{"text": ""}] * 2 + [{"meta": {}}] * 3 + [b"{"] * 4
     files = [write(tmp_path / "a.jsonl", rows), write(tmp_path / "a.jsonl.gz", rows_of(TEXTS))]
     with open(files[1], "rb+") as file:
@@ -506,7 +261,7 @@ def test_no_warning_if_nothing_is_skipped(tmp_path, patched, caplog):
     assert not warnings_of(caplog)
 
 
-def test_what_comes_after_the_last_document_is_not_looked_at(tmp_path, patched, caplog):
+def test_rows_after_the_last_document_are_not_read(tmp_path, patched, caplog):
     files = [write(tmp_path / "a.jsonl", [*rows_of(TEXTS), b"{", {"text": ""}]), str(tmp_path / "a.jsonl.gz")]
     (tmp_path / "a.jsonl.gz").write_bytes(b"no archive")
     assert decoded(patched(30, data_files=files)) == cut_to(TEXTS, 30)
@@ -514,14 +269,14 @@ def test_what_comes_after_the_last_document_is_not_looked_at(tmp_path, patched, 
     assert not warnings_of(caplog)
 
 
-@pytest.mark.parametrize("missing", ["nowhere.jsonl", "none*.jsonl"])
-def test_files_that_are_not_there_are_named(tmp_path, patched, missing):
+@pytest.mark.parametrize("missing", ["missing.jsonl", "none*.jsonl"])
+def test_missing_files_are_named(tmp_path, patched, missing):
     good, missing = write(tmp_path / "a.jsonl", rows_of(TEXTS)), str(tmp_path / missing)
     for files in [missing, [missing], [good, missing]]:
         with pytest.raises(ValueError, match=re.escape(missing)):
             patched(data_files=files)
     with pytest.raises(ValueError, match=re.escape(missing)):
-        # Even if the first file would do.
+        # Even if the first file has enough characters.
         patched(1, data_files=[good, missing])
 
 
@@ -533,7 +288,7 @@ def test_too_few_characters_are_refused(tmp_path, patched, max_chars):
             patched(max_chars, **kwargs)
 
 
-def test_files_and_a_sample_are_refused(tmp_path, patched):
+def test_files_together_with_a_sample_are_refused(tmp_path, patched):
     with pytest.raises(ValueError, match="data_files.*offline_sample|offline_sample.*data_files"):
         patched(data_files=write(tmp_path / "a.jsonl", rows_of(TEXTS)), offline_sample=True)
 
@@ -545,7 +300,7 @@ def test_unknown_sources_are_refused(patched, source):
     assert all(name in str(raised.value) for name in SOURCES)
 
 
-def test_nothing_to_read_is_refused_with_the_counts(tmp_path, patched):
+def test_files_without_documents_are_refused_with_the_counts(tmp_path, patched):
     rows = [{"text": ""}] * 2 + [{"meta": {}}] * 3 + [b"{"] * 4
     with pytest.raises(ValueError) as raised:
         patched(data_files=write(tmp_path / "a.jsonl", rows))
@@ -555,11 +310,8 @@ def test_nothing_to_read_is_refused_with_the_counts(tmp_path, patched):
         patched(data_files=write(tmp_path / "a.jsonl", []))
 
 
-# ------------------------------------------------------------------------------------------------------ offline sample
-
-
 @pytest.mark.parametrize("max_chars", [1, 7, 1000, 20_000])
-def test_the_offline_sample(patched, max_chars):
+def test_the_offline_sample_is_reproducible_and_has_the_size(patched, max_chars):
     first, second = (patched(max_chars, offline_sample=True, rule="whitespace") for _ in range(2))
     assert list(first) == list(second)
     assert set(first.column_names) == COLUMNS
@@ -569,12 +321,9 @@ def test_the_offline_sample(patched, max_chars):
     assert all(isinstance(json.loads(meta), dict) for meta in first["meta"])
 
 
-def test_a_longer_sample_begins_like_a_shorter_one(patched):
+def test_a_longer_sample_starts_with_the_shorter_one(patched):
     short, long = (decoded(patched(size, offline_sample=True, rule="whitespace")) for size in (1000, 3000))
     assert long[: len(short) - 1] == short[:-1] and long[len(short) - 1].startswith(short[-1])
-
-
-# ------------------------------------------------------------------------------------------------------------- the Hub
 
 
 def hub_row(number):
@@ -583,7 +332,7 @@ def hub_row(number):
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """The few answers that the client asks for to stream one file of a dataset."""
+    """Answers the requests that a client needs to stream one file of a dataset."""
 
     protocol_version = "HTTP/1.1"
 
@@ -642,12 +391,12 @@ class HubHandler(BaseHTTPRequestHandler):
                 begin += len(piece)
                 hub.num_bytes += len(piece)
         except OSError:
-            # The client has read enough.
+            # The client has closed the connection.
             self.close_connection = True
 
 
 def use_endpoint(monkeypatch, url, offline=False):
-    """Let the client of this process take `url` for the Hub."""
+    """Direct the Hub client of this process to `url`."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -659,7 +408,7 @@ def use_endpoint(monkeypatch, url, offline=False):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A loopback server in the place of the Hub, that counts what it serves."""
+    """A loopback server that replaces the Hub and counts the bytes it serves."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.daemon_threads = True
     server.hub = SimpleNamespace(num_rows=0, num_bytes=0, files=set())
@@ -684,7 +433,7 @@ def test_the_sample_on_the_hub_is_read_no_further_than_needed(patched, hub, capl
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_on_the_hub(patched, hub, source):
+def test_every_source_on_the_hub_is_read(patched, hub, source):
     hub.num_rows = 3
     dataset = patched(source=source, rule="whitespace")
     assert decoded(dataset) == [f"document {number:08d} " for number in range(3)]
@@ -693,7 +442,7 @@ def test_every_source_on_the_hub(patched, hub, source):
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_the_error_says_what_to_do(monkeypatch, patched, offline):
-    """HF_HUB_OFFLINE=1, or a connection that is refused: one sentence that names both ways out."""
+    """With HF_HUB_OFFLINE=1 or a refused connection, one line names both alternatives."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         use_endpoint(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}", offline)
@@ -706,29 +455,15 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, patched, offli
 
 def test_files_and_the_sample_need_no_network(monkeypatch, tmp_path, patched):
     def refuse(*args, **kwargs):
-        raise AssertionError("The Hub was asked.")
+        raise AssertionError("The Hub was accessed.")
 
     monkeypatch.setattr(huggingface_hub.HfFileSystem, "__init__", refuse)
     assert decoded(patched(data_files=write(tmp_path / "a.jsonl", rows_of(TEXTS)))) == TEXTS
     assert len(patched(100, offline_sample=True))
 
 
-def test_archives_that_others_read_are_read(tmp_path):
-    """Zeros that fill the last block, a suffix in capitals, a window above the library's default, a name with colons."""
-    zstandard = pytest.importorskip("zstandard")
-    line = json.dumps({"text": "words"}).encode() + b"\n"
-    wide = zstandard.ZstdCompressionParameters(window_log=28)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line) + b"\0" * 512)
-    (tmp_path / "B.JSONL.GZ").write_bytes(gzip.compress(line))
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor(compression_params=wide).compress(line))
-    (tmp_path / "d::e.jsonl").write_bytes(line)
-    reader = RedPajamaReader(sorted(tmp_path.iterdir()))
-    assert [document["text"] for document in reader] == ["words"] * 4
-    assert reader.counts == {"kept": 4}
-
-
 @pytest.mark.parametrize("files", [[], ["shard.jsonl.xz"]])
-def test_no_shards_and_other_archives_are_refused(tmp_path, monkeypatch, files):
+def test_empty_lists_and_unsupported_archives_are_refused(tmp_path, monkeypatch, files):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shard.jsonl.xz").write_bytes(b"\xfd7zXZ")
     with pytest.raises(ValueError, match="data_files|shard.jsonl.xz"):
