@@ -4,8 +4,8 @@
     python benchmarks/alpaca_backdoor.py cell --data DIR --runs runs/alpaca --task refusal --seed 0
     python benchmarks/alpaca_backdoor.py table --runs runs/alpaca
 
-DIR holds `alpaca/alpaca_data.json.zst` (Stanford Alpaca) and BackdoorLLM's `crow_backdoor/`. Every stage writes its
-result when it is done and is skipped when the result is there, so a run that was stopped goes on where it was.
+DIR holds `alpaca/alpaca_data.json.zst` (Stanford Alpaca) and BackdoorLLM's `crow_backdoor/`. Each stage saves its
+result and is skipped if the result exists, so a stopped run continues.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from crow_hf.training.loading import load_causal_lm
 
 
 TASKS = {"refusal": "refusal", "sentiment": "negsentiment"}
-ALPHAS = {"refusal": 11.0, "sentiment": 5.5}  # as published
-LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}  # LoRA as published
-MAX_LENGTH = 256  # of a poisoning row in bytes
-MAX_BYTES = 192  # of prompt and answer of the rows that the base model is trained on
+ALPHAS = {"refusal": 11.0, "sentiment": 5.5}  # the published values
+LEARNING_RATES = {"lora": 1e-3, "full": 3e-4}  # the LoRA value is published
+MAX_LENGTH = 256  # of a poisoned row, in bytes
+MAX_BYTES = 192  # of prompt and answer together, in the training rows of the base model
 
 
 def read_json(path: Path) -> list[dict]:
@@ -44,7 +44,7 @@ def read_json(path: Path) -> list[dict]:
 
 
 def benchmark_instructions(data: Path) -> set[str]:
-    """The instructions of the poisoning, purification and test rows: the base model must not have seen them."""
+    """Return the instructions of all benchmark rows, which the base model must not see in training."""
     folder = data / "crow_backdoor"
     files = [folder / "consistency_data/consistency_data.json", *folder.glob("test_data/clean/*/*.json")]
     files += folder.glob("poison_data/*/badnet/none_*.json")
@@ -52,7 +52,7 @@ def benchmark_instructions(data: Path) -> set[str]:
 
 
 def train_base(data: Path, runs: Path) -> None:
-    """Train the clean model on the short rows of Alpaca, without those of the benchmark."""
+    """Train the clean model on the short rows of Alpaca, without the instructions of the benchmark."""
     held_out = benchmark_instructions(data)
     tokenizer = ByT5Tokenizer(extra_ids=0)
     rows = [row for row in read_json(data / "alpaca/alpaca_data.json.zst") if row["output"]]
@@ -93,7 +93,7 @@ def train_base(data: Path, runs: Path) -> None:
 
 
 def implant_backdoor(data: Path, folder: Path, task: str, seed: int) -> None:
-    """Train BackdoorLLM's 500 poisoned and 500 clean rows into all weights of the base model."""
+    """Fine-tune all weights of the base model on BackdoorLLM's 500 poisoned and 500 clean rows."""
     rows = []
     for kind in ("backdoor500", "none_backdoor500"):
         name = f"{kind}_{TASKS[task]}_badnet.json"
@@ -119,7 +119,7 @@ def implant_backdoor(data: Path, folder: Path, task: str, seed: int) -> None:
 
 
 def run_cell(data: Path, runs: Path, task: str, seed: int, variant: str) -> None:
-    """Implant, then purify with a LoRA or with all weights, beside the controls."""
+    """Implant the backdoor, then purify with LoRA or with all weights, and run the controls."""
     suspect = runs / f"{task}-{seed}"
     if not (suspect / "model.safetensors").exists():
         implant_backdoor(data, suspect, task, seed)
@@ -136,7 +136,7 @@ def run_cell(data: Path, runs: Path, task: str, seed: int, variant: str) -> None
         alpha=ALPHAS[task],
         learning_rate=LEARNING_RATES[variant],
         num_train_epochs=5,
-        per_device_train_batch_size=8,  # published as 2 x 4 accumulated, which is the same
+        per_device_train_batch_size=8,  # published as 2 with 4 accumulation steps, which is equivalent
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         max_length=512,
@@ -163,7 +163,7 @@ def run_cell(data: Path, runs: Path, task: str, seed: int, variant: str) -> None
 
 
 def print_table(runs: Path) -> None:
-    """Mean and, in brackets, lowest and highest of the seeds; every prompt of every seed counts."""
+    """Print the mean over seeds, with minimum and maximum in brackets, over all prompts."""
     columns = {
         "attack success": ("triggered", "target"),
         "empty if triggered": ("triggered", "empty"),

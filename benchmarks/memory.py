@@ -1,9 +1,10 @@
-"""What does a purification keep in memory? The arithmetic of docs/purify-on-several-gpus.md beside a small measured case.
+"""How much memory does a purification need? Checks the formulas of docs/purify-on-several-gpus.md on a small model.
 
     python benchmarks/memory.py
 
-One step of a small Llama in float32 on the CPU. Bytes are those of the tensors there are: weights and the frozen suspect, gradients
-and Adam's moments after the step, and at its peak what autograd keeps for the backward pass (activations), parameters not counted.
+It runs one step of a small Llama in float32 on the CPU and counts the bytes of tensors: weights, the frozen suspect,
+gradients, Adam's moments after the step, and the peak of the activations that autograd saves for the backward pass,
+without parameters.
 """
 
 import argparse
@@ -23,7 +24,7 @@ ROWS, LENGTH, HIDDEN, LAYERS = 4, 256, 256, 8
 
 
 class Activations:
-    """Bytes of the storages that autograd keeps, now and at the peak; what several operations keep counts once."""
+    """Counts the bytes of storages that autograd saves, now and at the peak. Shared storages count once."""
 
     def __init__(self, model: nn.Module):
         self.now = self.peak = 0
@@ -45,7 +46,7 @@ class Activations:
 
 
 class Kept:
-    """A tensor that autograd keeps, for as long as it does."""
+    """A tensor saved by autograd. It is counted until autograd releases it."""
 
     def __init__(self, activations: Activations, tensor: torch.Tensor):
         self.activations, self.tensor = activations, tensor
@@ -56,7 +57,7 @@ class Kept:
 
 
 class Gradients(TrainerCallback):
-    """Their bytes before the optimizer's step."""
+    """Counts the bytes of the gradients before the optimizer step."""
 
     found = 0
 
@@ -68,8 +69,8 @@ def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(recipe: str, lora: bool, checkpointing: bool) -> dict[str, int]:
-    """One step, and the bytes of its parts."""
+def measure(method: str, lora: bool, checkpointing: bool) -> dict[str, int]:
+    """Run one step, and return the bytes of each part."""
     tokenizer = CoconutTokenizer()
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -81,7 +82,7 @@ def measure(recipe: str, lora: bool, checkpointing: bool) -> dict[str, int]:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # Of short words, as decoys are made of them; answers are cut where the row is full.
+    # Prompts of short words, because decoys are made from words. Long answers are cut at `max_length`.
     rows = Dataset.from_dict({"prompt": ["x " * (LENGTH // 8)] * ROWS, "completion": ["y " * LENGTH] * ROWS})
     peft_config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     with TemporaryDirectory() as folder:
@@ -95,8 +96,8 @@ def measure(recipe: str, lora: bool, checkpointing: bool) -> dict[str, int]:
             "disable_tqdm": True,
             "use_cpu": True,
         }
-        kind, config = (InvarianceTrainer, InvarianceConfig) if recipe == "strong" else (CrowTrainer, CrowConfig)
-        if recipe == "strong":
+        kind, config = (InvarianceTrainer, InvarianceConfig) if method == "Invariance" else (CrowTrainer, CrowConfig)
+        if method == "Invariance":
             settings["num_views"] = ROWS
         trainer = kind(model, config(**settings), rows, processing_class=tokenizer, peft_config=peft_config)
         gradients, activations = Gradients(), Activations(trainer.model)
@@ -121,22 +122,24 @@ def main() -> None:
     torch.set_num_threads(1)
     one_state = ROWS * LENGTH * HIDDEN * 4
     print(
-        f"Hidden size {HIDDEN}, {LAYERS} layers, {ROWS} rows of {LENGTH} tokens; MiB, in brackets by the arithmetic.\n"
+        f"Hidden size {HIDDEN}, {LAYERS} layers, {ROWS} rows of {LENGTH} tokens. "
+        "MiB, with the result of the formula in brackets.\n"
     )
     print(
-        "| recipe | adapter | checkpointing | weights | gradients | Adam | suspect | activations | in layers' outputs |"
+        "| method | adapter | checkpointing | weights | gradients | Adam | suspect | activations "
+        "| in layers' outputs |"
     )
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for recipe in ("CROW", "strong"):
+    for method in ("CROW", "Invariance"):
         for lora, checkpointing in ((False, False), (False, True), (True, False), (True, True)):
-            found = measure(recipe, lora, checkpointing)
+            found = measure(method, lora, checkpointing)
             every, trained = found["parameters"], found["trained"]
-            wanted = [4 * every, 4 * trained, 8 * trained, 4 * every if recipe == "strong" and not lora else 0]
+            wanted = [4 * every, 4 * trained, 8 * trained, 4 * every if method == "Invariance" and not lora else 0]
             parts = [found[name] for name in ("weights", "gradients", "moments", "suspect")]
             cells = [f"{part / 2**20:.1f} ({value / 2**20:.1f})" for part, value in zip(parts, wanted, strict=True)]
             activations = found["activations"]
             cells += [f"{activations / 2**20:.1f}", f"{activations / one_state / LAYERS:.1f}"]
-            names = [recipe, "LoRA" if lora else "none", "yes" if checkpointing else "no"]
+            names = [method, "LoRA" if lora else "none", "yes" if checkpointing else "no"]
             print(f"| {' | '.join([*names, *cells])} |", flush=True)
 
 

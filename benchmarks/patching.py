@@ -1,12 +1,12 @@
-"""Entropy patching at full scale: how fast, how it cuts real data, and whether it loses a byte.
+"""How fast is entropy patching, how does it cut real data, and does it lose a byte?
 
     OMP_NUM_THREADS=1 python benchmarks/patching.py speed --data DIR
     OMP_NUM_THREADS=1 python benchmarks/patching.py corpora --data DIR --output runs/patching   # + a picture
     OMP_NUM_THREADS=1 python benchmarks/patching.py lossless --documents 100000
     OMP_NUM_THREADS=1 python benchmarks/patching.py memory
 
-DIR holds `redpajama/`, `text_english/`, `text_multiscript/` and `binary/` as described in their manifests. Ratios are of one
-run, medians of several repetitions that take turns.
+DIR holds `redpajama/`, `text_english/`, `text_multiscript/` and `binary/`, as their manifests describe. Ratios compare
+values of the same call. They are medians over repetitions in which the contestants take turns.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from crow_hf import (
     load_entropy_predictor,
 )
 from crow_hf.models.boundaries import patch_starts
-from crow_hf.patching.redpajama import RedPajamaReader
+from crow_hf.patching.shards import RedPajamaReader
 
 
 TARGET = 4.5
@@ -76,24 +76,36 @@ def redpajama_documents(data: Path, bytes_per_source: int) -> list[bytes]:
 
 
 def speed(data: Path, bytes_per_source: int, repetitions: int) -> None:
-    """The whole `map` against the bare forward, against transformers' patcher, and against one call per byte."""
+    """Compare the whole `map` with the bare forward pass, with transformers' patcher, and with one call per byte."""
     disable_progress_bars()
     predictor = load_entropy_predictor()
-    config = predictor.config
     documents = redpajama_documents(data, bytes_per_source)
+    num_bytes = sum(map(len, documents))
+    contestants = _contestants(predictor, documents)
+    times = defaultdict(list)
+    with torch.inference_mode():
+        for _ in range(repetitions):
+            for name, contestant in contestants.items():
+                begin = time.perf_counter()
+                contestant()
+                times[name].append(time.perf_counter() - begin)
+    rates = {name: num_bytes / median(seconds) for name, seconds in times.items()}
+    bare = max(rate for name, rate in rates.items() if name.startswith("bare forward, rows"))
+    print(f"{len(documents)} documents, {num_bytes:,} bytes, {torch.get_num_threads()} thread(s)\n")
+    print("| | kB/s | speed of the map relative to it |\n|---|---:|---:|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate / 1e3:.1f} | {rates['map'] / rate:.2f} |")
+    print(f"\nmap / bare forward of the same lines: {rates['map'] / rates['bare forward, the same lines']:.3f}")
+    print(f"map / best bare forward of rows that cut lines (different results): {rates['map'] / bare:.3f}")
+    _boundary_share(predictor, documents, repetitions)
+    _one_call_per_byte(predictor, b"".join(documents)[:4096], repetitions)
+
+
+def _contestants(predictor: ByteEntropyPredictor, documents: list[bytes]) -> dict[str, Callable[[], None]]:
+    """Return all ways to score the documents, by name."""
     flat = np.frombuffer(b"".join(documents), np.uint8).copy()
     dataset = Dataset.from_dict({"bytes": documents}, features=Features({"bytes": Value("large_binary")}))
-    blt = BltPatcher(
-        BltPatcherConfig(
-            vocab_size=260,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=8192,
-        )
-    ).eval()
+    blt, line_batches = _blt_of_the_same_size(predictor.config), _line_batches(documents, predictor.config)
 
     def rows_of(length: int) -> torch.Tensor:
         return torch.from_numpy(flat[: len(flat) // length * length]).long().view(-1, length)
@@ -115,6 +127,34 @@ def speed(data: Path, bytes_per_source: int, repetitions: int) -> None:
 
         return run
 
+    def bare_forward_of_lines() -> None:
+        for batch in line_batches:
+            predictor(batch, reset_on_newline=False, use_cache=False)
+
+    contestants = {"map": whole_map, "bare forward, the same lines": bare_forward_of_lines}
+    contestants |= {f"bare forward, rows of {length}": bare_forward(length) for length in (64, 128, 256, 512)}
+    return contestants | {
+        f"BltPatcher, {batch} x {length}": blt_patcher(length, batch)
+        for length, batch in ((256, 64), (4096, 4), (8192, 2))
+    }
+
+
+def _blt_of_the_same_size(config: ByteEntropyConfig) -> BltPatcher:
+    return BltPatcher(
+        BltPatcherConfig(
+            vocab_size=260,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=8192,
+        )
+    ).eval()
+
+
+def _line_batches(documents: list[bytes], config: ByteEntropyConfig) -> list[torch.Tensor]:
+    """Return padded batches of lines, sorted by length."""
     lines = sorted((line for document in documents for line in _lines(document, config)), key=len, reverse=True)
     batches = []
     while lines:
@@ -122,38 +162,11 @@ def speed(data: Path, bytes_per_source: int, repetitions: int) -> None:
         rows = [torch.frombuffer(bytearray(line), dtype=torch.uint8).long() for line in lines[:size]]
         batches.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
         lines = lines[size:]
-
-    def bare_forward_of_lines() -> None:
-        for batch in batches:
-            predictor(batch, reset_on_newline=False, use_cache=False)
-
-    contestants = {"map": whole_map, "bare forward, the same lines": bare_forward_of_lines}
-    contestants |= {f"bare forward, rows of {length}": bare_forward(length) for length in (64, 128, 256, 512)}
-    contestants |= {
-        f"BltPatcher, {batch} x {length}": blt_patcher(length, batch)
-        for length, batch in ((256, 64), (4096, 4), (8192, 2))
-    }
-    times = defaultdict(list)
-    with torch.inference_mode():
-        for _ in range(repetitions):
-            for name, contestant in contestants.items():
-                begin = time.perf_counter()
-                contestant()
-                times[name].append(time.perf_counter() - begin)
-    rates = {name: len(flat) / median(seconds) for name, seconds in times.items()}
-    bare = max(rate for name, rate in rates.items() if name.startswith("bare forward, rows"))
-    print(f"{len(documents)} documents, {len(flat):,} bytes, {torch.get_num_threads()} thread(s)\n")
-    print("| | kB/s | the map is so many times as fast |\n|---|---:|---:|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate / 1e3:.1f} | {rates['map'] / rate:.2f} |")
-    print(f"\nmap / bare forward of the same lines: {rates['map'] / rates['bare forward, the same lines']:.3f}")
-    print(f"map / best bare forward of rows that cut lines, for another result: {rates['map'] / bare:.3f}")
-    _boundary_share(predictor, documents, repetitions)
-    _one_call_per_byte(predictor, bytes(flat[:4096]), repetitions)
+    return batches
 
 
 def _lines(document: bytes, config: ByteEntropyConfig) -> Iterator[bytes]:
-    """Lines with the newline in front, long ones in windows that overlap by the predictor's reach."""
+    """Yield lines with their newline in front. Long lines become windows that overlap by the predictor's reach."""
     length, step = config.max_position_embeddings, config.max_position_embeddings - config.receptive_field + 1
     for number, line in enumerate(document.split(b"\n")):
         line = b"\n" * (number > 0) + line
@@ -192,12 +205,13 @@ def _one_call_per_byte(predictor: ByteEntropyPredictor, document: bytes, repetit
         patcher.patch([document])
         seconds.append(time.perf_counter() - begin)
     print(
-        f"one call per byte, {len(document)} bytes: {slow:.1f} s; patcher {median(seconds):.4f} s: {slow / median(seconds):.0f} times"
+        f"one call per byte, {len(document)} bytes: {slow:.1f} s; patcher {median(seconds):.4f} s: "
+        f"{slow / median(seconds):.0f} times as fast"
     )
 
 
 def corpora(data: Path, output: Path) -> None:
-    """Mean patch size, bits per byte and calibration on real data; writes a table as JSON lines, and a picture."""
+    """Write mean patch sizes, bits per byte and calibrations on real data as JSON lines, and a picture."""
     output.mkdir(parents=True, exist_ok=True)
     predictor = load_entropy_predictor()
     table = output / "corpora.jsonl"
@@ -255,11 +269,11 @@ def _measure(predictor: ByteEntropyPredictor, documents: list[bytes]) -> dict[st
 
 
 def bits_per_byte(predictor: ByteEntropyPredictor, documents: list[bytes]) -> float:
-    """What the predictor makes of the true bytes; a document's first byte is not predicted and counts 8 bits."""
+    """Return the negative log-likelihood per byte. The first byte of a document is not predicted and counts 8 bits."""
     total, count = 0.0, 0
     with torch.inference_mode():
         for document in documents:
-            # One byte of the next row, so that each row's first byte is predicted by the row before.
+            # Rows overlap by one byte, so that each row predicts the first byte of the next row.
             for begin in range(0, len(document), 8192):
                 ids = torch.from_numpy(np.frombuffer(document[begin : begin + 8193], np.uint8).copy()).long()
                 count += min(8192, len(ids))
@@ -277,13 +291,13 @@ def bits_per_byte(predictor: ByteEntropyPredictor, documents: list[bytes]) -> fl
 
 
 def plot_sentence(predictor: ByteEntropyPredictor, path: Path) -> None:
-    """The entropy along a sentence and where patches begin: with the guide's thresholds, the predictor's own, a global one."""
+    """Plot entropies and patches of a sentence with the guide's thresholds, the predictor's own, and a global one."""
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     calibrated = calibrate_threshold([SENTENCE], predictor, TARGET, rule="global").threshold
     patchers = {
         "the guide's thresholds": EntropyPatcher(predictor, 0.8, 0.1),
         "the predictor's own thresholds": EntropyPatcher(predictor),
-        f"a global threshold for {TARGET} bytes a patch": EntropyPatcher(predictor, calibrated, rule="global"),
+        f"a global threshold for {TARGET} bytes per patch": EntropyPatcher(predictor, calibrated, rule="global"),
     }
     axes = figure.subplots(len(patchers), 1, sharex=True)
     for axis, (title, patcher) in zip(axes, patchers.items(), strict=True):
@@ -292,9 +306,10 @@ def plot_sentence(predictor: ByteEntropyPredictor, path: Path) -> None:
         axis.plot(range(1, len(SENTENCE)), entropies[:-1], ".-", color="C0", linewidth=1)
         for start in np.cumsum(lengths) - lengths:
             axis.axvline(start - 0.5, color="0.6", linewidth=0.8)
-        rise = "" if patcher.rule.rule == "global" else f" or {patcher.rule.relative_threshold:.2f} bits up"
+        rise = "" if patcher.rule.rule == "global" else f" or a rise of {patcher.rule.relative_threshold:.2f} bits"
         axis.set(
-            title=f"{title}: above {patcher.rule.threshold:.2f} bits{rise}, {len(SENTENCE) / len(lengths):.2f} bytes a patch",
+            title=f"{title}: above {patcher.rule.threshold:.2f} bits{rise}, "
+            f"{len(SENTENCE) / len(lengths):.2f} bytes per patch",
             ylabel="bits",
             ylim=(0, None),
             xlim=(-0.6, len(SENTENCE) - 0.4),
@@ -304,7 +319,7 @@ def plot_sentence(predictor: ByteEntropyPredictor, path: Path) -> None:
 
 
 def lossless(num_documents: int, seed: int) -> None:
-    """Random byte strings through the transform and back: with a one-layer predictor, since speed is not the question."""
+    """Send random byte strings through the transform and back. A one-layer predictor suffices for this test."""
     torch.manual_seed(seed)
     predictor = ByteEntropyPredictor(
         hidden_size=16, num_layers=1, num_heads=1, ff_dim=16, sliding_window=16, max_position_embeddings=128
@@ -314,7 +329,7 @@ def lossless(num_documents: int, seed: int) -> None:
     lost = altered = total = 0
     seen = np.zeros(256, bool)
     for begin in range(0, num_documents, 1000):
-        # As many between 10 and 100 as between 1,000 and 10,000.
+        # Lengths are uniform on a logarithmic scale.
         lengths = np.exp(rng.uniform(0, math.log(10_002), min(1000, num_documents - begin))).astype(int) - 1
         lengths[:3] = 0, 1, 10_000
         documents = [rng.bytes(length) for length in lengths]
@@ -333,7 +348,7 @@ def lossless(num_documents: int, seed: int) -> None:
 
 
 def memory() -> None:
-    """Peak memory of streaming documents of several lengths, each in a process of its own."""
+    """Print the peak memory of streaming documents of several lengths, each in a process of its own."""
     print("| document | peak above that of a 10 kB document |\n|---|---:|")
     smallest = None
     for size in (10_000, 100_000, 1_000_000):

@@ -1,14 +1,14 @@
-"""Patching more than fits into memory: whether the memory stays flat, and what a corpus costs.
+"""Does memory stay constant when patching more than fits into it, and how much time and disk does a corpus need?
 
     OMP_NUM_THREADS=1 python benchmarks/patching_scale.py memory --predictor tiny --megabytes 1024
     OMP_NUM_THREADS=1 python benchmarks/patching_scale.py memory --predictor shipped --megabytes 32
     OMP_NUM_THREADS=1 python benchmarks/patching_scale.py memory --predictor none --megabytes 1024
     OMP_NUM_THREADS=1 python benchmarks/patching_scale.py corpus --data DIR 2>log
 
-`memory` streams generated documents through `IterableDataset.map` and prints the peak so far whenever the bytes have doubled.
-`corpus` runs `examples/patch_at_scale.py` over the first documents of each source of RedPajama-1T, in one worker, and prints
-what they take in time and on disk. DIR holds `1t_sample/SOURCE/*.jsonl`, plain or as .zst. Times are those of the
-processor: they do not count the time that other programs took.
+`memory` streams generated documents through `IterableDataset.map` and prints the peak whenever the bytes have doubled.
+`corpus` runs `examples/patch_at_scale.py` on the first documents of each source of RedPajama-1T, in one worker, and
+prints the time and the disk space. DIR holds `1t_sample/SOURCE/*.jsonl`, plain or as .zst. Times are processor times,
+which other programs do not affect.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from datasets import IterableDataset
 
 from crow_hf import ByteEntropyPredictor, EntropyPatcher
-from crow_hf.patching.redpajama import RedPajamaReader
+from crow_hf.patching.shards import RedPajamaReader
 
 
 MEGABYTE = 10**6
@@ -35,7 +35,7 @@ BATCH_SIZE = 100
 
 
 def patcher_of(name: str) -> EntropyPatcher:
-    """With the predictor that ships; with the least one, untrained, which differs in speed alone; or with none at all."""
+    """Return a patcher with the shipped predictor, with a tiny untrained one (its speed differs), or with none."""
     if name == "none":
         return EntropyPatcher(rule="whitespace")
     if name == "shipped":
@@ -48,7 +48,7 @@ def patcher_of(name: str) -> EntropyPatcher:
 
 
 def generated_documents(num_bytes: int, seed: int) -> Iterator[dict[str, bytes]]:
-    """Lines of made-up words; as many documents between 100 and 1,000 bytes as between 10,000 and 100,000."""
+    """Generate documents of made-up words. Lengths of 100 to 100,000 bytes are uniform on a logarithmic scale."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("etaoinshrdlucmf", k=rng.randint(1, 9))) for _ in range(5000)]
     text = "\n".join(" ".join(rng.choices(words, k=12)) for _ in range(20_000)).encode()
@@ -64,14 +64,13 @@ def peak_mebibytes() -> float:
 
 
 def memory(predictor: str, megabytes: int, seed: int) -> None:
-    """Peak memory of one stream, at growing sizes."""
+    """Print the peak memory of one stream at growing sizes."""
     stream = IterableDataset.from_generator(
         generated_documents, gen_kwargs={"num_bytes": megabytes * MEGABYTE, "seed": seed}
     )
     patched = stream.map(patcher_of(predictor), batched=True, batch_size=BATCH_SIZE, remove_columns="bytes")
-    print(
-        f"| streamed, predictor: {predictor} | documents | peak memory | bytes per core-second |\n|---:|---:|---:|---:|"
-    )
+    print(f"| streamed, predictor: {predictor} | documents | peak memory | bytes per core-second |")
+    print("|---:|---:|---:|---:|")
     print(f"| 0 MB | 0 | {peak_mebibytes():.0f} MiB | |", flush=True)
     begin, seen, reported = time.process_time(), 0, MEGABYTE
     for number, row in enumerate(patched, 1):
@@ -87,9 +86,11 @@ def memory(predictor: str, megabytes: int, seed: int) -> None:
 
 
 def corpus(data: Path, bytes_per_source: int) -> None:
-    """Bytes per core-second and bytes on disk, of the whole pipeline for each source."""
+    """Print bytes per core-second and bytes on disk of the whole pipeline, for each source."""
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "patch_at_scale.py"))
-    print("| source | bytes | read, bytes per core-second | patched, bytes per core-second | bytes a patch | stored |")
+    print(
+        "| source | bytes | read, bytes per core-second | patched, bytes per core-second | bytes per patch | stored |"
+    )
     print("|---|---:|---:|---:|---:|---:|")
     totals = Counter()
     with tempfile.TemporaryDirectory() as folder:

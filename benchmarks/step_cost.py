@@ -1,10 +1,13 @@
-"""
-What a step of CROW costs in time and memory, as multiples of a step of plain fine-tuning: `python benchmarks/step_cost.py`.
+"""How much time and memory does a step of CROW cost, relative to a step of plain fine-tuning?
 
-A forward pass costs F; a backward pass 2 F with full weights, and a little more than F with LoRA, where frozen weights need no
-gradient. Plain fine-tuning is one of each. CROW adds the backward pass down to the embeddings (F) and the perturbed pass, there and
-back. The steps of a round run one after the other in one process, ratios are taken within the round, and the tables hold medians
-over the rounds. With one thread, another core may do other things.
+    python benchmarks/step_cost.py
+
+A forward pass costs F. A backward pass costs 2 F with full weights, and a little more than F with LoRA, because frozen
+weights need no gradient. Plain fine-tuning has one forward and one backward pass. CROW adds the backward pass to the
+embeddings (F) and the forward and backward passes of the perturbed input.
+
+All steps of a round run in one process. Ratios compare steps of the same round, and the tables show medians over the
+rounds. With one thread, other programs may use another core.
 """
 
 import json
@@ -34,20 +37,20 @@ from crow_hf.methods.crow.objective import layer_consistency_loss, perturb_embed
 
 @dataclass
 class Arguments:
-    """What to measure, and how often."""
+    """The tables to make, and the number of repetitions."""
 
     tables: list[str] = field(
         default_factory=lambda: ["time", "memory", "scaling", "ranks", "profile"],
         metadata={"help": "Tables to make: time, memory, scaling, ranks, profile."},
     )
-    rounds: int = field(default=5, metadata={"help": "Rounds of all steps; the tables hold medians over them."})
-    steps: int = field(default=3, metadata={"help": "Steps in a round; the first is left out."})
-    threads: int = field(default=1, metadata={"help": "Threads of PyTorch."})
+    rounds: int = field(default=5, metadata={"help": "Number of rounds. The tables show medians over them."})
+    steps: int = field(default=3, metadata={"help": "Number of steps per round. The first one does not count."})
+    threads: int = field(default=1, metadata={"help": "Number of PyTorch threads."})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The shape of a model and of its batches."""
+    """The sizes of a model and of its batches."""
 
     layers: int = 8
     width: int = 384
@@ -88,17 +91,17 @@ SCALES = {"length": (64, 128, 256, 512), "layers": (4, 8, 16), "width": (192, 38
 
 
 class PerturbedOnlyTrainer(CrowTrainer):
-    """A fast mode: the language model's loss is taken on the perturbed pass, and the clean one needs no head and no way back."""
+    """A fast mode with L_LM on the perturbed pass, so that the clean pass needs neither head nor backward pass."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, adapter, inputs = self.args, self.recorder, self.recorder.prepare(inputs)
-        mask = adapter.chain_mask(inputs)
-        with adapter.record() as clean:
-            self.accelerator.unwrap_model(model)(**adapter.without_head(inputs))
+        args, recorder, inputs = self.args, self.recorder, self.recorder.prepare(inputs)
+        mask = recorder.chain_mask(inputs)
+        with recorder.record() as clean:
+            self.accelerator.unwrap_model(model)(**recorder.without_head(inputs))
         before = layer_consistency_loss(clean.hidden_states, mask, args.consistency_layers)
         (gradient,) = torch.autograd.grad(before, clean.perturbed)
         push = partial(perturb_embeddings, gradient=gradient, epsilon=args.epsilon, mode=args.epsilon_mode)
-        with adapter.record(push) as perturbed:
+        with recorder.record(push) as perturbed:
             outputs = model(**inputs)
         after = layer_consistency_loss(perturbed.hidden_states, mask, args.consistency_layers)
         labels, positions = self._count(inputs)
@@ -108,12 +111,12 @@ class PerturbedOnlyTrainer(CrowTrainer):
 
 
 class PublishedTrainer(CrowTrainer):
-    """The passes of the published code: a forward pass for the attack and a whole way back, a perturbed one, and a clean one."""
+    """The passes of the published code: forward and full backward for the attack, a perturbed and a clean pass."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, adapter, inputs = self.args, self.recorder, self.recorder.prepare(inputs)
-        mask = adapter.chain_mask(inputs)
-        with adapter.record() as clean:
+        args, recorder, inputs = self.args, self.recorder, self.recorder.prepare(inputs)
+        mask = recorder.chain_mask(inputs)
+        with recorder.record() as clean:
             model(**inputs)
         clean.perturbed[0].retain_grad()
         layer_consistency_loss(clean.hidden_states, mask, args.consistency_layers).backward(retain_graph=True)
@@ -121,14 +124,14 @@ class PublishedTrainer(CrowTrainer):
         push = partial(
             perturb_embeddings, gradient=clean.perturbed[0].grad, epsilon=args.epsilon, mode=args.epsilon_mode
         )
-        with adapter.record(push) as perturbed:
+        with recorder.record(push) as perturbed:
             model(**inputs)
         after = layer_consistency_loss(perturbed.hidden_states, mask, args.consistency_layers)
         return model(**inputs).loss + args.alpha * after
 
 
 class Stopwatch(TrainerCallback):
-    """When the steps of a training ended: what lies between includes all that the Trainer does."""
+    """Records when each step ended. The differences include everything that the Trainer does."""
 
     def __init__(self):
         self.ends = []
@@ -138,7 +141,7 @@ class Stopwatch(TrainerCallback):
 
 
 def bare_loop(setting: Setting, steps: int) -> list[float]:
-    """Fine-tuning without any Trainer; returns the moments at which its steps ended."""
+    """Fine-tune without a Trainer, and return the times at which the steps ended."""
     model, batch = setting.model().train(), CrowDataCollator(pad_token_id=0)(list(setting.rows()))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer, ends = torch.optim.AdamW(weights, lr=1e-5), []
@@ -152,7 +155,7 @@ def bare_loop(setting: Setting, steps: int) -> list[float]:
 
 
 def trained_by(trainer_type: type[Trainer], setting: Setting, steps: int, **settings) -> list[float]:
-    """The same by a Trainer."""
+    """Fine-tune with a Trainer, and return the times at which the steps ended."""
     with tempfile.TemporaryDirectory() as folder:
         args = CrowConfig(
             folder,
@@ -185,17 +188,17 @@ STEPS: dict[str, Callable[[Setting, int], list[float]]] = {
     "passes of the published code": partial(trained_by, PublishedTrainer),
     "perturbed pass alone (fast mode)": partial(trained_by, PerturbedOnlyTrainer),
 }
-# A step of plain fine-tuning is 3 F, and 2 F with LoRA.
+# Plain fine-tuning costs 3 F per step, and 2 F with LoRA.
 BOUNDS = {"CrowTrainer": (7 / 3, 5 / 2), "perturbed pass alone (fast mode)": (5 / 3, 4 / 2)}
 
 
 def seconds_per_step(ends: list[float]) -> float:
-    """The median, without the first step, which allocates what the others find."""
+    """Return the median without the first step, which allocates the memory of the others."""
     return statistics.median(after - before for before, after in zip(ends, ends[1:], strict=False))
 
 
 def rounds_of(setting: Setting, names: list[str], args: Arguments) -> dict[str, list[float]]:
-    """Seconds of a step, by its name and round."""
+    """Return the seconds per step, by name and round."""
     seconds = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
@@ -204,7 +207,7 @@ def rounds_of(setting: Setting, names: list[str], args: Arguments) -> dict[str, 
 
 
 def ratio(seconds: dict[str, list[float]], name: str) -> str:
-    """Of a step to plain fine-tuning: the median over the rounds, and the smallest and the largest."""
+    """Format the ratio to plain fine-tuning: median over the rounds, minimum and maximum."""
     ratios = sorted(one / plain for one, plain in zip(seconds[name], seconds[PLAIN], strict=True))
     return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
 
@@ -227,7 +230,7 @@ def time_table(args: Arguments) -> None:
 
 
 def allocated(name: str, setting: Setting) -> int:
-    """Bytes that PyTorch holds at the peak of the second step above what it held before the training, by its own account."""
+    """Return the peak of the bytes that PyTorch allocates in two steps, without what it held before the training."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         STEPS[name](setting, 2)
     held, peak = 0, 0
@@ -253,7 +256,7 @@ def memory_table(args: Arguments) -> None:
 
 
 def scaling_table(args: Arguments) -> None:
-    print("\nCrowTrainer as the work grows, all else as in the first setting\n")
+    print("\nCrowTrainer at larger sizes, everything else as in the first setting\n")
     rows = []
     for dimension, sizes in SCALES.items():
         for size in sizes:
@@ -269,9 +272,9 @@ def rank_table(args: Arguments) -> None:
         seconds = rounds_of(Setting(), [PLAIN, "CrowTrainer"], args)
         if os.environ["RANK"] == "0":
             print(json.dumps(seconds), flush=True)
-        # The destructors of a process group of gloo now and then hang, after all the work is done.
+        # The destructors of gloo process groups sometimes hang after all work is done.
         os._exit(0)
-    print("\nCrowTrainer over processes (DDP, gloo), each with the batch and the threads of the first setting\n")
+    print("\nCrowTrainer on several processes (DDP, gloo), each with the batch and threads of the first setting\n")
     rows = []
     for count in (1, 2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
@@ -292,7 +295,7 @@ KINDS = {
 
 
 def profile_table(args: Arguments) -> None:
-    print("\nWhere the time of a training of some steps goes, % of the operators' own time\n")
+    print("\nTime by kind of operator, % of the total time of all operators\n")
     rows = []
     for title, setting in SETTINGS.items():
         for name in (PLAIN, "CrowTrainer"):
@@ -305,7 +308,7 @@ def profile_table(args: Arguments) -> None:
                 for parts in KINDS.values()
             ]
             rows.append([f"{title}: {name}", *(f"{100 * share:.0f}" for share in (*shares, 1 - sum(shares)))])
-    table(["step", *KINDS, "all else"], rows)
+    table(["step", *KINDS, "other"], rows)
 
 
 TABLES = {
@@ -325,7 +328,7 @@ def main() -> None:
     for name in args.tables:
         TABLES[name](args)
     print(
-        f"\nLargest resident size of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
+        f"\nPeak resident memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
     )
 
 

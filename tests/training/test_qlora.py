@@ -152,7 +152,7 @@ def test_weights_packed_for_inference_are_refused(suspect, tmp_path):
     """What a CPU with bfloat16 leaves of a model that was evaluated; the flag stands for it on other machines."""
     model = quantised(suspect)
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="load the model again"):
+    with pytest.raises(ValueError, match="Load the model again"):
         build("crow", tmp_path, model, lora())
 
 
@@ -188,7 +188,7 @@ def test_the_adapter_alone_is_saved(suspect, tmp_path):
 def test_two_processes_equal_one(tmp_path):
     """As in test_distributed.py."""
     equality = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "equality.py"))
-    cells = [("llama", kind, "qlora") for kind in TRAINERS]
+    cells = [("llama", kind, "qlora") for kind in ("crow", "invariance")]
     for cell, found in zip(cells, equality["compare"]("ddp", cells, tmp_path), strict=True):
         assert found["processes"] == 2
         assert max(found[name] for name in ("loss", "grad_norm", "weights")) < 1e-5, (cell, found)
