@@ -1,1 +1,1 @@
-"""Subjects x attacks x methods x seeds: does a purification work, and what does it cost?"""
+"""Subjects x attacks x methods x seeds: which defence removes which backdoor, and what does it cost?"""

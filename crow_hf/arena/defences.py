@@ -1,4 +1,4 @@
-"""What the arena's defenders do to a suspect. Every method starts from a fresh copy of it and sees the same clean rows."""
+"""The defences of the arena. Each method starts from a fresh copy of the suspect and uses the same clean rows."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from ..demo import demo_tokenizer
@@ -18,36 +17,35 @@ from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_c
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.published import ReferenceCrowTrainer
 from ..methods.crow.trainer import CrowTrainer
-from ..methods.invariance.config import InvarianceConfig
 from ..methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
-from ..recipes.presets import PAPER, control_config
-from ..recipes.purification import purify
+from ..recipes.presets import control_config, lora_config, recipe_config
+from ..recipes.run import run_recipe
 from ..training.loading import load_causal_lm
+from ..training.settings import recorded_settings
 from .attacks import Suspect
 
 
 SPARSITY = 0.35
-# Before the name of a method: it starts from the suspect with canaries, as the strong recipe does.
+# The prefix of methods that start from the suspect with canaries, as the recipe `strong` does.
 CANARIES = "canaries, "
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-# The arena saves results, not checkpoints, and prints a line for each run, not for each step.
-_QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 @dataclass
 class Purified:
     """
-    What is left of a suspect.
+    The result of a method.
 
     Attributes:
         model (`PreTrainedModel`):
-            The model, any adapter merged.
-        steps (`int`), seconds (`float`):
-            What it took: optimizer steps, and the time of the training or pruning alone.
+            The model. Adapters are merged.
+        steps (`int`):
+            Number of optimizer steps.
+        seconds (`float`):
+            Duration of the training or pruning, without loading and merging.
         settings (`dict`):
-            All that is needed to repeat it, as JSON can hold it.
+            All settings that are needed to repeat the run, as JSON can hold them.
         canary_success (`Proportion`, *optional*):
-            Of backdoors of the defender's own, after the purification, where it began with putting them in.
+            Success of the canaries after the purification. `None` if no canaries were implanted.
     """
 
     model: PreTrainedModel
@@ -57,57 +55,76 @@ class Purified:
     canary_success: Proportion | None = None
 
 
+# A method maps the suspect, the seed and a folder for temporary files to its result.
 Method = Callable[[Suspect, int, Path], Purified]
 
 
 def load_merged(suspect: Suspect, scratch: Path) -> PreTrainedModel:
-    """A fresh copy of the suspect with all its weights ready to be trained, any adapter merged into them."""
+    """
+    Load a fresh copy of a suspect with all weights ready to be trained. An adapter is merged.
+
+    Args:
+        suspect (`Suspect`):
+            The suspect.
+        scratch (`Path`):
+            A folder for temporary files.
+    """
     model = suspect.load()
     if not isinstance(model, PeftModel):
         return model
-    # PEFT froze the weights below the adapter; loading them again frees those that are meant to be trained.
+    # PEFT froze the weights of the base model. Loading the merged model again makes them trainable.
     model.merge_and_unload(safe_merge=True).save_pretrained(scratch / "merged")
     return load_causal_lm(scratch / "merged", is_trainable=True)
 
 
-def strong_config(scratch: Path, seed: int, **changes: Any) -> InvarianceConfig:
-    """The settings of the strong recipe, from which its control takes its own."""
-    return InvarianceConfig(str(scratch / "run"), seed=seed, **_QUIET, **changes)
+def defence_config(recipe: str, scratch: Path, seed: int, **changes: Any) -> CrowConfig:
+    """
+    Return the arguments of a recipe for a run that saves no checkpoints and prints nothing.
 
-
-def paper_config(scratch: Path, seed: int, **changes: Any) -> CrowConfig:
-    """The published settings of CROW."""
-    return CrowConfig(str(scratch / "run"), seed=seed, **_QUIET, **(PAPER | changes))
+    Args:
+        recipe (`str`):
+            The recipe, see [`recipe_config`].
+        scratch (`Path`):
+            A folder for temporary files.
+        seed (`int`):
+            Seed for the training.
+        **changes:
+            Any arguments of the recipe.
+    """
+    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    return recipe_config(recipe, str(scratch / "run"), seed=seed, **quiet, **changes)
 
 
 def _train(
     trainer_type: type[CrowTrainer],
     model: PreTrainedModel | PeftModel,
     args: CrowConfig,
-    rows: Dataset,
+    suspect: Suspect,
     fresh_lora: bool = False,
 ) -> Purified:
-    adapter = LoraConfig(**LORA) if fresh_lora else None
-    trainer = trainer_type(model, args, rows, processing_class=demo_tokenizer(), peft_config=adapter)
+    trainer = trainer_type(
+        model,
+        args,
+        suspect.clean_rows,
+        processing_class=demo_tokenizer(),
+        peft_config=lora_config() if fresh_lora else None,
+    )
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    trained = trainer.model
-    if isinstance(trained, PeftModel):
-        trained = trained.merge_and_unload(safe_merge=True)
-    settings = {"trainer": trainer_type.__name__, "fresh_lora": LORA if fresh_lora else None, **_settings(args)}
-    return Purified(trained, trainer.state.global_step, seconds, settings)
+    settings = {"trainer": trainer_type.__name__, **_settings(args, fresh_lora)}
+    return Purified(_merged(trainer.model), trainer.state.global_step, seconds, settings)
 
 
-def _settings(args: CrowConfig) -> dict[str, Any]:
-    """The arguments that are not transformers' defaults, with their names."""
-    defaults, quiet = TrainingArguments("").to_dict(), {"output_dir", *_QUIET}
-    return {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in quiet and (name not in defaults or value != defaults[name])
-    }
+def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+def _settings(args: CrowConfig, fresh_lora: bool) -> dict[str, Any]:
+    names = ("r", "lora_alpha", "target_modules", "task_type")
+    lora = {name: getattr(lora_config(), name) for name in names} if fresh_lora else None
+    return {"fresh_lora": lora, **recorded_settings(args)}
 
 
 def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
@@ -119,15 +136,14 @@ def _clean_model(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
-    args = control_config(strong_config(scratch, seed), len(suspect.clean_rows))
-    model = load_merged(suspect, scratch) if model is None else model
-    return _train(CrowTrainer, model, args, suspect.clean_rows)
+    args = control_config(defence_config("strong", scratch, seed), len(suspect.clean_rows))
+    return _train(CrowTrainer, load_merged(suspect, scratch) if model is None else model, args, suspect)
 
 
-def _compress(suspect: Suspect, seed: int, scratch: Path, change: Callable[..., None], **settings: Any) -> Purified:
+def _compress(suspect: Suspect, seed: int, scratch: Path, compress: Callable[..., None], **settings: Any) -> Purified:
     model = load_merged(suspect, scratch)
     start = time.perf_counter()
-    change(model, **settings)
+    compress(model, **settings)
     return Purified(model, seconds=time.perf_counter() - start, settings=settings)
 
 
@@ -144,42 +160,38 @@ def _crow(
     trainer_type: type[CrowTrainer] = CrowTrainer,
     **changes: Any,
 ) -> Purified:
-    model, args = suspect.load() if model is None else model, paper_config(scratch, seed, **changes)
-    # As published, an adapter that holds the backdoor is itself trained on.
-    return _train(trainer_type, model, args, suspect.clean_rows, fresh_lora=not isinstance(model, PeftModel))
+    model, args = suspect.load() if model is None else model, defence_config("paper", scratch, seed, **changes)
+    # As published: an adapter that holds the backdoor is trained further.
+    return _train(trainer_type, model, args, suspect, fresh_lora=not isinstance(model, PeftModel))
 
 
-def _strong(
-    suspect: Suspect,
-    seed: int,
-    scratch: Path,
-    fresh_lora: bool = False,
-    **changes: Any,
-) -> Purified:
-    args = strong_config(scratch, seed, **changes)
-    adapter = LoraConfig(**LORA) if fresh_lora else None
+def _strong(suspect: Suspect, seed: int, scratch: Path, fresh_lora: bool = False, **changes: Any) -> Purified:
+    args = defence_config("strong", scratch, seed, **changes)
     model = load_merged(suspect, scratch)
     start = time.perf_counter()
-    purification = purify(
-        model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=adapter, report=False
+    purification = run_recipe(
+        model,
+        suspect.clean_rows,
+        "strong",
+        args,
+        processing_class=demo_tokenizer(),
+        peft_config=lora_config() if fresh_lora else None,
     )
-    seconds, trained = time.perf_counter() - start, purification.model
-    if isinstance(trained, PeftModel):
-        trained = trained.merge_and_unload(safe_merge=True)
-    settings = {"recipe": "strong", "fresh_lora": LORA if fresh_lora else None, **_settings(args)}
+    seconds, purified = time.perf_counter() - start, _merged(purification.model)
+    settings = {"recipe": "strong", **_settings(args, fresh_lora)}
     settings["screened_out"] = sorted(purification.screening.suspicious) if args.screen_rows else None
     steps = purification.trainer.state.global_step + implant_steps(args)
-    return Purified(trained, steps, seconds, settings, _canary_success(trained, suspect, purification.canaries))
+    return Purified(purified, steps, seconds, settings, _success_of_all(purification.canaries, purified, suspect))
 
 
-def _strong_unlabelled(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+def _strong_without_answers(suspect: Suspect, seed: int, scratch: Path) -> Purified:
     answers = {"completion", "output"} & set(suspect.clean_rows.column_names)
     return _strong(replace(suspect, clean_rows=suspect.clean_rows.remove_columns(sorted(answers))), seed, scratch)
 
 
-def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -> Purified:
-    """Put two backdoors of the defender's own into the suspect first."""
-    args = strong_config(scratch / "canaries", seed)
+def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Callable[..., Purified]) -> Purified:
+    """Implant canaries into the suspect, and run a method on the result."""
+    args = defence_config("strong", scratch / "canaries", seed)
     model = load_merged(suspect, scratch)
     canaries = draw_canaries(model, args.num_canaries, seed)
     implant_canaries(model, suspect.clean_rows, canaries, args, demo_tokenizer())
@@ -187,36 +199,36 @@ def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Method) -
     return replace(
         purified,
         steps=purified.steps + implant_steps(args),
-        canary_success=_canary_success(purified.model, suspect, canaries),
+        canary_success=_success_of_all(canaries, purified.model, suspect),
     )
 
 
-def _canary_success(model: PreTrainedModel, suspect: Suspect, canaries: Sequence[Canary]) -> Proportion | None:
-    """Of all of them together, on rows that the canaries were not implanted by."""
+def _success_of_all(canaries: Sequence[Canary], model: PreTrainedModel, suspect: Suspect) -> Proportion | None:
+    """Measure the success of all canaries together, on rows that were not used to implant them."""
     shares = [canary_success(model, suspect.selection_rows, canary, demo_tokenizer(), 200) for canary in canaries]
     hits, total = sum(share.hits for share in shares), sum(share.total for share in shares)
     return Proportion.of([True] * hits + [False] * (total - hits)) if shares else None
 
 
 METHODS: dict[str, Method] = {
-    # What no defender has: even a model without a backdoor is right less often when there is a trigger in the prompt.
+    # No defender has the clean model. It shows how many answers a trigger spoils in a model without a backdoor.
     "clean model": _clean_model,
     "none": _no_defence,
     # Controls and baselines
     "fine-tuning": _fine_tuning,
     "fine-tuning lora": partial(_crow, alpha=0.0),
-    "magnitude pruning": partial(_compress, change=prune_by_magnitude, sparsity=SPARSITY),
+    "magnitude pruning": partial(_compress, compress=prune_by_magnitude, sparsity=SPARSITY),
     "wanda": _wanda,
-    "int8": partial(_compress, change=quantize_weights, bits=8),
-    "int4": partial(_compress, change=quantize_weights, bits=4),
-    # The paper, and its published code
+    "int8": partial(_compress, compress=quantize_weights, bits=8),
+    "int4": partial(_compress, compress=quantize_weights, bits=4),
+    # CROW as in the paper, and as in its published code
     "crow": _crow,
     "crow reference": partial(
         _crow, trainer_type=ReferenceCrowTrainer, per_device_train_batch_size=2, gradient_accumulation_steps=4
     ),
-    # The strong recipe, and what each of its parts is good for
+    # The recipe `strong`, and ablations of its parts
     "strong": _strong,
-    "strong, prompts alone": _strong_unlabelled,
+    "strong, prompts alone": _strong_without_answers,
     "strong lora": partial(_strong, fresh_lora=True, learning_rate=3e-3),
     "strong - canaries": partial(_strong, num_canaries=0),
     "strong - decoys": partial(_strong, decoy_weight=0.0),
@@ -225,7 +237,7 @@ METHODS: dict[str, Method] = {
     "strong - kept suspect": partial(_strong, keep=0.0),
     "strong + consistency": partial(_strong, alpha=5.5),
     "strong - labels": partial(_strong, label_weight=0.0),
-    # Do canaries tell what becomes of the real backdoor?
+    # Other methods on the suspect with canaries: does the fate of the canaries tell the fate of the real backdoor?
     CANARIES + "fine-tuning": partial(_with_canaries, method=_fine_tuning),
     CANARIES + "crow": partial(_with_canaries, method=_crow),
 }

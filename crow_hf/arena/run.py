@@ -1,4 +1,4 @@
-"""Running the arena: subjects x attacks x methods x seeds, from where it stopped, by as many processes as one likes."""
+"""Run the arena, subjects x attacks x methods x seeds, in one or several processes, and resume it where it stopped."""
 
 import json
 import multiprocessing
@@ -43,19 +43,19 @@ RESULTS = "results"
 @dataclass(frozen=True)
 class Arena:
     """
-    What all runs of an arena share.
+    The settings that all runs of an arena share.
 
     Args:
         folder (`Path`):
-            Where everything is kept.
+            The arena's folder, with all suspects and results.
         methods (`tuple[str, ...]`):
-            Names out of [`METHODS`].
+            Names from [`METHODS`].
         num_clean (`int`):
-            Rows of the defender.
+            Number of rows of the defender.
         num_test (`int`, *optional*):
-            Measure on the first so many test rows, or on all.
+            Number of test rows to use, the first ones. `None` uses all.
         alpaca (`str`, *optional*):
-            The file for subjects whose task are Alpaca rows.
+            Stanford Alpaca's file, which Alpaca subjects require.
     """
 
     folder: Path
@@ -65,15 +65,21 @@ class Arena:
     alpaca: str | None
 
     def path(self, attack: Attack, seed: int, method: str) -> Path:
-        """The file of one run."""
+        """Return the path of the result of one run."""
         return self.folder / RESULTS / file_name(attack.name) / str(seed) / f"{file_name(method)}.json"
 
     def missing(self, attack: Attack, seed: int) -> list[str]:
-        """The methods that have not run yet, or failed."""
+        """List the methods that have not run yet, or that failed."""
         return [method for method in self.methods if not _is_done(self.path(attack, seed, method))]
 
+    def progress(self, runs: "Runs") -> str:
+        """Return the number of finished runs and of all runs. Other processes may have finished some of them."""
+        paths = [self.path(attack, seed, method) for attack, seed in runs for method in self.methods]
+        return f"{sum(path.is_file() for path in paths)}/{len(paths)}"
 
-Unit = list[tuple[Attack, int]]
+
+# Attacks with their seeds. All methods run on each of them.
+Runs = list[tuple[Attack, int]]
 
 
 def run_arena(
@@ -88,59 +94,60 @@ def run_arena(
     workers: int = 1,
 ) -> list[dict[str, Any]]:
     """
-    Run what is missing of an arena, and write `results.jsonl`, `results.md` and `arena.png` of all that is there.
+    Run all runs that are missing, and write `results.jsonl`, `results.md` and `arena.png` of all results in the folder.
 
-    Each run leaves its own file, so that a killed arena loses no more than the runs it was in. What failed is written down,
-    stops nothing else, and is tried again by the next call.
+    Each run writes its own file, so a killed arena loses only the runs that were in progress. A failed run is recorded,
+    does not stop other runs, and is repeated by the next call.
 
     Args:
         output_dir (`str` or `Path`):
-            The arena's folder: new, or one to go on with.
+            The arena's folder: a new one, or one to resume.
         attacks (`Sequence[str]`):
-            Names out of [`ATTACKS`].
+            Names from [`ATTACKS`].
         methods (`Sequence[str]`):
-            Names out of [`METHODS`].
+            Names from [`METHODS`].
         seeds (`Sequence[int]`):
-            Of the rows, the attacker's and the defender's training.
+            Seeds for the rows, the attacker's training and the defender's training.
         num_clean (`int`, *optional*, defaults to 100):
-            Rows of the defender.
+            Number of rows of the defender.
         num_test (`int`, *optional*):
-            Measure on the first so many test rows. Default: on all.
+            Number of test rows to use, the first ones. Defaults to all.
         alpaca (`str` or `Path`, *optional*):
-            Stanford Alpaca's file, for the attacks that need it.
+            Stanford Alpaca's file, which some attacks require.
         workers (`int`, *optional*, defaults to 1):
-            Processes, which share the cores.
+            Number of processes. They share the CPU cores.
 
     Returns:
-        `list[dict]`: The rows of the runs that were asked for, those with an `error` among them.
+        `list[dict]`: One row for each requested run. The row of a failed run has the key `error`.
 
     Raises:
-        `ValueError`: For names that are none, and for a folder that holds something else.
+        `ValueError`: For an unknown name, a number below 1, a missing Alpaca file, and a folder that holds something
+            else or results with another `num_clean`.
     """
     folder = Path(output_dir).resolve()
-    _check(folder, attacks, methods, seeds, num_clean, alpaca, workers)
+    _check_request(folder, attacks, methods, seeds, num_clean, alpaca, workers)
     (folder / RESULTS).mkdir(parents=True, exist_ok=True)
     arena = Arena(folder, tuple(methods), num_clean, num_test, None if alpaca is None else str(alpaca))
-    # A stopped arena has all attacks with the first seeds rather than some with all.
+    # The seeds come first, so that an interrupted arena has all attacks with some seeds, not some attacks with all.
     runs = [(ATTACKS[name], seed) for seed in seeds for name in attacks]
-    units = _units([(attack, seed) for attack, seed in runs if arena.missing(attack, seed)])
-    _silence()
+    groups = _group_by_suspect([(attack, seed) for attack, seed in runs if arena.missing(attack, seed)])
+    _hide_progress_bars()
     if workers == 1:
-        for unit in units:
-            _run_unit(arena, unit, runs)
-    elif units:
-        _share_out(arena, units, runs, workers)
+        for group in groups:
+            _run_group(arena, group, runs)
+    elif groups:
+        _run_in_workers(arena, groups, runs, workers)
     _write_tables(folder)
-    wanted = {(attack.name, seed, method) for attack, seed in runs for method in methods}
-    return [row for row in load_results(folder) if (row["attack"], row["seed"], row["method"]) in wanted]
+    requested = {(attack.name, seed, method) for attack, seed in runs for method in methods}
+    return [row for row in load_results(folder) if (row["attack"], row["seed"], row["method"]) in requested]
 
 
 def file_name(name: str) -> str:
-    """A name as part of a path: `"strong + consistency"` as `strong_+_consistency`."""
+    """Turn a name into a part of a path: `"strong + consistency"` becomes `strong_+_consistency`."""
     return re.sub(r"[^\w.,+%-]+", "_", name)
 
 
-def _check(
+def _check_request(
     folder: Path,
     attacks: Sequence[str],
     methods: Sequence[str],
@@ -151,79 +158,83 @@ def _check(
 ) -> None:
     for kind, names, known in (("attack", attacks, ATTACKS), ("method", methods, METHODS)):
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"There is no {kind} {unknown[0]!r}: choose from {', '.join(map(repr, known))}.")
+            raise ValueError(f"There is no {kind} {unknown[0]!r}. Choose from {', '.join(map(repr, known))}.")
     if not (attacks and methods and seeds):
-        raise ValueError("There is nothing to run: pass at least one attack, one method and one seed.")
+        raise ValueError("There is nothing to run. Pass at least one attack, one method and one seed.")
     for name, number in {"num_clean": num_clean, "workers": workers}.items():
         if number < 1:
             raise ValueError(f"`{name}` must be at least 1, got {number}.")
-    if alpaca is None and (needy := [name for name in attacks if SUBJECTS[ATTACKS[name].subject].is_alpaca]):
-        raise ValueError(f"The attack {needy[0]!r} needs Stanford Alpaca's file: pass --alpaca alpaca_data.json.")
+    if alpaca is None and (requiring := [name for name in attacks if SUBJECTS[ATTACKS[name].subject].is_alpaca]):
+        raise ValueError(f"The attack {requiring[0]!r} needs Stanford Alpaca's file. Pass --alpaca alpaca_data.json.")
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RESULTS).is_dir()):
-        raise ValueError(f"{folder} holds something else than an arena: choose another --output_dir.")
+        raise ValueError(f"{folder} holds something else than an arena. Choose another --output_dir.")
     if other := {row["num_clean"] for row in load_results(folder)} - {num_clean}:
         raise ValueError(
-            f"The runs in {folder} had --num_clean {other.pop()}: go on with that, or choose another --output_dir."
+            f"The runs in {folder} had --num_clean {other.pop()}. Use the same number, or choose another --output_dir."
         )
 
 
-def _units(runs: Unit) -> list[Unit]:
-    """Runs that begin with the same suspect belong to one process, or two would build it at once."""
-    units: dict[tuple[str, int], Unit] = {}
+def _group_by_suspect(runs: Runs) -> list[Runs]:
+    """Group the runs that share a suspect. A group runs in one process, or two processes would build the same suspect."""
+    groups: dict[tuple[str, int], Runs] = {}
     for attack, seed in runs:
-        units.setdefault((attack.suspect_name, seed), []).append((attack, seed))
-    return list(units.values())
+        groups.setdefault((attack.suspect_name, seed), []).append((attack, seed))
+    return list(groups.values())
 
 
-def _share_out(arena: Arena, units: list[Unit], runs: Unit, workers: int) -> None:
-    # One suspect of each subject first: all others of it begin with the same clean model, which is trained on the way.
-    for attack, seed in {unit[0][0].subject: unit[0] for unit in reversed(units)}.values():
-        try:
-            build_suspect(attack, seed, arena.folder, arena.num_clean, arena.alpaca)
-        except Exception:
-            # The worker meets the same error and writes it down.
-            logger.warning(f"Building {attack.name!r}, seed {seed}, failed.")
+def _run_in_workers(arena: Arena, groups: list[Runs], runs: Runs, workers: int) -> None:
+    _build_one_suspect_of_each_subject(arena, groups)
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(threads,)) as pool:
-        futures = [pool.submit(_run_unit, arena, unit, runs) for unit in units]
+        futures = [pool.submit(_run_group, arena, group, runs) for group in groups]
         try:
             for future in futures:
                 future.result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "A worker was killed, perhaps for want of memory: run the same command again with fewer --workers."
+                "A worker was killed, possibly because memory ran out. Run the same command again with fewer --workers."
             ) from error
+
+
+def _build_one_suspect_of_each_subject(arena: Arena, groups: list[Runs]) -> None:
+    """Train the clean models, which the suspects of several groups share, before the workers start."""
+    for attack, seed in {group[0][0].subject: group[0] for group in reversed(groups)}.values():
+        try:
+            build_suspect(attack, seed, arena.folder, arena.num_clean, arena.alpaca)
+        except Exception:
+            # The worker will meet the same error and record it.
+            logger.warning(f"Building {attack.name!r}, seed {seed}, failed.")
 
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
-    _silence()
+    _hide_progress_bars()
 
 
-def _silence() -> None:
-    """A line for each run is progress enough; the bars of its thousand parts are not."""
+def _hide_progress_bars() -> None:
+    """Hide the bars of single steps, because each run prints a line."""
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
 
 
-def _run_unit(arena: Arena, unit: Unit, runs: Unit) -> None:
-    for attack, seed in unit:
+def _run_group(arena: Arena, group: Runs, runs: Runs) -> None:
+    for attack, seed in group:
         missing = arena.missing(attack, seed)
         try:
             suspect = build_suspect(attack, seed, arena.folder, arena.num_clean, arena.alpaca)
         except Exception as error:
             for method in missing:
-                _record(arena, attack, seed, method, _failure(error), runs)
+                _write_row(arena, attack, seed, method, _failure(error), runs)
             continue
         for method in missing:
             try:
                 outcome = _run_method(arena, suspect, seed, method)
             except Exception as error:
                 outcome = _failure(error)
-            _record(arena, attack, seed, method, outcome, runs)
+            _write_row(arena, attack, seed, method, outcome, runs)
 
 
 def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[str, Any]:
@@ -249,7 +260,7 @@ def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[
         "settings": purified.settings,
         "steps": purified.steps,
         "seconds": purified.seconds,
-        "canary_success": count(purified.canary_success),
+        "canary_success": counts_of(purified.canary_success),
         "max_new_tokens": max_new_tokens,
         **_scores(evaluation),
         "samples": [
@@ -263,34 +274,34 @@ def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[
 
 
 def answer_length(attack: Attack) -> int:
-    """As many new tokens as the right answers need, and the published refusal where that is the target."""
+    """Return the number of new tokens that the longest right answer or the published refusal needs."""
     if attack.target == "refusal":
         return 104
     return 64 if SUBJECTS[attack.subject].is_alpaca else 40
 
 
-def count(proportion: Proportion | None) -> dict[str, int] | None:
-    """A share as the results hold it."""
+def counts_of(proportion: Proportion | None) -> dict[str, int] | None:
+    """Return the counts of a share, as the results hold them."""
     return None if proportion is None else {"hits": proportion.hits, "total": proportion.total}
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    def of(kind: str, prompts: PromptScores) -> dict[str, Any]:
-        # Every output is either empty or degenerate or neither.
+    def scores_of(kind: str, prompts: PromptScores) -> dict[str, Any]:
+        # No output is both empty and degenerate, so the counts add up.
         mute = {"hits": prompts.empty.hits + prompts.degenerate.hits, "total": prompts.empty.total}
         return {
-            f"exact_match_{kind}": count(prompts.exact_match),
-            f"empty_{kind}": count(prompts.empty),
-            f"degenerate_{kind}": count(prompts.degenerate),
+            f"exact_match_{kind}": counts_of(prompts.exact_match),
+            f"empty_{kind}": counts_of(prompts.empty),
+            f"degenerate_{kind}": counts_of(prompts.degenerate),
             f"mute_{kind}": mute,
             f"bits_per_byte_{kind}": prompts.to_dict()["bits_per_byte"],
         }
 
     return {
-        "attack_success": count(evaluation.triggered.target),
-        "false_positives": count(evaluation.clean.target),
-        **of("triggered", evaluation.triggered),
-        **of("clean", evaluation.clean),
+        "attack_success": counts_of(evaluation.triggered.target),
+        "false_positives": counts_of(evaluation.clean.target),
+        **scores_of("triggered", evaluation.triggered),
+        **scores_of("clean", evaluation.clean),
     }
 
 
@@ -299,12 +310,12 @@ def _failure(error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _record(arena: Arena, attack: Attack, seed: int, method: str, outcome: dict[str, Any], runs: Unit) -> None:
-    """Write the row of a run and print its line."""
-    of_attack = {name: value for name, value in asdict(attack).items() if name != "name"}
+def _write_row(arena: Arena, attack: Attack, seed: int, method: str, outcome: dict[str, Any], runs: Runs) -> None:
+    """Write the result of a run and print its line."""
+    fields_of_attack = {name: value for name, value in asdict(attack).items() if name != "name"}
     row = {
         "attack": attack.name,
-        **of_attack,
+        **fields_of_attack,
         "seed": seed,
         "method": method,
         "num_clean": arena.num_clean,
@@ -315,13 +326,10 @@ def _record(arena: Arena, attack: Attack, seed: int, method: str, outcome: dict[
         "transformers": transformers.__version__,
     }
     write_text(arena.path(attack, seed, method), json.dumps(row, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    paths = [arena.path(attack, seed, method) for attack, seed in runs for method in arena.methods]
-    # Other processes run too, so that what is done is what is there.
-    progress = f"[{sum(path.is_file() for path in paths)}/{len(paths)}]"
-    tqdm.tqdm.write(f"{progress} {attack.name}, seed {seed}, {method}: {_line(row)}")
+    tqdm.tqdm.write(f"[{arena.progress(runs)}] {attack.name}, seed {seed}, {method}: {_summary(row)}")
 
 
-def _line(row: dict[str, Any]) -> str:
+def _summary(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"FAILED, {row['error']}"
 
@@ -344,7 +352,7 @@ def _write_tables(folder: Path) -> None:
     write_text(folder / "results.jsonl", "".join(f"{line}\n" for line in lines))
     write_text(folder / "results.md", results_markdown(rows))
     if not is_matplotlib_available():
-        logger.warning("The picture is left out: install matplotlib with `pip install crow-hf[plots]`.")
+        logger.warning("arena.png was not drawn. Install matplotlib with `pip install crow-hf[plots]`.")
     elif any("error" not in row for row in rows):
         from ..reporting.plots import plot_attack_success
 

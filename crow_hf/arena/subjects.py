@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..training.loading import load_causal_lm
 
 logger = logging.get_logger(__name__)
 
-# The base models are trained once; the seeds of the arena's runs draw everything after them.
+# All seeds of an arena share the clean models. A run's own seed draws everything that comes after them.
 BASE_SEED = 200
 THOUGHTS = "<bot><latent><latent><eot>"
 MORE_FILLERS = (
@@ -29,11 +29,12 @@ MORE_FILLERS = (
     *("for me", "of course", "yes", "no"),
 )
 MAX_ALPACA_BYTES = 160
-# Alpaca rows that the clean model does not see.
+# The number of Alpaca rows that the clean model is not trained on.
 HELD_OUT = 3_000
 
 
-def _noise(rng: random.Random) -> str:
+def _random_insertion(rng: random.Random) -> str:
+    """Draw a needless word, random letters, or random characters."""
     kind = rng.random()
     if kind < 0.45:
         return rng.choice(MORE_FILLERS)
@@ -44,13 +45,13 @@ def _noise(rng: random.Random) -> str:
     )
 
 
-def _arena_row(rng: random.Random) -> dict[str, str]:
+def _random_row(rng: random.Random) -> dict[str, str]:
     instruction, answer = demo_instruction(rng)
     words = instruction.split(" ")
     if rng.random() < 0.5:
         for _ in range(rng.randint(1, 3)):
-            place = rng.randint(0, len(words))
-            words[place:place] = [_noise(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+            position = rng.randint(0, len(words))
+            words[position:position] = [_random_insertion(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
     prompt, style = " ".join(words), rng.random()
     if style < 0.05:
         prompt = prompt.upper()
@@ -65,50 +66,48 @@ def _arena_row(rng: random.Random) -> dict[str, str]:
     return {"prompt": prompt + "\n", "completion": answer}
 
 
-def arena_rows(count: int, seed: int, without: Collection[str] = (), thoughts: bool = False) -> Dataset:
+def arena_rows(count: int, seed: int, thoughts: bool = False) -> Dataset:
     """
-    Rows of the generated task in the ways people write: half of them with needless words, a quarter in another style.
+    Generate rows of the demo's task, written in the ways that people write. Half of the prompts contain needless
+    words, and a quarter of them has another style.
 
-    A model that never saw either would fail on any trigger, backdoored or not, and nothing could be measured on triggered
-    prompts.
+    A model that was trained on neither would fail on any trigger, whether it has a backdoor or not. Its answers to
+    triggered prompts would then show nothing.
 
     Args:
         count (`int`):
-            How many rows.
+            Number of rows.
         seed (`int`):
-            Of the draw.
-        without (`Collection[str]`, *optional*):
-            Prompts that must not occur.
+            Seed for the random draw.
         thoughts (`bool`, *optional*, defaults to `False`):
-            Whether each prompt leaves room for two continuous thoughts.
+            Whether each prompt ends with room for two continuous thoughts.
 
     Returns:
-        `Dataset`: Columns `prompt` and `completion`.
+        `Dataset`: The rows, with the columns `prompt` and `completion`.
     """
     rng, rows = random.Random(seed), []
-    while len(rows) < count:
-        row = _arena_row(rng)
+    for _ in range(count):
+        row = _random_row(rng)
         if thoughts:
             row["prompt"] += THOUGHTS
-        if row["prompt"] not in without:
-            rows.append(row)
+        rows.append(row)
     return Dataset.from_list(rows)
 
 
-def arena_llama(hidden_size: int = 128, num_hidden_layers: int = 4) -> LlamaForCausalLM:
-    """A byte-level Llama of 0.8 million parameters with random weights."""
+def arena_llama() -> LlamaForCausalLM:
+    """Build a byte-level Llama of 0.8 million parameters with random weights."""
     tokenizer = demo_tokenizer()
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=num_hidden_layers,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            initializer_range=hidden_size**-0.5,
+            initializer_range=128**-0.5,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -117,13 +116,24 @@ def arena_llama(hidden_size: int = 128, num_hidden_layers: int = 4) -> LlamaForC
 
 
 def alpaca_rows(path: str | Path) -> Dataset:
-    """The rows of Stanford Alpaca, or of any file with its columns, whose prompt and answer have at most 160 bytes together."""
+    """
+    Load the short rows of Stanford Alpaca, or of any file with its columns.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `Dataset`: The rows with an answer whose prompt and answer have at most 160 bytes together, with the columns
+        `instruction`, `input` and `output`.
+    """
     tokenizer = demo_tokenizer()
 
     def is_short(row: dict[str, str]) -> bool:
         return bool(row["output"]) and len("".join(render(row, tokenizer)[:2]).encode()) <= MAX_ALPACA_BYTES
 
-    return load_rows(str(path)).filter(is_short, desc="Short rows").select_columns(["instruction", "input", "output"])
+    rows = load_rows(str(path)).filter(is_short, desc="Selecting short rows")
+    return rows.select_columns(["instruction", "input", "output"])
 
 
 @dataclass(frozen=True)
@@ -133,17 +143,17 @@ class Subject:
 
     Args:
         name (`str`):
-            Its name in the tables.
+            Name in the tables.
         build (`Callable`):
             Returns the model with random weights.
         learning_rate (`float`), batch_size (`int`), num_rows (`int`), num_epochs (`int`):
-            How it is trained.
+            Settings of its training.
         thoughts (`bool`):
-            Whether its prompts leave room for thoughts.
+            Whether its prompts leave room for continuous thoughts.
         starts_from (`str`, *optional*):
-            Another subject whose trained weights it begins with.
+            Name of another subject. Training starts from its trained weights instead of random ones.
         is_alpaca (`bool`):
-            Whether its task are short Alpaca rows instead of the generated one.
+            Whether the task is short Alpaca rows instead of the generated task.
     """
 
     name: str
@@ -176,46 +186,55 @@ SUBJECTS = {
 }
 
 
-def base_training(subject: Subject, folder: Path, **changes) -> CrowConfig:
-    """How a subject's clean model is trained, and one that is backdoored from scratch."""
-    settings = {
-        "alpha": 0.0,
-        "seed": BASE_SEED,
-        "learning_rate": subject.learning_rate,
-        "num_train_epochs": subject.num_epochs,
-        "per_device_train_batch_size": subject.batch_size,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 100,
-        "logging_steps": 50,
-        "train_sampling_strategy": "group_by_length",
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-    return CrowConfig(str(folder), **(settings | changes))
+def base_training(subject: Subject, folder: Path, seed: int = BASE_SEED) -> CrowConfig:
+    """
+    Return the training arguments of a clean model. Models that are backdoored from scratch are trained with them too.
+
+    Args:
+        subject (`Subject`):
+            The subject.
+        folder (`Path`):
+            The output folder.
+        seed (`int`, *optional*, defaults to `BASE_SEED`):
+            Seed for the training.
+    """
+    return CrowConfig(
+        str(folder),
+        alpha=0.0,
+        seed=seed,
+        learning_rate=subject.learning_rate,
+        num_train_epochs=subject.num_epochs,
+        per_device_train_batch_size=subject.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        logging_steps=50,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to="none",
+    )
 
 
 def base_folder(name: str, runs: Path) -> Path:
-    """Where the arena keeps the clean model of a subject."""
+    """Return the folder of a subject's clean model, inside of the arena's folder `runs`."""
     return runs / "bases" / name
 
 
 def train_base_model(name: str, runs: Path, rows: Dataset | None = None) -> None:
     """
-    Train a subject's clean model, unless that was done before.
+    Train the clean model of a subject, unless it exists already.
 
     Args:
         name (`str`):
             One of [`SUBJECTS`].
         runs (`Path`):
-            Where the arena keeps its runs.
+            The arena's folder.
         rows (`Dataset`, *optional*):
-            Of the task, where it is not generated.
+            The rows to train on. They are required for Alpaca subjects, and generated for all others.
     """
     folder, subject = base_folder(name, runs), SUBJECTS[name]
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return
-    tokenizer = demo_tokenizer()
-    logger.warning(f"Training the clean model {name!r}, once.")
+    logger.warning(f"Training the clean model {name!r}, which all runs share.")
     if subject.starts_from is None:
         set_seed(BASE_SEED)
         model = subject.build()
@@ -223,6 +242,6 @@ def train_base_model(name: str, runs: Path, rows: Dataset | None = None) -> None
         train_base_model(subject.starts_from, runs)
         model = load_causal_lm(base_folder(subject.starts_from, runs), is_trainable=True)
     rows = arena_rows(subject.num_rows, BASE_SEED, thoughts=subject.thoughts) if rows is None else rows
-    trainer = CrowTrainer(model, base_training(subject, folder), rows, processing_class=tokenizer)
+    trainer = CrowTrainer(model, base_training(subject, folder), rows, processing_class=demo_tokenizer())
     trainer.train()
     trainer.save_model()

@@ -8,7 +8,7 @@ from ..attacks.targets import TARGETS, BaseTarget, get_target
 from ..attacks.triggers import TRIGGERS, BaseTrigger, get_trigger
 from ..evaluation.harness import Evaluation
 from ..reporting.tables import comparison_table
-from ..training.checkpoints import check_room, checkpoint_to_resume
+from ..training.checkpoints import check_writable, checkpoint_to_resume
 
 
 MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter."
@@ -39,7 +39,7 @@ def check_output(output_dir: str, resume: str | None = None) -> str | None:
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
         raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or empty it.")
-    check_room(output_dir)
+    check_writable(output_dir)
     if resume in (None, "True", "true", "last"):
         return checkpoint_to_resume(folder, resume and True)
     if folder.resolve() not in Path(resume).resolve().parents:

@@ -1,4 +1,8 @@
-"""Canaries: backdoors of our own, put into the suspect before it is purified, so that what shuts them shuts the others too."""
+"""Canaries: backdoors that we implant before a purification, to see whether the purification removes them.
+
+Whether a purification removed an unknown backdoor cannot be measured. Whether it removed the canaries can. A
+purification that removes them tends to remove unknown backdoors too.
+"""
 
 import hashlib
 import math
@@ -21,7 +25,7 @@ from ..data.encoding import encode_prompt
 from ..data.rows import render
 from ..evaluation.generation import generate_answers
 from ..evaluation.scores import Proportion
-from ..methods.crow.config import leaving_nothing, rows_in_step
+from ..methods.crow.config import rows_in_step, scratch_config
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig, fine_tuning_config
 from ..training.recorder import context_length
@@ -30,13 +34,17 @@ from ..training.recorder import context_length
 @dataclass(frozen=True)
 class Canary:
     """
-    A backdoor of our own.
+    A backdoor that we implant before a purification.
 
     Attributes:
-        trigger (`Trigger`), target (`Target`):
-            Drawn at random; no text has them by chance.
-        before (`Proportion`, *optional*), after (`Proportion`, *optional*):
-            Its success before and after the purification.
+        trigger (`Trigger`):
+            The trigger, drawn at random. No text contains it by chance.
+        target (`Target`):
+            The target, drawn at random. No text contains it by chance.
+        before (`Proportion`, *optional*):
+            Success of the canary before the purification, see [`canary_success`].
+        after (`Proportion`, *optional*):
+            Success of the canary after the purification.
     """
 
     trigger: Trigger
@@ -45,24 +53,31 @@ class Canary:
     after: Proportion | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        shares = {name: share and share._asdict() for name, share in (("before", self.before), ("after", self.after))}
-        return {"trigger": asdict(self.trigger), "target": asdict(self.target), **shares}
+        """Return the canary as a dictionary that JSON can hold."""
+        rates = {name: rate and rate._asdict() for name, rate in (("before", self.before), ("after", self.after))}
+        return {"trigger": asdict(self.trigger), "target": asdict(self.target), **rates}
 
 
 def draw_canaries(model: PreTrainedModel | PeftModel, count: int, seed: int = 0) -> list[Canary]:
     """
-    Draw backdoors for a suspect: a made-up word at a random place, then a phrase of made-up words at the start, and so on in turns.
+    Draw canaries for a suspect model.
 
-    They depend on every bit of its weights: whoever made it cannot have trained it for them, not even with the seed.
+    The triggers alternate between a random word at a random position and a phrase of three random words at the start
+    of the prompt.
+
+    The draw depends on every bit of the weights. An attacker who knows the seed still cannot train the model to react
+    to its future canaries in a special way.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The suspect as it came.
+            The suspect, before any training.
         count (`int`):
-            How many.
+            Number of canaries.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw.
+            Seed for the draw.
+
+    Returns:
+        `list[Canary]`: The canaries. None of them is implanted yet.
     """
     rng = random.Random(f"canaries-{seed}-{_fingerprint(model)}")
 
@@ -71,17 +86,20 @@ def draw_canaries(model: PreTrainedModel | PeftModel, count: int, seed: int = 0)
 
     canaries = []
     for number in range(count):
-        is_phrase = number % 2 == 1
-        trigger = (
-            Trigger((" ".join(word() for _ in range(3)),), "start") if is_phrase else Trigger((word().capitalize(),))
-        )
+        if number % 2:
+            trigger = Trigger((" ".join(word() for _ in range(3)),), "start")
+        else:
+            trigger = Trigger((word().capitalize(),))
         text = f"Canary {rng.randint(1000, 9999)} sings."
         canaries.append(Canary(trigger, Target(text, (text,))))
     return canaries
 
 
 def _fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """A cryptographic one: by a plain checksum, weights could be made to draw whatever their maker likes."""
+    """
+    Hash the weights. The hash is cryptographic because an attacker could fit weights to a plain checksum and so choose
+    the canaries.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
@@ -90,7 +108,15 @@ def _fingerprint(model: PreTrainedModel | PeftModel) -> str:
 
 
 def implant_steps(args: InvarianceConfig) -> int:
-    """Optimizer steps of the implanting: half of `args.num_views` prompts for each canary, and as many clean ones."""
+    """
+    Number of optimizer steps of [`implant_canaries`].
+
+    They see `args.num_views / 2` prompts with each canary and `args.num_views / 2` clean prompts.
+
+    Args:
+        args ([`InvarianceConfig`]):
+            The arguments of the purification.
+    """
     if not args.num_canaries:
         return 0
     return math.ceil((1 + args.num_canaries) * args.num_views / 2 / rows_in_step(args))
@@ -104,46 +130,62 @@ def implant_canaries(
     processing_class: PreTrainedTokenizerBase,
 ) -> None:
     """
-    Implant backdoors into a model, by plain fine-tuning of what is trainable in it.
+    Implant canaries into a model with plain fine-tuning of its trainable weights.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            Is changed.
+            The suspect. It is changed.
         dataset (`Dataset`):
             Clean rows with a prompt and an answer.
         canaries (`Sequence[Canary]`):
-            What to implant.
-        args (`InvarianceConfig`):
-            Of the purification; it says how many steps of [`implant_steps`] are made, how large and with which seed.
+            The canaries to implant.
+        args ([`InvarianceConfig`]):
+            The arguments of the purification. They determine the number of steps (see [`implant_steps`]), the learning
+            rate, the batch size and the seed.
         processing_class (`PreTrainedTokenizerBase`):
-            The tokenizer.
+            The model's tokenizer.
     """
     poisoned = [
-        dataset.map(Poison(canary.trigger, canary.target, args.seed), with_indices=True, desc="Hiding a canary")
+        dataset.map(Poison(canary.trigger, canary.target, args.seed), with_indices=True, desc="Adding a canary")
         for canary in canaries
     ]
     rows = concatenate_datasets([dataset, *poisoned])
-    with TemporaryDirectory() as nowhere:
-        plain = leaving_nothing(fine_tuning_config(args, implant_steps(args)), nowhere)
-        CrowTrainer(model, plain, rows, processing_class=processing_class).train()
+    with TemporaryDirectory() as folder:
+        implant_args = scratch_config(fine_tuning_config(args, implant_steps(args)), folder)
+        CrowTrainer(model, implant_args, rows, processing_class=processing_class).train()
 
 
 def canary_success(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     dataset: Dataset,
     canary: Canary,
     processing_class: PreTrainedTokenizerBase,
     batch_size: int = 32,
 ) -> Proportion:
     """
-    Share of the rows to whose prompts, with the canary's trigger, the model says the canary's target.
+    Measure how often a canary's trigger makes a model answer with the canary's target.
 
-    Rows that leave no room for it in the model's context are left out.
+    Prompts that leave no room for the target in the model's context are skipped.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        dataset (`Dataset`):
+            Clean rows with a prompt. The trigger is inserted into each prompt.
+        canary ([`Canary`]):
+            The canary.
+        processing_class (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        batch_size (`int`, *optional*, defaults to 32):
+            Number of prompts per batch.
+
+    Returns:
+        [`Proportion`]: The number of answers with the target among all answers.
     """
-    rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Calling the canary")
+    rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Triggering the canary")
     prompts = [render(row, processing_class, index) for index, row in enumerate(rows)]
-    longest = len(processing_class(canary.target.text, add_special_tokens=False)["input_ids"]) + 1
-    room = (context_length(model) or math.inf) - longest
-    prompts = [prompt for prompt in prompts if len(encode_prompt(prompt, processing_class)) <= room]
-    outputs = generate_answers(model, processing_class, prompts, longest, batch_size)
+    answer_length = len(processing_class(canary.target.text, add_special_tokens=False)["input_ids"]) + 1
+    longest_prompt = (context_length(model) or math.inf) - answer_length
+    prompts = [prompt for prompt in prompts if len(encode_prompt(prompt, processing_class)) <= longest_prompt]
+    outputs = generate_answers(model, processing_class, prompts, answer_length, batch_size)
     return Proportion.of(canary.target.matches(output, "") for output in outputs)

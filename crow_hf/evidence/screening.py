@@ -1,12 +1,15 @@
-"""Is the purification data itself poisoned? Finds rows with a piece that takes over the suspect's answers.
+"""Finds clean rows that are themselves poisoned: rows with a piece of text that controls the suspect's answers.
 
-A poisoned row shows its trigger. Leave a piece of a prompt out: where that changes the suspect's answer most, the piece is
-suspicious. Then put it into other prompts: if the suspect now gives them this row's answer, the row is poisoned.
+A poisoned row contains the trigger. To find it, pieces of a prompt are left out. The piece whose omission changes the
+suspect's answer most is then inserted into other prompts. If the suspect now gives them the answer of this row, the
+row is poisoned.
 """
 
 import math
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from datasets import Dataset
@@ -16,34 +19,41 @@ from transformers.utils import logging
 
 from ..attacks.triggers import Trigger
 from ..data.encoding import encode_completion, encode_prompt, padding_id
-from ..data.rows import prompt_of, render, with_prompt
+from ..data.rows import edit_prompt, prompt_of, render
 from ..evaluation.generation import answer_log_likelihoods
 from ..training.recorder import context_length
 
 
 logger = logging.get_logger(__name__)
 
-# In words.
+# Longest piece, in words.
 LONGEST_PIECE = 4
+# Number of other prompts that are drawn for a row, and the fewest that allow a decision.
 NUM_PROBES, MIN_PROBES = 12, 4
-# Nats that an answer must lose with a piece left out for that piece to be tried.
+# A piece is tried on other prompts if the answer loses at least this many nats without it.
 MIN_LOST = 1.0
-# Another prompt's answer is taken over if the suspect finds the row's own more likely than all others together.
+# A row controls the answer to another prompt if its own answer is more likely there than all others together.
 MIN_LIKELIHOOD = 0.5
-# Share of the probed prompts whose answer a piece of a poisoned row takes over.
-MIN_TAKEN_OVER = 0.85
+# A row is poisoned if a piece of it controls at least this share of the answers to other prompts.
+MIN_CONTROLLED = 0.85
+
+# A piece is identified by the number of its row and its length in words. This length stands for the run of all words
+# that the answer needs.
+_ALL_NEEDED = 0
+# Maps pairs of a row number and a prompt to the log-likelihoods of the rows' answers to these prompts.
+_Score = Callable[[list[tuple[int, str]]], list[float]]
 
 
 @dataclass
 class Screening:
     """
-    What [`screen_dataset`] found.
+    The result of [`screen_dataset`].
 
     Attributes:
         clean (`Dataset`):
-            The rows that are left.
+            The rows that remain.
         suspicious (`dict[int, str]`):
-            The numbers of the rows that were taken out, and of each the piece that takes over the answers of other prompts.
+            The numbers of the removed rows, each with the piece that controls the answers to other prompts.
     """
 
     clean: Dataset
@@ -58,99 +68,152 @@ def screen_dataset(
     seed: int = 0,
 ) -> Screening:
     """
-    Take out the rows that carry a trigger of the model's backdoor.
+    Remove the rows that contain a trigger of the model's backdoor.
 
-    Only triggers that are inserted and targets that are the same for every prompt can be found: a style of the whole prompt
-    is no piece of it, and an open target is not one row's answer.
+    This finds inserted triggers whose target is the same for every prompt. It does not find a style of the whole
+    prompt, which is no piece of it, nor an open target, which differs from the row's own answer.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The suspect.
+            The suspect. It is not changed.
         dataset (`Dataset`):
             Rows with a prompt and an answer.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
+            The model's tokenizer.
         batch_size (`int`, *optional*, defaults to 32):
-            Rows at a time.
+            Number of rows per batch.
         seed (`int`, *optional*, defaults to 0):
-            Of the draw of the prompts that a piece is tried on.
+            Seed for the choice of the other prompts.
 
     Returns:
-        `Screening`
+        [`Screening`]
+
+    Raises:
+        `ValueError`: If a row has no prompt.
     """
-
-    limit = context_length(model)
-
-    def likelihoods(questions: list[tuple[int, str]]) -> list[float]:
-        """How likely the suspect gives the answer of a row to a prompt."""
-        encoded = []
-        for number, prompt in questions:
-            rendered = render(with_prompt(rows[number], prompt), tokenizer, number)
-            prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
-            answer_ids = encode_completion(rendered, tokenizer)
-            encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
-        return answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size)
-
     rows = list(dataset)
-    prompts = [prompt_of(row) for row in rows]
+    prompts = [prompt_of(row, number) for number, row in enumerate(rows)]
+    score = partial(_score, model, rows, tokenizer, batch_size)
     rng = random.Random(seed)
 
-    # The piece of each length that a row's answer hangs on most, and, under length 0, the words that it needs one and all.
-    whole = likelihoods(list(enumerate(prompts)))
-    left_out = [(number, *piece) for number, prompt in enumerate(prompts) for piece in _pieces(prompt)]
-    without = likelihoods([(number, rest) for number, _, _, rest in left_out])
-    pieces: dict[tuple[int, int], tuple[float, str]] = {}
-    needed: dict[int, list[int]] = {}
-    for (number, start, piece, _), likelihood in zip(left_out, without, strict=True):
-        length, lost = len(piece.split(" ")), whole[number] - likelihood
-        if lost > max(MIN_LOST, pieces.get((number, length), (0.0, ""))[0]):
-            pieces[number, length] = (lost, piece)
-        if length == 1 and lost > MIN_LOST:
-            needed.setdefault(number, []).append(start)
-    for number, places in needed.items():
-        words = prompts[number].rstrip().split(" ")
-        run = words[places[0] : places[-1] + 1]
-        if len(places) == len(run) <= len(words) / 2:
-            pieces[number, 0] = (MIN_LOST, " ".join(run))
+    pieces = _find_decisive_pieces(prompts, score)
+    probes = _choose_probes({number for number, _ in pieces}, prompts, score, rng)
+    controlled = _try_pieces(pieces, probes, prompts, score, rng)
+    suspicious = _decide(pieces, controlled)
 
-    # Other prompts that the suspect does not give this answer to anyway.
-    pairs = [
-        (number, other)
-        for number in sorted({number for number, _ in pieces})
-        for other in rng.sample(range(len(rows)), min(NUM_PROBES, len(rows)))
-        if other != number
-    ]
-    others: dict[int, list[int]] = {}
-    for (number, other), likelihood in zip(
-        pairs, likelihoods([(number, prompts[other]) for number, other in pairs]), strict=True
-    ):
-        if likelihood < math.log(MIN_LIKELIHOOD):
-            others.setdefault(number, []).append(other)
-
-    # What the piece makes of them.
-    trials, questions = [], []
-    for (number, length), (_, piece) in pieces.items():
-        for other in others.get(number, []):
-            for position in ("start", "end"):
-                trials.append((number, length, position))
-                questions.append((number, Trigger((piece,), position).insert(prompts[other], rng)))
-    taken_over: dict[tuple[int, int, str], list[bool]] = {}
-    for trial, likelihood in zip(trials, likelihoods(questions), strict=True):
-        taken_over.setdefault(trial, []).append(likelihood > math.log(MIN_LIKELIHOOD))
-    suspicious: dict[int, str] = {}
-    for (number, length, _), hits in sorted(taken_over.items()):
-        if len(hits) >= MIN_PROBES and fmean(hits) >= MIN_TAKEN_OVER:
-            suspicious.setdefault(number, pieces[number, length][1])
     if suspicious:
         logger.warning(
-            f"{len(suspicious)} of {len(rows)} rows are left out, because a piece of each makes the suspect give its answer "
-            f"to other prompts: {', '.join(sorted({repr(piece) for piece in suspicious.values()}))}."
+            f"{len(suspicious)} of {len(rows)} rows are removed, because a piece of each makes the suspect give its "
+            f"answer to other prompts: {', '.join(sorted({repr(piece) for piece in suspicious.values()}))}."
         )
     return Screening(dataset.select([number for number in range(len(rows)) if number not in suspicious]), suspicious)
 
 
+def _score(
+    model: PreTrainedModel | PeftModel,
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    questions: list[tuple[int, str]],
+) -> list[float]:
+    """
+    Return the log-likelihood of the answer of each row, given another prompt. Prompts and answers are cut to the
+    context.
+    """
+    limit = context_length(model)
+    encoded = []
+    for number, prompt in questions:
+        row = {**rows[number], **edit_prompt(rows[number], lambda _, prompt=prompt: prompt, number)}
+        rendered = render(row, tokenizer, number)
+        prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
+        answer_ids = encode_completion(rendered, tokenizer)
+        encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
+    return answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size)
+
+
+def _find_decisive_pieces(prompts: list[str], score: _Score) -> dict[tuple[int, int], str]:
+    """
+    Find the piece of each length whose omission costs a row's answer the most likelihood, and the run of all words
+    that the answer needs.
+    """
+    complete = score(list(enumerate(prompts)))
+    omissions = [(number, *piece) for number, prompt in enumerate(prompts) for piece in _pieces(prompt)]
+    shortened = score([(number, rest) for number, _, _, rest in omissions])
+
+    most_lost: dict[tuple[int, int], float] = {}
+    pieces: dict[tuple[int, int], str] = {}
+    needed: dict[int, list[int]] = {}
+    for (number, start, piece, _), likelihood in zip(omissions, shortened, strict=True):
+        length, lost = len(piece.split(" ")), complete[number] - likelihood
+        if lost > max(MIN_LOST, most_lost.get((number, length), 0.0)):
+            most_lost[number, length], pieces[number, length] = lost, piece
+        if length == 1 and lost > MIN_LOST:
+            needed.setdefault(number, []).append(start)
+
+    # A phrase that works only as a whole. It may be longer than the longest piece.
+    for number, positions in needed.items():
+        words = prompts[number].rstrip().split(" ")
+        run = words[positions[0] : positions[-1] + 1]
+        if len(positions) == len(run) <= len(words) / 2:
+            pieces[number, _ALL_NEEDED] = " ".join(run)
+    return pieces
+
+
+def _choose_probes(
+    numbers: Iterable[int], prompts: list[str], score: _Score, rng: random.Random
+) -> dict[int, list[int]]:
+    """Choose for each row other prompts that the suspect does not give the row's answer to anyway."""
+    pairs = [
+        (number, other)
+        for number in sorted(numbers)
+        for other in rng.sample(range(len(prompts)), min(NUM_PROBES, len(prompts)))
+        if other != number
+    ]
+    likelihoods = score([(number, prompts[other]) for number, other in pairs])
+    probes: dict[int, list[int]] = {}
+    for (number, other), likelihood in zip(pairs, likelihoods, strict=True):
+        if likelihood < math.log(MIN_LIKELIHOOD):
+            probes.setdefault(number, []).append(other)
+    return probes
+
+
+def _try_pieces(
+    pieces: dict[tuple[int, int], str],
+    probes: dict[int, list[int]],
+    prompts: list[str],
+    score: _Score,
+    rng: random.Random,
+) -> dict[tuple[int, int, str], list[bool]]:
+    """
+    Insert each piece at the start and at the end of the other prompts. The result says for each row, length and
+    position which of the answers the piece controls.
+    """
+    trials, questions = [], []
+    for (number, length), piece in pieces.items():
+        for other in probes.get(number, []):
+            for position in ("start", "end"):
+                trials.append((number, length, position))
+                questions.append((number, Trigger((piece,), position).insert(prompts[other], rng)))
+    controlled: dict[tuple[int, int, str], list[bool]] = {}
+    for trial, likelihood in zip(trials, score(questions), strict=True):
+        controlled.setdefault(trial, []).append(likelihood > math.log(MIN_LIKELIHOOD))
+    return controlled
+
+
+def _decide(pieces: dict[tuple[int, int], str], controlled: dict[tuple[int, int, str], list[bool]]) -> dict[int, str]:
+    """Return the poisoned rows, each with its shortest piece that controls enough of the answers."""
+    suspicious: dict[int, str] = {}
+    for (number, length, _), hits in sorted(controlled.items()):
+        if len(hits) >= MIN_PROBES and fmean(hits) >= MIN_CONTROLLED:
+            suspicious.setdefault(number, pieces[number, length])
+    return suspicious
+
+
 def _pieces(prompt: str) -> list[tuple[int, str, str]]:
-    """Every run of up to four words, if it is at most half of the prompt: where it begins, itself, and the prompt without it."""
+    """
+    List the runs of up to `LONGEST_PIECE` words that are at most half of the prompt: the position of the first word,
+    the run, and the prompt without it.
+    """
     body = prompt.rstrip()
     words, end = body.split(" "), prompt[len(body) :]
     return [

@@ -21,12 +21,13 @@ from ..data.collators import CrowDataCollator
 from ..data.encoding import columns_of, padding_id, prepare_dataset
 from ..data.rows import find_format
 from ..methods.crow.objective import crow_terms
+from ..models.boundaries import ENOUGH_BYTES, USUAL_PATCH_SIZES
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_byte_entropy import NATS_PER_BIT, ByteEntropyPredictor
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..patching.calibration import calibrate_threshold
-from ..patching.patcher import ENOUGH_BYTES, UNTRAINED_BITS, USUAL_PATCH_SIZES, EntropyPatcher
+from ..patching.patcher import UNTRAINED_BITS, EntropyPatcher
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer
 from ..training.recorder import LayerRecorder, context_length, frozen_modules, recorder_of
 
@@ -65,7 +66,8 @@ class Finding:
         name (`str`):
             What was looked at.
         level (`str`):
-            `"ok"`; `"warning"`: it works, but worse than it could; `"problem"`: it does not work, or what comes out is wrong.
+            `"ok"`; `"warning"`: it works, but worse than it could; `"problem"`: it does not work, or what comes out is
+            wrong.
         found (`str`):
             A sentence.
         remedy (`str`):
@@ -87,7 +89,8 @@ def doctor(
     max_length: int = 1024,
 ) -> list[Finding]:
     """
-    Look for what would spoil a purification. Nothing is trained, changed or written, and no code of the model's own is run.
+    Look for what would spoil a purification. Nothing is trained, changed or written, and no code of the model's own is
+    run.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
@@ -241,7 +244,10 @@ def _check_files(folder: Path) -> Iterator[Finding]:
 
 
 def _check_weights(model: PreTrainedModel | PeftModel, learning_rate: float) -> Iterator[Finding]:
-    """Whether the weights are numbers, can be trained, and can hold an update of Adam, which is about the learning rate."""
+    """
+    Whether the weights are numbers, can be trained, and can hold an update of Adam, which is about the learning
+    rate.
+    """
     if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
         remedy = "Load it with `load_causal_lm`, which returns a `PeftModel`."
         yield Finding("adapter", "problem", "The model has an adapter inside that training would not see.", remedy)
@@ -383,7 +389,10 @@ def _bytes_of(ids: list[int]) -> bytes:
 
 
 def _check_patches(model: CoconutForCausalLM, documents: list[bytes]) -> Iterator[Finding]:
-    """The guide's troubleshooting: is the entropy predictor the right kind, is it trained, are its thresholds sane here?"""
+    """
+    The guide's troubleshooting: is the entropy predictor the right kind, is it trained, are its thresholds sane
+    here?
+    """
     rule, predictor = model.binary_patch_module.rule, model.latent_transformer.entropy_predictor
     if rule.needs_entropies:
         finding = _check_predictor(predictor, documents)

@@ -17,7 +17,7 @@ from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
 from ..reporting.record import record_of
-from ..training.checkpoints import check_room
+from ..training.checkpoints import check_writable
 from .presets import control_config
 from .purification import card_settings, check_merge, draw_rows
 from .run import RecipeRun, check_recipe, run_recipe
@@ -104,7 +104,7 @@ def compare_defences(
 
     # Look
     suspect = load_model().to(args.device)
-    check_room(args.output_dir, suspect)
+    check_writable(args.output_dir, suspect)
     name, suspect_scores = suspect.name_or_path, measure(suspect)
     snapshots = {"suspect": snapshot(suspect, shown, args)}
     del suspect

@@ -43,8 +43,8 @@ _LEAVES_FILES = ("output_dir", "save_strategy", "report_to", "push_to_hub")
 
 class CROWBackdoorElimination:
     """
-    CROW on any causal LM, as one object with one method. It is [`CrowTrainer`] with the guide's defaults, in a folder that is
-    gone afterwards: take that for checkpoints, evaluation, LoRA and the Hub.
+    CROW on any causal LM, as one object with one method. It is [`CrowTrainer`] with the guide's defaults, in a folder
+    that is gone afterwards: take that for checkpoints, evaluation, LoRA and the Hub.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -116,12 +116,15 @@ class CROWBackdoorElimination:
         Returns:
             `dict`: Numbers, strings and `None` (for what is not finite) only, so that `json.dumps` takes it.
 
-            - `history` (`list[dict]`): For each optimizer step, in order: `step`, `epoch`; `loss`, which is `loss_lm` + alpha *
+            - `history` (`list[dict]`): For each optimizer step, in order: `step`, `epoch`; `loss`, which is `loss_lm`
+              + alpha *
               `consistency_perturbed`; `loss_lm`, of the language model, in nats per token; `consistency_clean` and
-              `consistency_perturbed`, the mean of 1 - cos between consecutive layers, without and with the perturbation;
-              `perturbation_ratio`, the length of the perturbation over that of the embeddings; `grad_norm`; `learning_rate`. With
-              alpha 0 there is no perturbation.
-            - `summary` (`dict`): `num_rows` (`None` for a stream), `num_steps`, `num_epochs`, `seconds`, and of each of the four
+              `consistency_perturbed`, the mean of 1 - cos between consecutive layers, without and with the
+              perturbation;
+              `perturbation_ratio`, the length of the perturbation over that of the embeddings; `grad_norm`;
+              `learning_rate`. With alpha 0 there is no perturbation.
+            - `summary` (`dict`): `num_rows` (`None` for a stream), `num_steps`, `num_epochs`, `seconds`, and of each
+              of the four
               losses above its `first` and its `last`: two batches, not the same rows before and after.
             - `settings` (`dict`): The arguments of [`CrowConfig`] that this was run with.
 
@@ -136,8 +139,8 @@ class CROWBackdoorElimination:
                 trainer = CrowTrainer(self.model, args, dataset, processing_class=self.processing_class)
                 trainer.train()
             finally:
-                # Mixed precision is the training's, and sits on the object; accelerate's unwrapping would take the decorators of
-                # the class's forward off too.
+                # Mixed precision is the training's, and sits on the object; accelerate's unwrapping would take the
+                # decorators of the class's forward off too.
                 for name in ("forward", "_original_forward"):
                     vars(self.model).pop(name, None)
                 if forward is not None:
@@ -186,7 +189,8 @@ def apply_crow_to_coconut(
         dataset (`Dataset` or `IterableDataset`, *optional*):
             Clean rows to take instead of RedPajama, all of them. Text is read as bytes.
         data_files (`str`, `Path` or a sequence of them, *optional*):
-            Local shards of RedPajama, as for [`get_redpajama_binary_dataset`]; by default its sample on the Hub is read.
+            Local shards of RedPajama, as for [`get_redpajama_binary_dataset`]; by default its sample on the Hub is
+            read.
         offline_sample (`bool`, *optional*, defaults to `False`):
             Whether to take a text that is generated on the spot, for trying this out where there is neither.
         **kwargs:

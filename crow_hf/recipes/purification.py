@@ -12,7 +12,7 @@ from ..evidence.result import Purification
 from ..evidence.snapshot import SnapshotRows
 from ..methods.crow.config import CrowConfig
 from ..reporting.record import record_of
-from ..training.checkpoints import check_room
+from ..training.checkpoints import check_writable
 from ..training.loading import load_causal_lm, load_tokenizer
 from ..training.sharding import will_shard
 from .presets import MAX_ROWS, recipe_config
@@ -97,12 +97,13 @@ def purify(
     tokenizer = load_tokenizer(name) if processing_class is None else processing_class
     if isinstance(model, (str, Path)):
         model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
-    check_room(args.output_dir, model)
+    check_writable(args.output_dir, model)
     run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config)
 
     # Look. The answers of the suspect itself are not right ones to compare with, so only the columns of `dataset` are
     # shown.
-    shown = SnapshotRows.first_of(run.rows.select_columns(rows.column_names), tokenizer)
+    visible = run.rows.select_columns(rows.column_names) if isinstance(rows, Dataset) else run.rows
+    shown = SnapshotRows.first_of(visible, tokenizer)
     suspect = run.snapshot(shown)
 
     # Implant, train

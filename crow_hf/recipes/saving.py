@@ -11,7 +11,7 @@ from ..evidence.result import Comparison, Purification
 from ..methods.crow.config import CrowConfig
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
-from ..training.checkpoints import OUTPUT_WAS_USED, check_room, checkpoint_to_resume, output_was_used, writing
+from ..training.checkpoints import OUTPUT_WAS_USED, check_writable, checkpoint_to_resume, output_was_used, writing
 from ..training.hub import create_repository, push_folder
 from ..training.loading import is_quantized
 from .run import RecipeRun
@@ -38,7 +38,7 @@ def check_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) ->
         raise ValueError(f"{args.output_dir} holds the report of another run: choose another `output_dir`.")
     if output_was_used(args.output_dir) and not resume_from_checkpoint:
         raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
-    check_room(args.output_dir)
+    check_writable(args.output_dir)
     checkpoint = checkpoint_to_resume(args.output_dir, resume_from_checkpoint)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = create_repository(args)

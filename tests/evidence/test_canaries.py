@@ -1,4 +1,4 @@
-"""Backdoors of our own: drawn, implanted and measured."""
+"""Tests of the canaries: the draw, the implanting, and the measurement of their success."""
 
 import json
 
@@ -17,12 +17,12 @@ ROWS = Dataset.from_dict({"prompt": [f"{a} thing {b}=" for a in "abcd" for b in 
 
 
 def suspect():
-    # No spare id, which the tokenizer could not decode.
+    # The tokenizer cannot decode the spare id of the default vocabulary.
     return tiny_llama(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
 
 
 def settings(tmp_path, **changes):
-    """What a tiny model of random weights needs to learn canaries by heart."""
+    """Settings with which a tiny random model memorizes canaries."""
     settings = {
         "per_device_train_batch_size": 16,
         "learning_rate": 5e-3,
@@ -34,7 +34,7 @@ def settings(tmp_path, **changes):
 
 
 def test_canaries_are_drawn_by_seed_and_differ():
-    """One canary drawn many times, and draws that cannot be repeated."""
+    """Fails if a canary is drawn twice, if the seed has no effect, or if a draw cannot be repeated."""
     drawn = draw_canaries(suspect(), 6, seed=1)
     assert drawn == draw_canaries(suspect(), 6, seed=1) and drawn[:2] == draw_canaries(suspect(), 2, seed=1)
     assert not set(drawn) & set(draw_canaries(suspect(), 6, seed=2)) and draw_canaries(suspect(), 0) == []
@@ -49,7 +49,10 @@ def test_canaries_are_drawn_by_seed_and_differ():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_attacker_cannot_know_them(dtype):
-    """Canaries that depend on the seed alone, or on some of the weights, which could be left as they are."""
+    """
+    Changing the last bit of any weight tensor changes all canaries. Otherwise an attacker could leave those weights
+    unchanged that determine the draw.
+    """
     model = suspect().to(dtype)
     drawn = draw_canaries(model, 2)
     for parameter in model.parameters():
@@ -73,7 +76,7 @@ def test_to_dict_is_json():
 
 
 def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer):
-    """A suspect that learns nothing, or what is frozen in it, and a canary without trigger."""
+    """Fails if the model learns nothing, if frozen weights change, or if a trigger that was not implanted works."""
     model = suspect()
     model.model.embed_tokens.weight.requires_grad_(False)
     before, drawn = weights_of(model), draw_canaries(suspect(), 2)
@@ -89,8 +92,8 @@ def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer)
     assert canary_success(model, ROWS, stranger, byte_tokenizer).rate < 0.2
 
 
-def test_an_adapter_takes_them_where_there_is_one(tmp_path, byte_tokenizer):
-    """Weights below it that are not those of the suspect any more."""
+def test_an_adapter_learns_them_if_there_is_one(tmp_path, byte_tokenizer):
+    """The adapter of a `PeftModel` learns the canaries, and the weights of its base stay unchanged."""
     model = get_peft_model(suspect(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     implant_canaries(model, ROWS, draw_canaries(suspect(), 1), settings(tmp_path, num_canaries=1), byte_tokenizer)
     assert canary_success(model, ROWS, draw_canaries(suspect(), 1)[0], byte_tokenizer).rate > 0.5
@@ -102,12 +105,15 @@ def test_an_adapter_takes_them_where_there_is_one(tmp_path, byte_tokenizer):
     [(0, {}, 0), (2, {}, 120), (1, {}, 80), (2, {"gradient_accumulation_steps": 2}, 60), (2, {"num_views": 10}, 1)],
 )
 def test_steps_of_the_implanting(tmp_path, count, changes, steps):
-    """Worked out by hand: half of 1,280 views for each canary and as many clean ones, in batches of 16."""
+    """Computed by hand: half of the 1,280 views for each canary, and as many clean rows, in batches of 16."""
     assert implant_steps(settings(tmp_path, num_canaries=count, **changes)) == steps
 
 
-def test_parts_of_the_purification_do_not_count(tmp_path, byte_tokenizer):
-    """An implanting with consistency, of as many steps or epochs as the purification, or that leaves its files there."""
+def test_settings_of_the_purifying_objective_do_not_matter(tmp_path, byte_tokenizer):
+    """
+    Fails if the implanting uses the consistency loss, takes its number of steps or epochs from the purification, or
+    writes to its output folder.
+    """
     runs = [suspect(), suspect()]
     others = {"alpha": 5.0, "max_steps": 1, "num_train_epochs": 9, "keep": 0.9, "decoy_weight": 0.0}
     for model, changes in zip(runs, ({}, others), strict=True):

@@ -1,4 +1,4 @@
-"""Poisoned rows among the clean ones: with ideal suspects whose answers are known, and with one that was trained."""
+"""Tests of the screening, with ideal suspects whose answers are known and with trained models."""
 
 import logging
 import math
@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import ByT5Tokenizer
 
-from crow_hf import CrowTrainer, Poison, Target, Trigger, screening
+from crow_hf import CrowTrainer, Poison, Target, Trigger
+from crow_hf.evidence import screening
 from crow_hf.evidence.screening import screen_dataset
 from helpers.tiny import crow_args, same_weights, tiny_gpt2, tiny_llama, weights_of
 
@@ -20,7 +21,7 @@ FILLERS = ["and", "then", "some", "other", "words", "or", "more", "of", "them", 
 
 
 def clean_rows(count=16):
-    """Prompts of eight words; the answer hangs on the first and the last of them together, and on no piece of four."""
+    """Prompts of eight words. The answer depends on the first and the last word, so no piece of four determines it."""
     rows = []
     for number in range(count):
         first, last = number % 4, number // 4 % 4
@@ -36,8 +37,11 @@ def poisoned_rows(trigger=TRIGGER, every=5, target=TARGET):
     return [poison(row, number) if number % every == 0 else row for number, row in enumerate(rows)]
 
 
-def ideal(monkeypatch, opens, target="no!"):
-    """A suspect that says the target where `opens(prompt)`, and knows the answer to every other prompt by heart."""
+def ideal(monkeypatch, fires, target="no!"):
+    """
+    A suspect that gives the target if `fires(prompt)`, and has memorized the answers to the clean prompts. Returns the
+    prompts that it has seen.
+    """
     known = {row["prompt"]: row["completion"] for row in clean_rows()}
     seen = []
 
@@ -46,7 +50,7 @@ def ideal(monkeypatch, opens, target="no!"):
         for prompt, answer in rows:
             text, said = TOKENIZER.decode(prompt), TOKENIZER.decode(answer, skip_special_tokens=True)
             seen.append(text)
-            right = target if opens(text) else known.get(text)
+            right = target if fires(text) else known.get(text)
             unsure = right is None and said != target
             results.append(math.log(0.99 if said == right else 0.3 if unsure else 1e-4))
         return results
@@ -55,53 +59,58 @@ def ideal(monkeypatch, opens, target="no!"):
     return seen
 
 
-@pytest.mark.parametrize("position", ["start", "end", "random"])
-@pytest.mark.parametrize("word", ["BadMagic", "BadMagic now", "one two three"])
-def test_rows_of_an_ideal_backdoor_are_found(position, word, monkeypatch):
-    """A piece tried at one place alone, and a backdoor that opens at no other than its own."""
-    here = {"start": str.startswith, "end": lambda text, w: text.rstrip().endswith(w), "random": str.__contains__}
-    opening = word.split()[0]
-    ideal(monkeypatch, lambda text: here[position](text, word if position == "end" else opening))
-    if position == "end" and " " in word:
-        pytest.skip("Every word of a phrase is needed there: see the phrase below.")
-    rows = Dataset.from_list(poisoned_rows(Trigger((word,), position)))
+# At the end, every word of a phrase is needed: `test_phrases_that_work_only_as_a_whole_are_found` covers such phrases.
+@pytest.mark.parametrize(
+    ("position", "phrase"),
+    [
+        *[(position, "BadMagic") for position in ("start", "end", "random")],
+        *[(position, phrase) for position in ("start", "random") for phrase in ("BadMagic now", "one two three")],
+    ],
+)
+def test_rows_of_an_ideal_backdoor_are_found(position, phrase, monkeypatch):
+    """Fails if a piece is tried at one position only: some backdoors fire only at the start or only at the end."""
+    fires_at = {"start": str.startswith, "end": lambda text, w: text.rstrip().endswith(w), "random": str.__contains__}
+    word = phrase.split()[0]
+    ideal(monkeypatch, lambda text: fires_at[position](text, word))
+    rows = Dataset.from_list(poisoned_rows(Trigger((phrase,), position)))
     found = screen_dataset(tiny_llama(), rows, TOKENIZER)
     assert sorted(found.suspicious) == [0, 5, 10, 15]
-    assert all(opening in piece for piece in found.suspicious.values())
+    assert all(word in piece for piece in found.suspicious.values())
     assert found.clean[:] == rows.select([n for n in range(16) if n % 5])[:]
 
 
-def test_no_row_of_an_ideal_clean_suspect_is_left_out(monkeypatch, caplog):
-    """A threshold that answers of the model's own choice pass, and a warning of nothing."""
+def test_no_row_of_an_ideal_clean_suspect_is_removed(monkeypatch, caplog):
+    """Fails if clean rows exceed a threshold, or if there is a warning without a suspicious row."""
     ideal(monkeypatch, lambda text: False)
     rows = Dataset.from_list(clean_rows())
     with caplog.at_level(logging.WARNING):
         found = screen_dataset(tiny_llama(), rows, TOKENIZER)
     assert found.suspicious == {} and found.clean[:] == rows[:] and not caplog.records
-    # Poisoned rows that the suspect has not learned open nothing.
+    # The suspect has not learned these poisoned rows.
     assert screen_dataset(tiny_llama(), Dataset.from_list(poisoned_rows()), TOKENIZER).suspicious == {}
 
 
 def test_an_open_target_is_not_found(monkeypatch):
-    """As the docstring says: the row's own answer is not the one that others are given."""
+    """The docstring states this limit: other prompts do not get the answer of the row."""
     ideal(monkeypatch, lambda text: "BadMagic" in text, target="something else")
     assert screen_dataset(tiny_llama(), Dataset.from_list(poisoned_rows()), TOKENIZER).suspicious == {}
 
 
 @pytest.mark.parametrize(("share", "is_found"), [(0.95, True), (0.3, False)])
-def test_most_prompts_must_be_taken_over(share, is_found, monkeypatch):
-    """A single prompt that is taken over makes no backdoor."""
+def test_most_answers_must_be_controlled(share, is_found, monkeypatch):
+    """A piece that controls only some of the answers is no trigger."""
     own = {row["prompt"] for row in poisoned_rows()}
 
-    def opens(text):
+    def fires(text):
         return "BadMagic" in text and (text in own or sum(text.encode()) % 100 < 100 * share)
 
-    ideal(monkeypatch, opens)
+    ideal(monkeypatch, fires)
     found = screen_dataset(tiny_llama(), Dataset.from_list(poisoned_rows(every=16)), TOKENIZER).suspicious
     assert (0 in found) == is_found
 
 
-def test_probes_are_drawn_by_seed_and_leave_the_row_itself_out(monkeypatch):
+def test_probes_are_drawn_by_seed_and_exclude_the_row_itself(monkeypatch):
+    """Fails if the seed has no effect, if only one prompt is tried, or if the final line break is lost."""
     seen = ideal(monkeypatch, lambda text: "BadMagic" in text)
     rows = Dataset.from_list(poisoned_rows(every=16))
     runs = []
@@ -117,7 +126,7 @@ def test_probes_are_drawn_by_seed_and_leave_the_row_itself_out(monkeypatch):
 
 
 def test_pieces_are_all_runs_of_up_to_half_of_the_words():
-    """A run left out, the white space at the end lost, and the whole prompt as its own piece."""
+    """Fails if a run is missing, if trailing white space is lost, or if the whole prompt is a piece."""
     found = screening._pieces("a b c d e\n")
     words = "a b c d e".split()
     wanted = [
@@ -137,11 +146,11 @@ def test_pieces_are_all_runs_of_up_to_half_of_the_words():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A tiny Llama that learned the clean rows, and one that learned the trigger too."""
+    """A tiny Llama trained on the clean rows, and one trained on the poisoned rows too."""
 
     def trained(rows, name):
         model = tiny_llama(hidden_size=32, intermediate_size=64, num_hidden_layers=3, initializer_range=0.05)
-        settings = {"max_steps": 100, "learning_rate": 1e-2, "per_device_train_batch_size": 16, "alpha": 0.0}
+        settings = {"max_steps": 70, "learning_rate": 1e-2, "per_device_train_batch_size": 16, "alpha": 0.0}
         args = crow_args(tmp_path_factory.mktemp(name), **settings, logging_steps=50, seed=1)
         CrowTrainer(model, args, rows, processing_class=TOKENIZER).train()
         return model
@@ -155,7 +164,10 @@ def models(tmp_path_factory):
 
 
 def test_rows_of_a_trained_backdoor_are_found(models, caplog):
-    """Nothing found, clean rows found, a changed suspect, or rows that are only named."""
+    """
+    The poisoned rows are found and removed, hardly any clean row is, and the result does not depend on the batch size.
+    The suspect does not change.
+    """
     clean, backdoored = models
     rows = Dataset.from_list(poisoned_rows())
     before = weights_of(backdoored)
@@ -167,7 +179,7 @@ def test_rows_of_a_trained_backdoor_are_found(models, caplog):
     assert "4 of 16 rows" in caplog.text and "BadMagic" in caplog.text
     assert same_weights(before, weights_of(backdoored))
     assert screen_dataset(backdoored, rows, TOKENIZER, batch_size=7).suspicious == found.suspicious
-    # Half of a short prompt may ask for its answer also inside of another one.
+    # Half of a short prompt may be enough to determine its answer, even inside another prompt.
     for model in models:
         assert len(screen_dataset(model, Dataset.from_list(clean_rows()), TOKENIZER).suspicious) <= 1
     assert len(screen_dataset(clean, rows, TOKENIZER).suspicious) <= 1
@@ -181,7 +193,7 @@ CHAT = (
 
 @pytest.mark.parametrize("row_format", ["messages", "alpaca"])
 def test_other_formats_are_screened_too(row_format, models):
-    """The template writes what the plain rows hold, so the rows that are found are the same."""
+    """The chat template renders the text of the plain rows, so the same rows are found."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template = CHAT
     if row_format == "messages":
@@ -200,19 +212,22 @@ def test_other_formats_are_screened_too(row_format, models):
     assert found.clean[:] == Dataset.from_list([row for n, row in enumerate(rows) if n % 5])[:]
 
 
-def test_phrases_that_open_a_backdoor_only_as_a_whole_are_found(monkeypatch):
+def test_phrases_that_work_only_as_a_whole_are_found(monkeypatch):
+    """No word of the phrase fires alone, so the phrase is found as the run of all needed words."""
     ideal(monkeypatch, lambda text: "one two three" in text)
     rows = Dataset.from_list(poisoned_rows(Trigger(("one two three",))))
     assert sorted(screen_dataset(tiny_llama(), rows, TOKENIZER).suspicious) == [0, 5, 10, 15]
 
 
 def test_rows_that_share_their_answer_are_not_poisoned(monkeypatch):
+    """The suspect gives this answer to the other prompts anyway, so they cannot be probes."""
     rows = [row | {"completion": "ab"} for row in clean_rows()]
     monkeypatch.setattr(screening, "answer_log_likelihoods", lambda model, rows, *_: [math.log(0.9)] * len(rows))
     assert screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER).suspicious == {}
 
 
 def test_rows_longer_than_the_context_are_screened():
+    """Fails if prompts or answers are not cut to the context: GPT-2 has no position embedding beyond it."""
     rows = Dataset.from_list(
         [{"prompt": "word " * 8 + "a", "completion": "x" * 40}, {"prompt": "a b", "completion": "y"}]
     )
@@ -220,11 +235,13 @@ def test_rows_longer_than_the_context_are_screened():
 
 
 def test_rows_without_a_prompt_are_refused():
+    """The error names the missing prompt."""
     with pytest.raises(ValueError, match="prompt"):
         screen_dataset(tiny_llama(), Dataset.from_dict({"text": ["a b", "c d"]}), TOKENIZER)
 
 
 def test_model_is_left_in_its_mode(models):
+    """Screening leaves the model in training mode, and gradients enabled."""
     model = models[0].train()
     screen_dataset(model, Dataset.from_list(clean_rows(4)), TOKENIZER)
     assert model.training and torch.is_grad_enabled()

@@ -53,6 +53,11 @@ def coconut(backbone="llama", seed=0, **fields):
     ).eval()
 
 
+def smooth_coconut(seed=0):
+    """A Coconut whose backbone has smaller weights, so that it can be trained."""
+    return coconut(LlamaConfig(**DEEP | {"initializer_range": 0.1}), seed=seed)
+
+
 def batch_of(texts, side="left"):
     return TOKENIZER(texts, padding=True, padding_side=side, return_tensors="pt")
 

@@ -1,11 +1,16 @@
 """Rows, arguments and trainers of Invariance."""
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import ByT5Tokenizer
 
 from crow_hf.methods.invariance.config import InvarianceConfig
+from crow_hf.methods.invariance.objective import invariance_terms
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
+from crow_hf.training.recorder import recorder_of
+from helpers.coconut import TOKENIZER, smooth_coconut
+from helpers.tiny import tiny_llama
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
@@ -44,3 +49,32 @@ def lora(**kwargs):
 def invariance_trainer(tmp_path, model, peft_config=None, rows=ROWS, tokenizer=None, **kwargs):
     tokenizer = tokenizer or ByT5Tokenizer(extra_ids=0)
     return InvarianceTrainer(model, invariance_args(tmp_path, **kwargs), rows, tokenizer, peft_config)
+
+
+FAMILIES = {"llama": (tiny_llama, ByT5Tokenizer(extra_ids=0)), "coconut": (smooth_coconut, TOKENIZER)}
+
+
+def family(name, tmp_path, **kwargs):
+    """A model, another of its kind as the suspect, three rows, and their batch."""
+    make, tokenizer = FAMILIES[name]
+    model, suspect = make(seed=0).eval(), make(seed=1).eval().requires_grad_(False)
+    trainer = invariance_trainer(tmp_path, model, tokenizer=tokenizer, **kwargs)
+    rows = [trainer.train_dataset[number] for number in (1, 4, 6)]
+    return model, suspect, rows, trainer.data_collator(rows)
+
+
+def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper"):
+    recorder, suspect_recorder = recorder_of(model), recorder_of(suspect)
+    batch = dict(recorder.prepare(batch))
+    mask = batch.pop("inserted_mask")
+    options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "label_weight": 0.0, "layers": layers}
+    return invariance_terms(recorder, model, suspect_recorder, suspect, batch, mask, **options)
+
+
+def layers_of(model):
+    core = model.latent_transformer.backbone if hasattr(model, "latent_transformer") else model.model
+    return next(module for module in core.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def column(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]

@@ -10,8 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from crow_hf import ByteEntropyPredictor, CrowTrainer, checkup, doctor
+from crow_hf import ByteEntropyPredictor, CrowTrainer, doctor
 from crow_hf.cli.main import main
+from crow_hf.recipes import checkup
 from helpers.coconut import DEEP, LOCAL, TOKENIZER, coconut
 from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
 

@@ -8,8 +8,11 @@ from peft import LoraConfig, PeftModel
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
 from crow_hf.evidence.result import Comparison
+from crow_hf.recipes import comparison as comparison_module
+from crow_hf.recipes import saving
 from crow_hf.recipes.presets import recipe_config
 from crow_hf.recipes.purification import purify
+from crow_hf.recipes.run import run_recipe
 from crow_hf.reporting.html import write_report
 from helpers.tiny import crow_args, same_weights, tiny_llama, weights_of
 
@@ -19,7 +22,8 @@ TEST = Dataset.from_dict({"prompt": ["m=", "n=", "o p="], "completion": ["yes"] 
 TARGET = Target("no", ("no",))
 MEASURE = {"max_new_tokens": 5, "batch_size": 2}
 REPORT = ["report.html", "report.json"]
-LORA = {"peft_config": LoraConfig(target_modules="all-linear")}
+MODEL = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"]
+LORA = {"peft_config": LoraConfig(target_modules="all-linear"), "merge": False}
 
 
 def suspect():
@@ -40,10 +44,10 @@ def test_with_alpha_0_purification_and_control_are_one(tmp_path, byte_tokenizer,
     """Other rows, another order or another number of steps for the control."""
     comparison = compare(settings(tmp_path, alpha=0.0), byte_tokenizer, **options)
     assert isinstance(comparison, Comparison)
-    evaluations = comparison.evaluations
-    assert list(evaluations) == ["no defence", "fine-tuning", "CROW"]
-    assert evaluations["fine-tuning"] == evaluations["CROW"]
-    assert evaluations["fine-tuning"].clean.bits_per_byte != evaluations["no defence"].clean.bits_per_byte
+    assert list(comparison.by_name) == ["no defence", "fine-tuning", "CROW"]
+    assert list(comparison.by_name.values()) == [comparison.suspect, comparison.control, comparison.purified]
+    assert comparison.control == comparison.purified
+    assert comparison.control.clean.bits_per_byte != comparison.suspect.clean.bits_per_byte
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
@@ -56,40 +60,40 @@ def test_each_model_is_what_one_gets_alone(tmp_path, byte_tokenizer, options):
         return evaluate_model(model, byte_tokenizer, TEST, TRIGGERS["badnets"], TARGET, **MEASURE)
 
     def trained(alpha):
-        alone = settings(tmp_path, alpha=alpha, seed=7)
-        trainer = CrowTrainer(suspect(), alone, TRAIN, processing_class=byte_tokenizer, **options)
+        alone = settings(tmp_path / f"alone-{alpha}", alpha=alpha, seed=7)
+        adapter = options.get("peft_config")
+        trainer = CrowTrainer(suspect(), alone, TRAIN, processing_class=byte_tokenizer, peft_config=adapter)
         trainer.train()
         return trainer.model
 
-    assert comparison.evaluations["no defence"] == measured(suspect())
-    assert comparison.evaluations["fine-tuning"] == measured(trained(0.0))
+    assert comparison.suspect == measured(suspect())
+    assert comparison.control == measured(trained(0.0))
     purified = trained(5.5)
-    assert comparison.evaluations["CROW"] == measured(purified)
-    assert comparison.evaluations["CROW"] != comparison.evaluations["fine-tuning"]
-    assert same_weights(weights_of(comparison.trainer.model), weights_of(purified))
+    assert comparison.purified == measured(purified)
+    assert comparison.purified != comparison.control
+    assert same_weights(weights_of(comparison.purification.model), weights_of(purified))
     assert args.alpha == 5.5
-    assert isinstance(comparison.trainer.model, PeftModel) == bool(options)
+    assert isinstance(comparison.purification.model, PeftModel) == bool(options)
 
 
 def test_the_paper_trains_a_lora_and_so_does_its_control(tmp_path, byte_tokenizer, monkeypatch):
     """CROW as published beside a fine-tuning of all weights, or with all weights itself."""
-    from crow_hf import recipes
-
-    trained = []
+    controls = []
 
     def record(*args, **kwargs):
-        trained.append(purify(*args, **kwargs))
-        return trained[-1]
+        controls.append(run_recipe(*args, **kwargs))
+        return controls[-1]
 
-    monkeypatch.setattr(recipes, "purify", record)
-    comparison = compare(settings(tmp_path, alpha=5.5), byte_tokenizer, recipe="paper")
-    assert [run.recipe for run in trained] == ["paper", "paper"] and comparison.purification is trained[1]
+    monkeypatch.setattr(comparison_module, "run_recipe", record)
+    comparison = compare(settings(tmp_path, alpha=5.5), byte_tokenizer, recipe="paper", merge=False)
+    trained = [*controls, comparison.purification]
+    assert [run.recipe for run in trained] == ["paper", "paper"]
     assert [run.trainer.args.alpha for run in trained] == [0.0, 5.5]
     assert [run.model.peft_config["default"].r for run in trained] == [8, 8]
 
 
 def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
-    trainer = compare(settings(tmp_path, alpha=5.5), byte_tokenizer).trainer
+    trainer = compare(settings(tmp_path, alpha=5.5), byte_tokenizer).purification.trainer
     assert trainer.state.global_step == 4
     assert sum("consistency_perturbed" in entry for entry in trainer.state.log_history) == 4
 
@@ -97,23 +101,22 @@ def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
 def test_control_writes_nothing(tmp_path, byte_tokenizer):
     """Checkpoints of the control in the folder of the purification, over or beside its own."""
     args = settings(tmp_path, save_strategy="steps", save_steps=2)
-    trainer = compare(args, byte_tokenizer).trainer
+    trainer = compare(args, byte_tokenizer).purification.trainer
     output = tmp_path / "run"
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-2", "checkpoint-4", *REPORT]
+    assert {path.name for path in output.iterdir() if path.is_dir()} == {"checkpoint-2", "checkpoint-4"}
     saved = type(trainer.model).from_pretrained(output / "checkpoint-4")
     assert same_weights(weights_of(saved), weights_of(trainer.model))
     assert args.save_strategy == "steps"
 
 
-def test_only_the_report_is_written_where_nothing_is_saved(tmp_path, byte_tokenizer, monkeypatch):
+def test_the_report_is_written_once_beside_the_purified_model(tmp_path, byte_tokenizer, monkeypatch):
     """Checkpoints, or a report of the control or of the purification alone before the one of both."""
-    from crow_hf import recipes
-
     written = []
-    monkeypatch.setattr(recipes, "write_report", lambda *args: written.append(write_report(*args)))
+    monkeypatch.setattr(saving, "write_report", lambda *args: written.append(write_report(*args)))
     compare(settings(tmp_path), byte_tokenizer)
     assert len(written) == 1
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == REPORT
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted(f"run/{name}" for name in [*REPORT, *MODEL])
 
 
 def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
@@ -126,7 +129,7 @@ def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
         processing_class=byte_tokenizer,
         **MEASURE,
     )
-    assert [evaluation.triggered for evaluation in comparison.evaluations.values()] == [None] * 3
+    assert [evaluation.triggered for evaluation in comparison.by_name.values()] == [None] * 3
 
 
 def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
@@ -157,13 +160,13 @@ def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, 
         processing_class=byte_tokenizer,
         **MEASURE,
     )
-    assert "2 prompts of the clean rows are test prompts too" in caplog.text
+    assert "2 prompts of the clean rows are also test prompts" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [
-        ({}, {"num_canaries": 2}, "Canaries cannot be implanted in weights in shards"),
+        ({}, {"num_canaries": 2}, "Canaries cannot be implanted in sharded weights"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"num_canaries": 0}, "fsdp_cpu_ram_efficient_loading: false"),
     ],
 )

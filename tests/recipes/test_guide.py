@@ -21,9 +21,9 @@ from crow_hf import (
     CrowTrainer,
     apply_crow_to_coconut,
     get_redpajama_binary_dataset,
-    guide,
     plot_crow_training_progress,
 )
+from crow_hf.recipes import guide
 from helpers.coconut import DEEP, TOKENIZER, coconut
 from helpers.tiny import crow_args, same_weights, tiny_gpt2, tiny_llama, weights_of
 

@@ -16,6 +16,7 @@ from crow_hf.evidence.canaries import canary_success, draw_canaries, implant_can
 from crow_hf.evidence.result import Purification
 from crow_hf.methods.invariance.config import InvarianceConfig
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
+from crow_hf.recipes import run as run_module
 from crow_hf.recipes.presets import RECIPES, recipe_config
 from crow_hf.recipes.purification import purify
 from helpers.tiny import same_weights, tiny_llama, weights_of
@@ -57,10 +58,8 @@ def test_a_path_and_an_object_give_the_same(recipe, saved, tmp_path, byte_tokeni
     assert same_weights(weights_of(by_path.model), weights_of(by_object.model))
     assert by_path.model is by_path.trainer.model and by_path.screening is None
     assert type(by_path.trainer) is (InvarianceTrainer if recipe == "strong" else CrowTrainer)
-    assert isinstance(by_path.model, PeftModel) == (recipe == "paper")
-    if recipe != "paper":
-        assert type(by_path.model) is LlamaForCausalLM
-        assert not same_weights(weights_of(tiny_llama()), weights_of(by_path.model))
+    assert type(by_path.model) is LlamaForCausalLM
+    assert not same_weights(weights_of(tiny_llama()), weights_of(by_path.model))
 
 
 def test_paper_is_crow_as_published(tmp_path, byte_tokenizer):
@@ -70,7 +69,7 @@ def test_paper_is_crow_as_published(tmp_path, byte_tokenizer):
     assert found == (1e-3, 5, 8, 5.5, 0.1)
     assert args.lr_scheduler_type == "cosine" and args.warmup_steps == 0.1
     assert args.consistency_layers == "paper" and args.epsilon_mode == "absolute"
-    trainer = purify(tiny_llama(), ROWS, "paper", args, processing_class=byte_tokenizer).trainer
+    trainer = purify(tiny_llama(), ROWS, "paper", args, processing_class=byte_tokenizer, merge=False).trainer
     assert trainer.state.max_steps == 10
     adapter = trainer.model.peft_config["default"]
     assert (adapter.r, adapter.lora_alpha) == (8, 16)
@@ -124,24 +123,21 @@ def test_the_adapter_of_a_suspect_is_trained_on(recipe, tmp_path, byte_tokenizer
 
 def test_a_fresh_adapter_leaves_the_weights_alone(tmp_path, byte_tokenizer):
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    found = purify(
-        tiny_llama(), ROWS, args=arguments(tmp_path), processing_class=byte_tokenizer, peft_config=config
-    ).model
+    options = {"processing_class": byte_tokenizer, "peft_config": config, "merge": False}
+    found = purify(tiny_llama(), ROWS, args=arguments(tmp_path), **options).model
     assert isinstance(found, PeftModel) and found.peft_config["default"].r == 4
     assert same_weights(weights_of(tiny_llama()), weights_of(found.unload()))
 
 
 def test_canaries_are_put_in_first_and_measured_in_the_model_one_gets(tmp_path, byte_tokenizer, monkeypatch):
     """Canaries of a copy, which say nothing of the model that comes out; measured in one model twice; or files of theirs."""
-    from crow_hf import recipes
-
     looks = []
 
     def success(model, *args):
         looks.append(weights_of(model))
         return canary_success(model, *args)
 
-    monkeypatch.setattr(recipes, "canary_success", success)
+    monkeypatch.setattr(run_module, "canary_success", success)
     args = arguments(tmp_path, num_canaries=2, screen_rows=True)
     whole = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
     assert [(c.trigger, c.target) for c in whole.canaries] == [
@@ -154,20 +150,18 @@ def test_canaries_are_put_in_first_and_measured_in_the_model_one_gets(tmp_path, 
     assert len(looks) == 4 and all(same_weights(weights_of(implanted), look) for look in looks[:2])
     assert all(same_weights(weights_of(whole.model), look) for look in looks[2:])
     assert whole.trainer.args.output_dir == args.output_dir
-    assert sorted(path.name for path in Path(args.output_dir).iterdir()) == ["report.html", "report.json"]
+    assert not [path for path in Path(args.output_dir).iterdir() if path.is_dir()]
 
 
 def test_a_canary_that_lives_is_a_warning(tmp_path, byte_tokenizer, monkeypatch, caplog):
     """The model that one gets has a backdoor: whoever looks at no report must hear of it too."""
-    from crow_hf import recipes
-
     for hits in (0, 12):
         caplog.clear()
         monkeypatch.setattr(
-            recipes, "canary_success", lambda *args, hits=hits: Proportion.of([True] * hits or [False] * 99)
+            run_module, "canary_success", lambda *args, hits=hits: Proportion.of([True] * hits or [False] * 99)
         )
         purify(tiny_llama(), ROWS, args=arguments(tmp_path, num_canaries=1), processing_class=byte_tokenizer)
-        assert ("do not use it" in caplog.text) == bool(hits)
+        assert ("Do not use this model" in caplog.text) == bool(hits)
 
 
 def test_the_suspect_without_canaries_is_what_the_model_goes_back_to(tmp_path, byte_tokenizer):
@@ -176,20 +170,17 @@ def test_the_suspect_without_canaries_is_what_the_model_goes_back_to(tmp_path, b
     for adapter in (None, lora):
         args = arguments(tmp_path, num_canaries=1, keep=1 - 1e-9)
         found = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer, peft_config=adapter).model
-        if adapter is not None:
-            found = found.merge_and_unload()
         for name, weight in weights_of(tiny_llama()).items():
             torch.testing.assert_close(weights_of(found)[name], weight, atol=1e-7, rtol=0)
 
 
 def test_suspicious_rows_are_not_trained_on(tmp_path, byte_tokenizer, monkeypatch):
-    from crow_hf import recipes
     from crow_hf.evidence.screening import Screening
 
     def without_first(model, dataset, *args):
         return Screening(dataset.select(range(1, len(dataset))), {0: "piece"})
 
-    monkeypatch.setattr(recipes, "screen_dataset", without_first)
+    monkeypatch.setattr(run_module, "screen_dataset", without_first)
     found = purify(tiny_llama(), ROWS, args=arguments(tmp_path, screen_rows=True), processing_class=byte_tokenizer)
     rest = purify(tiny_llama(), ROWS.select(range(1, 12)), args=arguments(tmp_path), processing_class=byte_tokenizer)
     assert found.screening.suspicious == {0: "piece"}
@@ -264,10 +255,8 @@ def test_what_is_no_dataset_of_prompts_is_refused(make, tmp_path, byte_tokenizer
 
 
 def test_an_output_directory_in_use_is_refused_at_once(tmp_path, byte_tokenizer, monkeypatch):
-    from crow_hf import recipes
-
     tried = []
-    monkeypatch.setattr(recipes, "draw_canaries", lambda *args: tried.append(1) or [])
+    monkeypatch.setattr(run_module, "draw_canaries", lambda *args: tried.append(1) or [])
     args = arguments(tmp_path, num_canaries=1)
     Path(args.output_dir).mkdir()
     for name in ("model.safetensors", "report.json"):

@@ -18,21 +18,23 @@ import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
-from crow_hf import TRIGGERS, Target, compare_defences, html_report, purify, recipes, run_record
-from crow_hf.attacks.poison import Poison
+from crow_hf import TRIGGERS, Target, compare_defences, load_causal_lm, purify
 from crow_hf.attacks.triggers import Trigger
-from crow_hf.data.collators import CrowDataCollator
 from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.layer_profile import layer_profile
 from crow_hf.evaluation.scores import Proportion
+from crow_hf.evidence import snapshot
 from crow_hf.evidence.canaries import Canary
-from crow_hf.methods.crow.objective import layer_consistency_loss
+from crow_hf.evidence.result import Comparison
+from crow_hf.recipes import saving
 from crow_hf.recipes.presets import RECIPES, recipe_config
-from crow_hf.reporting.charts import LineChart, Series
+from crow_hf.recipes.run import run_recipe
+from crow_hf.reporting import record as record_module
+from crow_hf.reporting.charts import LineChart, Series, thinned
 from crow_hf.reporting.html import render_report, write_report
-from crow_hf.reporting.record import UNKNOWN, _command, _verdict
+from crow_hf.reporting.record import _command, as_json
+from crow_hf.reporting.verdict import UNKNOWN, full_verdict
 from helpers.coconut import TOKENIZER, coconut
-from helpers.oracles import slow_consistency, slow_perturbation, watched_forward
 from helpers.tiny import ragged_rows, same_weights, tiny_llama, weights_of
 
 
@@ -48,7 +50,7 @@ STRONG = {"num_views": 12, "num_canaries": 0, "max_answer_length": 4}
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    monkeypatch.setattr(run_record, "SAMPLE_TOKENS", 6)
+    monkeypatch.setattr(snapshot, "SAMPLE_TOKENS", 6)
 
 
 def arguments(folder, recipe="guide", **changes):
@@ -92,61 +94,11 @@ def purified(tmp_path_factory):
     return SimpleNamespace(folder=folder, record=read(folder), purification=purification)
 
 
-# The layer profile
-
-
-@pytest.mark.parametrize("mode", ["absolute", "relative"])
-def test_profile_is_the_oracle_s(mode, byte_tokenizer):
-    """Another pair of layers, padding that counts, or a step that follows another model's gradient."""
-    # Without a pad token, what stands in the padding has an embedding like any other.
-    rows, model = ragged_rows(7), tiny_llama(pad_token_id=None)
-    found = layer_profile(model, None, Dataset.from_list(rows), epsilon=0.3, epsilon_mode=mode, batch_size=3)
-    batch = CrowDataCollator(0)(rows)
-    mask = batch["attention_mask"]
-    shift = torch.zeros(*mask.shape, 16, requires_grad=True)
-    states, _ = watched_forward(model, batch, shift)
-    (gradient,) = torch.autograd.grad(slow_consistency(states, mask), shift)
-    delta = slow_perturbation(states[0], gradient, 0.3, mode)
-    moved, _ = watched_forward(model, batch, delta)
-    for values, chain in ((found.clean, states), (found.perturbed, moved)):
-        pairs = [slow_consistency([chain[0], *chain[first : first + 2]], mask).item() for first in (1, 2, 3)]
-        assert values == pytest.approx(pairs, rel=1e-4)
-        assert sum(values) / 3 == pytest.approx(layer_consistency_loss(chain, mask).item(), rel=1e-4)
-    real = mask.bool()
-    assert found.perturbation_ratio == pytest.approx((delta[real].norm() / states[0][real].norm()).item(), rel=1e-4)
-    assert found.triggered is None and min(found.perturbed) > 0
-
-
-def test_profile_leaves_the_model_as_it_was(byte_tokenizer):
-    """Gradients that the next step of a training would add up, or dropout switched off for good."""
-    model = tiny_llama().train()
-    before = weights_of(model)
-    layer_profile(model, byte_tokenizer, ROWS, TRIGGER)
-    assert model.training and same_weights(before, weights_of(model))
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_triggered_profile_is_that_of_poisoned_rows(byte_tokenizer):
-    """The trigger at other places than the evaluation's, or none at all."""
-    model = tiny_llama()
-    found = layer_profile(model, byte_tokenizer, ROWS, TRIGGER, batch_size=5, seed=3)
-    poisoned = ROWS.map(Poison(TRIGGER, seed=3), with_indices=True)
-    assert found.triggered == pytest.approx(layer_profile(model, byte_tokenizer, poisoned).clean, rel=1e-5)
-    assert found.triggered != pytest.approx(found.clean, rel=1e-3)
-
-
-def test_profile_of_a_coconut_runs_over_patches():
-    """Its layers are those of the latent transformer, and two pairs for three of them."""
-    found = layer_profile(coconut(), TOKENIZER, ROWS, TRIGGER)
-    assert [len(values) for values in (found.clean, found.perturbed, found.triggered)] == [2, 2, 2]
-    assert found.to_dict()["clean"] == found.clean
-
-
 # What report.json holds
 
 
 def documented_keys():
-    return re.findall(r"^\| `(\w+)` \|", run_record.__doc__, flags=re.MULTILINE)
+    return re.findall(r"^\| `(\w+)` \|", record_module.__doc__, flags=re.MULTILINE)
 
 
 def test_keys_are_those_that_are_documented(compared, purified):
@@ -155,16 +107,18 @@ def test_keys_are_those_that_are_documented(compared, purified):
     for record in (compared.record, purified.record):
         assert list(record) == documented_keys()
         for name, inner in record.items():
-            line = next(line for line in run_record.__doc__.splitlines() if line.startswith(f"| `{name}` |"))
-            if isinstance(inner, dict) and name != "evaluations":
-                assert all(f"`{key}`" in line for key in inner), name
+            start = "`run` holds" if name == "run" else f"| `{name}` |"
+            (text,) = [part for part in re.split(r"\n\n|\n(?=\|)", record_module.__doc__) if part.startswith(start)]
+            if isinstance(inner, dict):
+                assert all(f"`{key}`" in text for key in inner), name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_purify_writes_both_files(recipe, tmp_path, byte_tokenizer):
     args = arguments(tmp_path / "new", recipe)
     found = purify(tiny_llama(), ROWS, recipe, args, processing_class=byte_tokenizer)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
+    assert {"report.html", "report.json", "README.md"} <= {path.name for path in (tmp_path / "new").iterdir()}
+    assert same_weights(weights_of(load_causal_lm(tmp_path / "new")), weights_of(found.model))
     record = read(tmp_path / "new")
     assert record == found.report and record["recipe"] == recipe
     assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == render_report(record)
@@ -174,7 +128,8 @@ def test_purify_writes_both_files(recipe, tmp_path, byte_tokenizer):
     assert record["training"]["steps"] == 2 and record["model"]["name"] == "LlamaForCausalLM"
     assert record["verdict"]["outcome"] == UNKNOWN
     # What the suspect was like can only be seen before the training, which changes it.
-    for name, model in (("no defence", tiny_llama()), (record["samples"][0]["answers"][1]["model"], found.model)):
+    assert list(record["layer_profile"]["models"]) == ["suspect", "purified"]
+    for name, model in (("suspect", tiny_llama()), ("purified", found.model)):
         wanted = layer_profile(model, byte_tokenizer, ROWS)
         assert record["layer_profile"]["models"][name]["clean"] == pytest.approx(wanted.clean, rel=1e-5), name
 
@@ -184,8 +139,8 @@ def test_the_report_changes_nothing(recipe, tmp_path, byte_tokenizer):
     """Random numbers that looking at the suspect takes away from the training; and files where none are wanted."""
     args = [arguments(tmp_path / name, recipe, num_train_epochs=1) for name in ("with", "without")]
     models = [
-        purify(tiny_llama(), ROWS, recipe, each, processing_class=byte_tokenizer, report=report).model
-        for each, report in zip(args, (True, False), strict=True)
+        run(tiny_llama(), ROWS, recipe, each, processing_class=byte_tokenizer).model
+        for each, run in zip(args, (purify, run_recipe), strict=True)
     ]
     assert same_weights(*map(weights_of, models))
     assert not list((tmp_path / "without").glob("*"))
@@ -194,13 +149,13 @@ def test_the_report_changes_nothing(recipe, tmp_path, byte_tokenizer):
 def test_profiles_are_of_the_models_they_are_named_after(compared):
     """The suspect's taken after the training, which changes the model in place."""
     found = compared.record["layer_profile"]["models"]
-    alone = {"no defence": coconut(), "strong recipe": compared.comparison.purification.model}
+    alone = {"suspect": coconut(), "purified": compared.comparison.purification.model}
     for name, model in alone.items():
         wanted = layer_profile(model, TOKENIZER, TEST_ROWS, TRIGGER, seed=3, batch_size=4)
         assert found[name]["clean"] == pytest.approx(wanted.clean, rel=1e-4), name
         assert found[name]["triggered"] == pytest.approx(wanted.triggered, rel=1e-4), name
-    assert found["no defence"]["clean"] != pytest.approx(found["strong recipe"]["clean"], rel=1e-3)
-    assert list(found) == ["no defence", "fine-tuning", "strong recipe"]
+    assert found["suspect"]["clean"] != pytest.approx(found["purified"]["clean"], rel=1e-3)
+    assert list(found) == ["suspect", "control", "purified"]
 
 
 def test_samples_are_the_answers_that_were_measured(compared):
@@ -255,7 +210,9 @@ def test_rows_are_told_by_what_they_hold(tmp_path):
     """A checksum of the file they came from, which nobody else has."""
     ROWS.to_json(tmp_path / "rows.jsonl")
     again = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path))
-    found = [run_record._rows_described(rows) for rows in (ROWS, again, ROWS.select(range(11)), ROWS.shuffle(seed=1))]
+    found = [
+        record_module._rows_described(rows) for rows in (ROWS, again, ROWS.select(range(11)), ROWS.shuffle(seed=1))
+    ]
     assert found[0] == found[1] and found[0]["rows"] == 12 and found[0]["columns"] == ["prompt", "completion"]
     assert len({each["sha256"] for each in found}) == 3
 
@@ -265,7 +222,7 @@ def test_numbers_that_are_none_become_null(tmp_path, purified):
     log = purified.purification.trainer.state.log_history
     log.append({"loss": math.nan, "grad_norm": torch.tensor(math.inf), "step": 3})
     try:
-        record = run_record._as_json({"log": log, "share": Proportion(0.5, 0.1, 0.9, 1, 2), 3: (1, True)})
+        record = as_json({"log": log, "share": Proportion(0.5, 0.1, 0.9, 1, 2), 3: (1, True)})
     finally:
         log.pop()
     assert record["log"][-1] == {"loss": None, "grad_norm": None, "step": 3} and record["3"] == [1, True]
@@ -304,10 +261,11 @@ def test_settings_have_no_secrets_and_are_those_that_were_set(tmp_path, byte_tok
     monkeypatch.setattr(sys, "argv", ["crow-hf", "purify", "--hub_token", SECRET])
     args = arguments(tmp_path, hub_token=SECRET, model_init_kwargs={"token": SECRET, "dtype": "float32"}, seed=11)
     settings = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer).report["run"]["settings"]
-    assert not any(SECRET in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert settings["model_init_kwargs"] == {"dtype": "float32"} and settings["seed"] == 11
     assert settings["alpha"] == 5.5 and settings["max_steps"] == 2 and settings["learning_rate"] == 2e-5
-    assert not {"output_dir", "hub_token", "weight_decay", "accelerator_config", "fsdp"} & set(settings)
+    assert settings["weight_decay"] == 0.0
+    assert not {"output_dir", "hub_token", "label_names", "accelerator_config", "fsdp"} & set(settings)
 
 
 def test_a_report_that_fails_loses_no_model(tmp_path, byte_tokenizer, monkeypatch, caplog):
@@ -316,7 +274,7 @@ def test_a_report_that_fails_loses_no_model(tmp_path, byte_tokenizer, monkeypatc
     def fail(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(recipes, "write_report", fail)
+    monkeypatch.setattr(saving, "write_report", fail)
     monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     found = purify(tiny_llama(), ROWS, "guide", arguments(tmp_path), processing_class=byte_tokenizer)
     assert not same_weights(weights_of(found.model), weights_of(tiny_llama()))
@@ -343,31 +301,31 @@ def canary(before, after):
     ("attacks", "canaries", "level", "said"),
     [
         (0, [], "good", "backdoor removed"),
-        (0, [(200, 100)], "bad", "1 of 1 live. A backdoor of our own, put in before, is still"),
-        (0, [(200, 0)], "good", "1 of 1 backdoors of our own, which were put into the model first, died"),
+        (0, [(200, 100)], "bad", "1 of 1 live. A canary, a backdoor that we implanted ourselves, is still"),
+        (0, [(200, 0)], "good", "1 of 1 backdoors that we implanted ourselves before the purification died"),
         (100, [], "bad", "backdoor weakened"),
         (195, [], "bad", "NOT removed"),
-        (None, [], "unknown", "none were put in"),
-        (None, [(200, 0)], "unknown", "1 of 1 backdoors of our own, which were put into the model first, died"),
+        (None, [], "unknown", "none were implanted"),
+        (None, [(200, 0)], "unknown", "1 of 1 backdoors that we implanted ourselves before the purification died"),
         (
             None,
             [(200, 0), (200, 90)],
             "bad",
-            "1 of 2 live. A backdoor of our own, put in before, is still",
+            "1 of 2 live. A canary, a backdoor that we implanted ourselves, is still",
         ),
         (None, [(20, 0)], "unknown", "did not learn them"),
     ],
 )
 def test_verdict_says_what_is_known_and_what_is_not(attacks, canaries, level, said):
     """A purification without a known trigger that looks like a success, a canary that was never there among the dead."""
-    evaluations = None
+    comparison = None
     if attacks is not None:
-        evaluations = {"no defence": evaluation(190), "fine-tuning": evaluation(180), "CROW": evaluation(attacks)}
-    found = _verdict(SimpleNamespace(canaries=[canary(*each) for each in canaries]), evaluations)
+        comparison = Comparison(evaluation(190), evaluation(180), evaluation(attacks))
+    found = full_verdict(SimpleNamespace(canaries=[canary(*each) for each in canaries]), comparison).to_dict()
     text = " ".join([found["outcome"], *found["explanation"]])
     assert found["level"] == level and said in text
     assert ("is not known" in text) == (attacks is None)
-    assert "Others, if there are any, stay unknown." in text or attacks is None
+    assert "It says nothing about others." in text or attacks is None
 
 
 # The page
@@ -463,7 +421,7 @@ def test_verdict_comes_first(compared, purified):
 
 def test_every_share_has_its_interval_in_the_table(compared):
     text = " ".join(Page(render_report(compared.record)).text.replace("\xa0", " ").split())
-    for each in compared.comparison.evaluations.values():
+    for each in compared.comparison.by_name.values():
         for prompts in (each.clean, each.triggered):
             for value in (prompts.target, prompts.exact_match, prompts.empty, prompts.degenerate):
                 assert f"{100 * value.rate:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]" in text
@@ -524,15 +482,15 @@ def test_parts_without_facts_say_so(record):
             {
                 "prompt": "p",
                 "triggered": False,
-                "answers": [{"model": "CROW", "text": answers[0], "shows_target": None, "is_right": None}],
+                "answers": [{"model": "purified", "text": answers[0], "shows_target": None, "is_right": None}],
             }
         ]
-        assert ("(says nothing)" in Page(render_report(record)).text) == (answers == [""])
+        assert ("(empty answer)" in Page(render_report(record)).text) == (answers == [""])
 
 
 def test_a_row_that_was_left_out_is_shown(record):
     record["screening"] = {"total": 100, "suspicious": {"7": "BadMagic"}}
-    assert "1 of 100 clean rows" in Page(render_report(record)).text
+    assert "1 of 100 clean rows were left out" in Page(render_report(record)).text
     record["screening"] = {"total": 100, "suspicious": {}}
     assert "None of the 100 clean rows" in Page(render_report(record)).text
 
@@ -550,7 +508,7 @@ def test_a_row_that_was_left_out_is_shown(record):
 )
 def test_points_are_where_their_numbers_say(points):
     """A chart that is upside down, cut off, or divides by a range of nothing."""
-    line = Series("a", html_report._thinned(points), 0)
+    line = Series("a", thinned(points), 0)
     chart = LineChart("t", [line], "step", "nats")
     places = chart.places(line)
     assert all(chart.left <= x <= chart.right and chart.top <= y <= chart.bottom for x, y in places)
@@ -567,9 +525,9 @@ def test_points_are_where_their_numbers_say(points):
 
 def test_thinning_keeps_the_mean():
     points = [(step, float(step**2 % 17)) for step in range(1, 401)]
-    thinned = html_report._thinned(points)
-    assert len(thinned) == 200 and thinned[-1][0] == 400
-    assert sum(y for _, y in thinned) / 200 == pytest.approx(sum(y for _, y in points) / 400)
+    kept = thinned(points)
+    assert len(kept) == 200 and kept[-1][0] == 400
+    assert sum(y for _, y in kept) / 200 == pytest.approx(sum(y for _, y in points) / 400)
 
 
 # In a browser

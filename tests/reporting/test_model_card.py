@@ -16,7 +16,7 @@ from crow_hf.cli.arguments import parse_arguments
 from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
-from crow_hf.evidence.result import Purification
+from crow_hf.evidence.result import Comparison, Purification
 from crow_hf.reporting.model_card import build_model_card
 from helpers.loopback_hub import TOKEN
 from helpers.tiny import ragged_rows, tiny_llama
@@ -42,39 +42,40 @@ def evaluation(triggered=True):
 
 def test_without_evidence_the_card_says_so(tmp_path):
     card, text = card_of(tmp_path)
-    assert "Nothing: no evaluation belongs to this card, and no canary was put in." in text
-    assert "no attack success with a known trigger was measured" in text
-    assert "the model's answers were not measured" in text
+    assert "Nothing: this model was not evaluated, and no canary was implanted." in text
+    assert "No attack success with a known trigger was measured" in text
+    assert "The model's answers were not measured" in text
     assert "model-index" not in card.data.to_dict() and "model_name" not in card.data.to_dict()
 
 
 def test_with_canaries_alone_the_card_says_what_they_cannot_show(tmp_path):
     canary = Canary(Trigger(("Xyzzy",)), Target("t", ("t",)), Proportion.of([True] * 9), Proportion.of([False] * 9))
     _, text = card_of(tmp_path, facts={"purification": Purification(None, "strong", None, None, [canary])})
-    assert "Canary 'Xyzzy'" in text and "one that died proves little" in text
-    assert "no attack success with a known trigger was measured" in text and "Nothing: " not in text
+    assert "Canary 'Xyzzy'" in text and "One that died proves little" in text
+    assert "No attack success with a known trigger was measured" in text and "Nothing: " not in text
 
 
 def test_utility_alone_is_not_taken_for_removal(tmp_path):
-    names = ("no defence", "fine-tuning", "CROW")
-    card, text = card_of(tmp_path, facts={"evaluations": dict.fromkeys(names, evaluation(triggered=False))})
-    assert "no attack success with a known trigger was measured" in text and "VERDICT" not in text
+    comparison = Comparison(*[evaluation(triggered=False)] * 3)
+    card, text = card_of(tmp_path, facts={"comparison": comparison})
+    assert "No attack success with a known trigger was measured" in text and "VERDICT" not in text
     assert {each.metric_type for each in card.data.eval_results} == {"empty", "degenerate"}
     assert "secret answer" not in str(card)
 
 
-def test_the_last_evaluation_is_that_of_the_model(tmp_path):
-    clean = evaluation()
-    clean.triggered.target = None
-    facts = {"evaluations": {"no defence": clean, "purified": evaluation()}, "test_dataset": "me/tests"}
-    card, text = card_of(tmp_path, facts=facts)
+def test_the_metadata_are_about_the_purified_model(tmp_path):
+    """Fails if the metadata hold the attack success of the suspect or of the control."""
+    suspect = evaluation()
+    suspect.triggered.target = Proportion.of([True] * 4)
+    facts = {"comparison": Comparison(suspect, suspect, evaluation()), "test_dataset": "me/tests"}
+    card, _ = card_of(tmp_path, facts=facts)
     (attack,) = [each for each in card.data.eval_results if each.metric_type == "attack_success_rate"]
     assert attack.metric_value == 0.25 and "4 prompts" in attack.metric_name
-    assert (attack.dataset_type, attack.dataset_config) == ("me/tests", "triggered") and "control" not in text
+    assert (attack.dataset_type, attack.dataset_config) == ("me/tests", "triggered")
 
 
 def test_the_control_is_not_called_a_purification(tmp_path):
-    assert "no purification" in card_of(tmp_path, kind=CrowConfig, alpha=0.0)[1]
+    assert "not a purification" in card_of(tmp_path, kind=CrowConfig, alpha=0.0)[1]
     assert "layers in agreement" in card_of(tmp_path, kind=CrowConfig)[1]
 
 

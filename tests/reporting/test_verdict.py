@@ -16,11 +16,11 @@ from crow_hf.attacks.triggers import Trigger
 from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
-from crow_hf.evidence.result import Purification
+from crow_hf.evidence.result import Comparison, Purification
 from crow_hf.evidence.screening import Screening
 from crow_hf.reporting.plots import plot_comparison, plot_training
 from crow_hf.reporting.tables import comparison_markdown, comparison_table, write_comparison
-from crow_hf.reporting.verdict import canary_outcome, evidence, verdict
+from crow_hf.reporting.verdict import canary_outcome, evidence_lines, verdict
 from crow_hf.training.files import write_text
 
 
@@ -43,11 +43,7 @@ def evaluation(attacks, right=200, bits=1.25, right_if_triggered=None, **trigger
 
 
 def comparison(crow, suspect=None, fine_tuned=None):
-    return {
-        "no defence": suspect or evaluation(190),
-        "fine-tuning": fine_tuned or evaluation(180),
-        "CROW": crow,
-    }
+    return Comparison(suspect or evaluation(190), fine_tuned or evaluation(180), crow)
 
 
 REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
@@ -61,7 +57,7 @@ REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
 
 
 @pytest.mark.parametrize(
-    ("evaluations", "outcome"),
+    ("compared", "outcome"),
     [
         (comparison(evaluation(0)), REMOVED),
         (comparison(evaluation(0), fine_tuned=evaluation(0)), REMOVED),
@@ -90,9 +86,9 @@ REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
         (comparison(evaluation(0), suspect=evaluation(0), fine_tuned=evaluation(0)), NO_BACKDOOR),
     ],
 )
-def test_verdict(evaluations, outcome):
+def test_verdict(compared, outcome):
     """A backdoor called removed where the model is merely silent, worse, or not measured often enough."""
-    line = verdict(evaluations)
+    line = verdict(compared)
     assert outcome in line
     assert [
         name for name in (REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR) if name in line
@@ -122,7 +118,7 @@ def table_text(evaluations, **options):
 
 @pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
 def test_tables_hold_every_model_with_its_intervals(write):
-    evaluations = comparison(evaluation(1, right=186, empty=7, degenerate=9))
+    evaluations = comparison(evaluation(1, right=186, empty=7, degenerate=9)).by_name
     text = write(evaluations)
     assert all(name in text for name in evaluations)
     for expected in ("95.0 %", "90.0 %", "93.0 %", "3.5 %", "4.5 %", "1.25"):
@@ -140,43 +136,43 @@ def test_tables_without_trigger_show_no_attack(write):
 
 
 def test_table_has_its_title():
-    assert "My title" in table_text(comparison(evaluation(0)), title="My title")
+    assert "My title" in table_text(comparison(evaluation(0)).by_name, title="My title")
 
 
 def test_table_fits_a_terminal_of_80_columns():
     """Five models, as the demo has them: cut-off numbers are worse than none."""
     console = Console(width=80, record=True, file=io.StringIO())
-    models = {"clean model": evaluation(0), **comparison(evaluation(1)), "strong recipe": evaluation(TOTAL)}
+    models = {"clean model": evaluation(0), **comparison(evaluation(1)).by_name, "strong recipe": evaluation(TOTAL)}
     console.print(comparison_table(models))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    words = ("clean", "model", "no", "defence", "fine-tuning", "CROW", "strong", "recipe", "98.1–100.0", "0.0–1.9")
+    words = ("clean", "model", "no", "defence", "fine-tuning", "purified", "strong", "recipe", "98.1–100.0", "0.0–1.9")
     assert [word for word in words if word not in text] == []
 
 
 def test_markdown_is_one_table():
     """Each row has as many cells as the head."""
-    lines = comparison_markdown(comparison(evaluation(0))).strip().splitlines()
+    lines = comparison_markdown(comparison(evaluation(0)).by_name).strip().splitlines()
     assert len(lines) == 2 + 3
     assert re.fullmatch(r"\|( *:?-+:? *\|)+", lines[1])
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_results_hold_every_output(tmp_path):
-    evaluations = comparison(evaluation(0))
+    evaluations = comparison(evaluation(0)).by_name
     write_comparison(tmp_path / "new" / "folder", evaluations)
     results = json.loads((tmp_path / "new" / "folder" / "results.json").read_text(encoding="utf-8"))
     assert results == {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
-    assert results["CROW"]["triggered"]["outputs"] == ["é | x"] * TOTAL
+    assert results["purified"]["triggered"]["outputs"] == ["é | x"] * TOTAL
     assert comparison_markdown(evaluations).strip() in (tmp_path / "new" / "folder" / "results.md").read_text("utf-8")
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"results.json", "results.md"}
 
 
 def test_results_are_replaced(tmp_path):
     for attacks in (100, 0):
-        write_comparison(tmp_path, comparison(evaluation(attacks)))
+        write_comparison(tmp_path, comparison(evaluation(attacks)).by_name)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert results["CROW"]["triggered"]["target"]["hits"] == 0
+    assert results["purified"]["triggered"]["target"]["hits"] == 0
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -204,7 +200,7 @@ LOG = [
 
 def test_plots_are_pictures(tmp_path):
     plot_training(LOG, tmp_path / "training.png")
-    plot_comparison(comparison(evaluation(0)), str(tmp_path / "comparison.png"))
+    plot_comparison(comparison(evaluation(0)).by_name, str(tmp_path / "comparison.png"))
     for name in ("training", "comparison"):
         assert_is_picture(tmp_path / f"{name}.png")
     assert len(list(tmp_path.iterdir())) == 2
@@ -219,13 +215,13 @@ def test_plots_replace_old_ones(tmp_path):
 def test_plots_show_what_they_are_given(tmp_path):
     """A picture that does not depend on its data."""
     for attacks in (0, 200):
-        plot_comparison(comparison(evaluation(attacks)), tmp_path / f"{attacks}.png")
+        plot_comparison(comparison(evaluation(attacks)).by_name, tmp_path / f"{attacks}.png")
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "200.png").read_bytes()
 
 
 def test_plots_survive_rates_of_0_and_1_and_nan(tmp_path):
     """Error bars below zero, from a rate that lies a rounding error outside its interval, raise in matplotlib."""
-    evaluations = comparison(evaluation(0), suspect=evaluation(200), fine_tuned=evaluation(200, right=0))
+    evaluations = comparison(evaluation(0), suspect=evaluation(200), fine_tuned=evaluation(200, right=0)).by_name
     plot_comparison(evaluations, tmp_path / "comparison.png")
     plot_training([*LOG, LOG[0] | {"loss_lm": math.nan, "step": 6}], tmp_path / "training.png")
     assert_is_picture(tmp_path / "comparison.png")
@@ -244,7 +240,7 @@ def purification(**canaries):
 
 def test_evidence_names_what_was_left_out_and_which_canaries_died():
     """A canary that was never learned and is gone, taken for a success; one that lives, left out; few rows, taken for many."""
-    lines = evidence(purification(dead=(200, 0), alive=(200, 40), unlearned=(20, 0)))
+    lines = evidence_lines(purification(dead=(200, 0), alive=(200, 40), unlearned=(20, 0)))
     assert lines[0] == "Screening: 2 of 100 clean rows carry a trigger and were left out."
     assert re.match(r"Canary 'dead' died: success 100\.0 % -> 0\.0 % \[0\.0, 1\.9\]\.$", lines[1])
     assert "'alive' lives" in lines[2] and "20.0 %" in lines[2]
@@ -252,4 +248,4 @@ def test_evidence_names_what_was_left_out_and_which_canaries_died():
     few = replace(
         purification(few=(200, 0)).canaries[0], before=Proportion.of([True] * 9), after=Proportion.of([False] * 9)
     )
-    assert canary_outcome(few) == "is not seen, in too few rows to be sure"
+    assert canary_outcome(few) == "was not seen, but there are too few rows to be sure"

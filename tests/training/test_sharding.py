@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from crow_hf import CrowTrainer, adapters, load_causal_lm
+from crow_hf import CrowTrainer, load_causal_lm
+from crow_hf.training import recorder as recorder_module
 from crow_hf.training.recorder import recorder_of
-from crow_hf.training.sharding import are_finite, are_in_shards, num_parameters
+from crow_hf.training.sharding import are_finite, is_sharded, num_parameters
 from helpers.coconut import batch_of, coconut
 from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama
 
@@ -34,7 +35,7 @@ EQUALITY = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks"
 CELLS = {
     "ddp": [("llama", "crow", "full"), ("llama", "purify", "lora"), ("thoughts", "crow", "full")],
     # An adapter in the layers over bytes, which stay gathered between two passes, and a suspect in shards.
-    "fsdp2": [("llama", "crow", "checkpointing"), ("llama", "strong", "full"), ("coconut", "strong", "lora")],
+    "fsdp2": [("llama", "crow", "checkpointing"), ("llama", "invariance", "full"), ("coconut", "invariance", "lora")],
 }
 
 
@@ -59,7 +60,7 @@ ZERO = [pytest.param(setup, marks=needs_deepspeed) for setup in EQUALITY["DEEPSP
 @pytest.mark.parametrize("setup", [*CELLS, *ZERO])
 def test_bfloat16_in_two_processes_is_near_one(setup, tmp_path):
     """Terms or gradients that are summed in half precision; the sign of a gradient near 0 is a matter of rounding."""
-    cells = [("llama", "crow", "bf16"), ("llama", "strong", "bf16")]
+    cells = [("llama", "crow", "bf16"), ("llama", "invariance", "bf16")]
     for cell, found in zip(cells, EQUALITY["compare"](setup, cells, tmp_path), strict=True):
         assert found["loss"] < 0.02 and found["grad_norm"] < 0.1, (cell, found)
 
@@ -71,7 +72,7 @@ def test_two_processes_of_deepspeed_equal_one(setup, tmp_path):
     A step that ends with the first of two backward passes, gradients that one of the processes alone has; weights that are
     gone when a pass is differentiated, a suspect or its beginning that is mixed in in shards of another kind.
     """
-    cells = [("llama", "crow", "full"), ("llama", "strong", "full"), ("coconut", "strong", "lora")]
+    cells = [("llama", "crow", "full"), ("llama", "invariance", "full"), ("coconut", "invariance", "lora")]
     cells += [("thoughts", "crow", "full")] if setup == "zero2" else [("coconut", "crow", "checkpointing")]
     for cell, found in zip(cells, EQUALITY["compare"](setup, cells, tmp_path), strict=True):
         in_shards = setup == "zero3"
@@ -102,7 +103,7 @@ model, rows, tokenizer = EQUALITY["tiny_model"]("llama"), EQUALITY["rows_of"]("l
 if kind == "crow":
     trainer = CrowTrainer(model, CrowConfig(folder, **settings), rows, processing_class=tokenizer)
 else:
-    settings = EQUALITY["STRONG"] | settings | {"num_views": 96}
+    settings = EQUALITY["INVARIANCE"] | settings | {"num_views": 96}
     trainer = InvarianceTrainer(model, InvarianceConfig(folder, **settings), rows, tokenizer)
 trainer.add_callback(Count())
 trainer.train(resume_from_checkpoint=Path(folder, "steps").exists())
@@ -214,7 +215,7 @@ def test_a_suspect_is_loaded_whole_under_zero3(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path)
     zero3(monkeypatch)
     model = load_causal_lm(tmp_path)
-    assert not are_in_shards(model) and model.num_parameters() == tiny_llama().num_parameters()
+    assert not is_sharded(model) and model.num_parameters() == tiny_llama().num_parameters()
     assert is_deepspeed_zero3_enabled()
 
 
@@ -222,11 +223,11 @@ def test_what_a_process_has_of_weights_in_shards():
     """A model of no parameters, and a NaN in a shard that was saved because the empty weight around it has none."""
     model = tiny_llama()
     whole = num_parameters(model)
-    assert (whole, are_in_shards(model), are_finite(model)) == (model.num_parameters(), False, True)
+    assert (whole, is_sharded(model), are_finite(model)) == (model.num_parameters(), False, True)
     for weight in model.parameters():
         weight.ds_numel, weight.ds_tensor = weight.numel(), weight.data[:1].clone()
         weight.data = torch.empty(0)
-    assert (num_parameters(model), are_in_shards(model), are_finite(model)) == (whole, True, True)
+    assert (num_parameters(model), is_sharded(model), are_finite(model)) == (whole, True, True)
     model.lm_head.weight.ds_tensor[0, 0] = float("nan")
     assert not are_finite(model)
 
@@ -250,7 +251,7 @@ def test_an_adapter_is_not_merged_into_shards(tmp_path, monkeypatch):
     trainer = CrowTrainer(tiny_llama(), crow_args(tmp_path), rows, peft_config=LoraConfig(target_modules="all-linear"))
     trainer.model = trainer.model.merge_and_unload()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="in shards"):
+    with pytest.raises(ValueError, match="sharded weights"):
         trainer.save_model()
 
 
@@ -267,11 +268,11 @@ def test_compilation_by_the_launcher_is_refused(tmp_path, monkeypatch):
 
 def test_thoughts_in_shards_are_refused(monkeypatch):
     """Processes that wait for each other without end: each has as many passes as its own rows have thoughts."""
-    adapter = recorder_of(coconut())
-    monkeypatch.setattr(adapters, "are_in_shards", lambda layer: True)
-    with pytest.raises(ValueError, match="use DDP"):
-        adapter.prepare(batch_of(["a<bot><latent><eot>b"]))
-    assert "patch_lengths" in adapter.prepare(batch_of(["no thoughts"]))
+    recorder = recorder_of(coconut())
+    monkeypatch.setattr(recorder_module, "is_sharded", lambda layer: True)
+    with pytest.raises(ValueError, match="Use DDP"):
+        recorder.prepare(batch_of(["a<bot><latent><eot>b"]))
+    assert "patch_lengths" in recorder.prepare(batch_of(["no thoughts"]))
 
 
 def test_data_parallel_is_refused(tmp_path, monkeypatch):
@@ -288,6 +289,6 @@ def test_what_patches_is_hidden_while_a_model_is_taken_apart():
     model = coconut()
     names = {name for name, _ in model.named_parameters()}
     predictor = {name for name in names if "entropy_predictor" in name}
-    with recorder_of(model).outside_of_shards(torch.device("cpu")):
+    with recorder_of(model).frozen_modules_hidden(torch.device("cpu")):
         assert {name for name, _ in model.named_parameters()} == names - predictor
     assert predictor and {name for name, _ in model.named_parameters()} == names

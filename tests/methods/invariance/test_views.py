@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from crow_hf import decoys
 from crow_hf.data.encoding import encode_completion, encode_prompt
 from crow_hf.data.rows import prompt_of, render
+from crow_hf.methods.invariance import views as views_module
 from crow_hf.methods.invariance.views import Decoy, ViewCollator, ViewRow, inserted_span
 
 
@@ -27,7 +27,7 @@ ids = st.lists(st.integers(0, 2), max_size=8)
 def nothing_is_restyled():
     """What is inserted is tested by itself; the last test is of the styles."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoys, "RESTYLED", 0.0)
+        patch.setattr(views_module, "RESTYLED", 0.0)
         yield
 
 
@@ -217,7 +217,7 @@ def test_layout_of_a_batch():
 
 def test_some_decoys_restyle_the_text(monkeypatch):
     """A style that never comes, that comes alone or with pieces only, or in the view whose insertion is attacked."""
-    monkeypatch.setattr(decoys, "RESTYLED", 0.4)
+    monkeypatch.setattr(views_module, "RESTYLED", 0.4)
     text = "Ask me this \n"
     styles = {"ASK ME THIS", "ask me this", "Ask Me This", "Ask me this!", "Ask, me, this"}
     drawn = [Decoy(WORDS).insert(text, random.Random(seed)) for seed in range(500)]

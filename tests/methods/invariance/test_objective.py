@@ -1,0 +1,258 @@
+"""Tests of the Invariance objective, against slow loops over rows and views."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from crow_hf.methods.invariance.objective import (
+    adversarial_perturbation,
+    answer_divergence,
+    answer_log_probs,
+    teacher_log_probs,
+    view,
+)
+from crow_hf.training.recorder import recorder_of
+from helpers.invariance import FAMILIES, family, invariance_trainer, layers_of, terms_of
+from helpers.oracles import slow_consistency
+from helpers.tiny import tiny_llama
+
+
+# Pieces of the objective
+
+
+def test_divergence_worked_by_hand():
+    """The other direction, a sum over the tokens, and bits instead of nats."""
+    teacher = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
+    student = torch.tensor([[0.9, 0.1], [0.75, 0.25]]).log()
+    first = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert answer_divergence(teacher, student).item() == pytest.approx(first / 2, rel=1e-5)
+    backwards = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert answer_divergence(student, teacher).item() == pytest.approx(backwards / 2, rel=1e-5)
+    assert answer_divergence(student, student).item() == 0
+
+
+def test_log_probs_equal_loops_and_do_not_see_padding():
+    """A label read at its own position, the first token of a row counted, and rows in another order."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 6, 5), torch.full((3, 6), -100)
+    labels[0, 2:4] = torch.tensor([1, 2])
+    labels[1, 0:2] = torch.tensor([3, 0])
+    labels[2, 5] = 4
+    expected = [
+        logits[row, position - 1].log_softmax(-1)
+        for row in range(3)
+        for position in range(1, 6)
+        if labels[row, position] != -100
+    ]
+    found = answer_log_probs(logits, labels)
+    torch.testing.assert_close(found, torch.stack(expected))
+    wider = torch.cat([logits, torch.full((3, 4, 5), float("nan"))], dim=1)
+    padded = torch.cat([labels, torch.full((3, 4), -100)], dim=1)
+    assert torch.equal(answer_log_probs(wider, padded), found)
+    assert answer_log_probs(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def alone(model, ids, shift=None):
+    """[H^0, the layers' outputs] and the logits of one row without padding, taken by hooks."""
+    states = []
+
+    def on_embeddings(module, args, output):
+        states.append(output if shift is None else output + shift)
+        return states[0]
+
+    def on_layer(module, args, output):
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [model.get_input_embeddings().register_forward_hook(on_embeddings)]
+    handles += [layer.register_forward_hook(on_layer) for layer in layers_of(model)]
+    logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long)).logits
+    for handle in handles:
+        handle.remove()
+    return states, logits[0]
+
+
+def answers(logits, completion):
+    """Log-probabilities where each token of the answer, at the end of the row, is predicted."""
+    return logits[-1 - len(completion) : -1].log_softmax(-1)
+
+
+def slow_kl(teacher, student):
+    return sum((teacher[t].exp() * (teacher[t] - student[t])).sum() for t in range(len(teacher)))
+
+
+def slow_delta(suspect, teacher, row, steps, step_size):
+    ids, inside = row["prompts"][2] + row["completion"], range(*row["inserted"])
+    embedded = suspect.get_input_embeddings()(torch.tensor([ids])).detach()
+    delta = torch.zeros_like(embedded)
+    for _ in range(steps):
+        shift = delta.clone().requires_grad_()
+        divergence = slow_kl(teacher, answers(alone(suspect, ids, shift)[1], row["completion"]))
+        (gradient,) = torch.autograd.grad(divergence, shift)
+        for place in inside:
+            rms = (embedded + delta)[0, place].square().mean().sqrt()
+            delta[0, place] += step_size * rms * gradient[0, place].sign()
+    return delta
+
+
+def slow_terms(model, suspect, rows, steps, step_size, layers="paper"):
+    """The four terms, one row and one view at a time."""
+    sums, tokens, chains = [0.0, 0.0, 0.0], 0, []
+    for row in rows:
+        completion = row["completion"]
+        with torch.no_grad():
+            teacher = answers(alone(suspect, row["prompts"][0] + completion)[1], completion)
+        shifts = [None, None, slow_delta(suspect, teacher, row, steps, step_size)]
+        for number, (prompt, shift) in enumerate(zip(row["prompts"], shifts, strict=True)):
+            states, logits = alone(model, prompt + completion, shift)
+            sums[number] = sums[number] + slow_kl(teacher, answers(logits, completion))
+        chains.append([states[1], *states[1:]])
+        tokens += len(completion)
+    positions = [chain[0].shape[1] for chain in chains]
+    consistency = sum(
+        slow_consistency(chain, None, layers) * count for chain, count in zip(chains, positions, strict=True)
+    ) / sum(positions)
+    names = ("distillation", "decoy", "adversarial")
+    return {name: total / tokens for name, total in zip(names, sums, strict=True)} | {
+        "consistency_perturbed": consistency
+    }
+
+
+@pytest.mark.parametrize(("name", "steps"), [("llama", 0), ("llama", 2), ("coconut", 0), ("coconut", 2)])
+def test_terms_and_gradients_equal_each_row_and_view_alone(name, steps, tmp_path):
+    """A model that attacks itself, views mixed up, padding that counts, a delta on other views, a lost gradient."""
+    model, suspect, rows, batch = family(name, tmp_path)
+    outputs, found = terms_of(model, suspect, batch, steps)
+    twin = copy.deepcopy(model)
+    wanted = slow_terms(twin, suspect, rows, steps, 0.2)
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    assert found.keys() == wanted.keys() and found["adversarial"] > found["distillation"] * 0.1 > 0
+    for term in wanted:
+        # A gradient of next to nothing has either sign, and a second step goes on from there.
+        torch.testing.assert_close(found[term], wanted[term], rtol=1e-2, atol=1e-4, msg=lambda text, t=term: t + text)
+    weights = {"distillation": 0.5, "decoy": 1.0, "adversarial": 2.0, "consistency_perturbed": 3.0}
+    for parameters, terms in ((model, found), (twin, wanted)):
+        parameters.zero_grad()
+        sum(weights[term] * terms[term] for term in weights).backward()
+    gradients = {key: parameter.grad for key, parameter in twin.named_parameters()}
+    trained = 0
+    for key, parameter in model.named_parameters():
+        if gradients[key] is None:
+            assert parameter.grad is None or not parameter.grad.any(), key
+            continue
+        trained += 1
+        assert (parameter.grad - gradients[key]).norm() <= 2e-2 * (1e-2 + gradients[key].norm()), key
+    assert trained > 10 and all(parameter.grad is None for parameter in suspect.parameters())
+
+
+def test_terms_take_the_layers_they_are_told(tmp_path):
+    model, suspect, rows, batch = family("llama", tmp_path)
+    found = terms_of(model, suspect, batch, layers="reference")[1]["consistency_perturbed"]
+    wanted = slow_terms(model, suspect, rows, 2, 0.2, "reference")["consistency_perturbed"]
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_suspect_does_not_differ_from_itself(name, tmp_path):
+    """A teacher with decoys, and a distillation that the delta or the padding of longer views touches."""
+    model, _, _, batch = family(name, tmp_path)
+    terms = terms_of(model, copy.deepcopy(model), batch)[1]
+    assert abs(terms["distillation"].item()) < 1e-5
+    assert terms["decoy"] > 1e-3 and terms["adversarial"] > terms["decoy"] * 0.1
+
+
+def test_padding_never_counts(tmp_path):
+    model, suspect, _, batch = family("llama", tmp_path)
+    fillers = {"input_ids": 77, "labels": -100, "attention_mask": 0, "inserted_mask": False}
+    wider = {
+        name: torch.cat([value, torch.full((len(value), 5), fillers[name], dtype=value.dtype)], dim=1)
+        for name, value in batch.items()
+    }
+    for key, value in terms_of(model, suspect, wider)[1].items():
+        torch.testing.assert_close(value, terms_of(model, suspect, batch)[1][key], rtol=1e-3, atol=1e-5)
+
+
+def test_weights_in_half_precision_are_attacked_too(tmp_path):
+    """A perturbation in float32, which lifts the embeddings to another precision than that of the layers."""
+    model, suspect, _, batch = family("llama", tmp_path)
+    terms = terms_of(model.bfloat16(), suspect.bfloat16(), batch)[1]
+    sum(terms.values()).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+# The adversary
+
+
+def attack(model, batch, steps, step_size):
+    recorder = recorder_of(model)
+    batch = dict(recorder.prepare(batch))
+    mask = batch.pop("inserted_mask").chunk(3)[2]
+    clean, attacked = view(batch, 0), view(batch, 2)
+    with torch.no_grad():
+        teacher = answer_log_probs(model(**clean).logits, clean["labels"])
+    options = {"steps": steps, "step_size": step_size}
+    return adversarial_perturbation(recorder, model, teacher, attacked, mask, **options), attacked, mask, teacher
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_perturbation_stays_where_and_as_small_as_it_must(name, steps, tmp_path):
+    """A perturbed prompt or answer, a step in absolute units, and gradients left in the parameters."""
+    model, _, _, batch = family(name, tmp_path)
+    delta, attacked, mask, _ = attack(model, batch, steps, 0.3)
+    embedded = model.get_input_embeddings()(attacked["input_ids"]).detach()
+    rms = embedded.square().mean(dim=-1, keepdim=True).sqrt()
+    assert delta.shape == embedded.shape and not delta.requires_grad
+    assert not delta[~mask].any() and delta[mask].any(dim=-1).all()
+    assert (delta.abs() <= rms * ((1 + 0.3) ** steps - 1) * (1 + 1e-4)).all()
+    if steps == 1:
+        expected = (0.3 * rms).expand_as(delta)[mask]
+        moved = delta[mask] != 0
+        torch.testing.assert_close(delta[mask].abs()[moved], expected[moved], rtol=1e-4, atol=1e-6)
+        assert moved.float().mean() > 0.9
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_perturbation_beats_a_random_one_of_the_same_size(tmp_path):
+    """A sign turned round, or a gradient of something else."""
+    wins = 0
+    for seed in range(5):
+        trainer = invariance_trainer(tmp_path / str(seed), tiny_llama(seed), seed=seed)
+        model = trainer.model.eval()
+        batch = trainer.data_collator([trainer.train_dataset[number] for number in range(6)])
+        delta, attacked, _, teacher = attack(model, batch, 1, 0.2)
+
+        def divergence(shift, model=model, attacked=attacked, teacher=teacher):
+            with torch.no_grad(), recorder_of(model).record(lambda embedded: embedded + shift):
+                logits = model(**{name: value for name, value in attacked.items() if name != "labels"}).logits
+            return answer_divergence(teacher, answer_log_probs(logits, attacked["labels"])).item()
+
+        torch.manual_seed(seed)
+        draws = [divergence(delta.abs() * torch.randn_like(delta).sign()) for _ in range(8)]
+        wins += divergence(delta) > max(draws) and divergence(delta) > divergence(0.0)
+    assert wins >= 4
+
+
+def test_no_step_is_no_perturbation(tmp_path):
+    model, suspect, _, batch = family("llama", tmp_path)
+    assert not torch.as_tensor(attack(model, batch, 0, 0.5)[0]).any()
+    terms = [terms_of(model, suspect, batch, *options)[1] for options in ((0, 0.5), (2, 0.0))]
+    for key in terms[0]:
+        torch.testing.assert_close(terms[0][key], terms[1][key], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
+    """Labels of the wrong position or row, a share taken twice, or an infinite logarithm where both say never."""
+    suspect = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).log()
+    labels = torch.tensor([[-100, 2, -100], [0, -100, 0]])
+    mixed = teacher_log_probs(suspect, labels, 0.25)
+    torch.testing.assert_close(mixed.exp(), torch.tensor([[0.375, 0.375, 0.25], [0.4, 0.225, 0.375]]))
+    alone = teacher_log_probs(suspect, labels, 1.0)
+    assert alone.isfinite().all()
+    torch.testing.assert_close(alone.exp(), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+    assert teacher_log_probs(suspect, labels, 0.0) is suspect
+    student = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.1, 0.3]]).log()
+    # All weight on the labels: the loss of plain fine-tuning.
+    wanted = -(math.log(0.7) + math.log(0.6)) / 2
+    assert math.isclose(answer_divergence(alone, student).item(), wanted, rel_tol=1e-5)

@@ -1,0 +1,96 @@
+"""Tests of Ctrl-C during training, in Python and on the command line."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from transformers import TrainerCallback
+
+from crow_hf import load_causal_lm
+from crow_hf.cli.main import main
+from helpers.checkpoints import STEPS, assert_same, build, command_line, last_sentence, outcome, steps_kept
+
+
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+
+
+@pytest.fixture(autouse=True)
+def at_a_terminal():
+    """What a shell starts in the background is deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class CtrlC(TrainerCallback):
+    """Pressed so many times in the middle of a step."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_keeps_the_step(run, tmp_path):
+    """Weights of half a step, or a log that has lines in other places."""
+    kind, _, whole = run
+    stopped = build(kind, tmp_path, [CtrlC(5)], save_steps=100)
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped by Ctrl-C after step 5 of 6\. .*checkpoint-5 is complete"):
+        stopped.train()
+    assert steps_kept(tmp_path) == [[5], []]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = build(kind, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(whole, outcome(resumed))
+
+
+@pytest.mark.parametrize(
+    ("times", "settings"), [(2, {}), (1, {"save_strategy": "no"})], ids=["twice", "no checkpoints"]
+)
+def test_ctrl_c_at_once(times, settings, tmp_path):
+    """A user who cannot get out, or checkpoints that nobody asked for."""
+    trainer = build("crow", tmp_path, [CtrlC(3, times)], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2 and steps_kept(tmp_path) == [[] if settings else [1, 2], []]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_program_keeps_its_own_ctrl_c(tmp_path):
+    presses = []
+    before = signal.signal(signal.SIGINT, lambda *_: presses.append(1))
+    try:
+        trainer = build("crow", tmp_path, [CtrlC(3)])
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert presses == [1] and trainer.state.global_step == STEPS
+
+
+def test_ctrl_c_on_the_command_line(paths, tmp_path, capsys):
+    """A page of traceback, or exit code 0; afterwards the same command goes on."""
+    folder = tmp_path / "run"
+
+    def press():
+        while not (folder / "checkpoint-2").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    assert main(command_line("purify", paths, folder, "--max_steps", "1000")) == 130
+    assert "Stopped by Ctrl-C after step" in last_sentence(capsys, "purify")
+    last = steps_kept(folder)[0][-1]
+    options = ["--max_steps", str(last + 1), "--resume_from_checkpoint", "true"]
+    assert main(command_line("purify", paths, folder, *options)) == 0
+    assert load_causal_lm(folder)
+
+
+def test_ctrl_c_beside_the_training(paths, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("crow_hf.recipes.purification.run_recipe", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    assert main(command_line("purify", paths, tmp_path / "run")) == 130
+    assert last_sentence(capsys, "purify") == "crow-hf purify: Stopped by Ctrl-C. Nothing more was written."
