@@ -4,12 +4,17 @@ Importing the package registers its models with the Auto classes; every other pu
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from . import models
 
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("crow-hf")
+except PackageNotFoundError:
+    # A source tree that is not installed.
+    __version__ = "0+unknown"
 
 if TYPE_CHECKING:
     from .attacks.implanting import implant, implant_embedding_trigger
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
     from .recipes.guide import CROWBackdoorElimination, apply_crow_to_coconut
     from .recipes.presets import recipe_config
     from .recipes.purification import purify
+    from .recipes.run import run_recipe
+    from .reporting.model_card import build_model_card
     from .reporting.plots import plot_crow_training_progress
     from .training.hub import push_folder
     from .training.loading import load_causal_lm
@@ -77,6 +84,8 @@ _HOMES = {
     "recipes.guide": ["CROWBackdoorElimination", "apply_crow_to_coconut"],
     "recipes.presets": ["recipe_config"],
     "recipes.purification": ["purify"],
+    "recipes.run": ["run_recipe"],
+    "reporting.model_card": ["build_model_card"],
     "reporting.plots": ["plot_crow_training_progress"],
     "training.hub": ["push_folder"],
     "training.loading": ["load_causal_lm"],

@@ -14,46 +14,87 @@ import crow_hf
 
 
 FOLDER = Path(__file__).parent / "reference"
-# A page for each room: its title, and the modules whose public names it holds.
-ROOMS = {
+# The pages: for each, its title and the modules whose public names it documents.
+PAGES = {
     "purify": (
         "Purify a model",
-        ["recipes", "guide", "trainer", "invariance_trainer", "config", "objective", "loading", "hub", "checkup"],
+        [
+            "recipes.purification",
+            "recipes.comparison",
+            "recipes.checkup",
+            "evidence.result",
+            "recipes.presets",
+            "recipes.run",
+            "recipes.guide",
+            "methods.crow.trainer",
+            "methods.crow.config",
+            "methods.crow.objective",
+            "methods.invariance.trainer",
+            "methods.invariance.config",
+            "training.loading",
+            "training.hub",
+        ],
     ),
-    "evidence": ("Evidence without a trigger, and pictures", ["screening", "canaries", "plots"]),
-    "measure": ("Measure, and backdoors to measure", ["evaluation.harness", "triggers", "backdoors"]),
-    "data": ("Rows and batches", ["data"]),
+    "evidence": (
+        "Evidence without a trigger, model cards and plots",
+        ["evidence.canaries", "evidence.screening", "reporting.model_card", "reporting.plots"],
+    ),
+    "measure": (
+        "Measure a model, and implant backdoors",
+        ["evaluation.harness", "attacks.triggers", "attacks.targets", "attacks.poison", "attacks.implanting"],
+    ),
+    "data": ("Rows and batches", ["data.encoding", "data.collators"]),
     "patches": (
         "Bytes and patches",
-        ["patching", "redpajama", "models.modeling_byte_entropy", "models.configuration_byte_entropy"],
+        [
+            "patching.patcher",
+            "patching.documents",
+            "patching.calibration",
+            "patching.redpajama",
+            "models.modeling_byte_entropy",
+            "models.configuration_byte_entropy",
+        ],
     ),
     "coconut": (
-        "A byte-latent model that thinks",
-        ["models.modeling_coconut", "models.configuration_coconut", "models.tokenization_coconut", "thoughts"],
+        "A byte-latent model with continuous thoughts",
+        [
+            "models.modeling_coconut",
+            "models.configuration_coconut",
+            "models.tokenization_coconut",
+            "methods.thoughts",
+        ],
     ),
 }
-NOTE = "Generated from the docstrings by `make docs`: change those, and not this page.\n"
+NOTE = "`make docs` generates this page from the docstrings. Change them, not this page.\n"
 SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example):$")
-# One documented parameter or several: "name (`type`, *optional*), other (`type`):", or "**rest:".
+# One or more documented parameters: "name (`type`, *optional*), other (`type`):", or "**rest:".
 ENTRY = re.compile(r" {4}(\*{0,2}\w+( \(.*?\))?, )*\*{0,2}\w+( \(.*\))?:$")
 
 
 def build() -> dict[Path, str]:
-    """The text of every page, by its path."""
-    homes = {home for _, modules in ROOMS.values() for home in modules}
+    """
+    Generate every page.
+
+    Returns:
+        `dict[Path, str]`: The texts by their paths.
+
+    Raises:
+        `ValueError`: If a module with public names has no page.
+    """
+    homes = {home for _, modules in PAGES.values() for home in modules}
     if homeless := sorted(set(crow_hf._HOMES) - homes):
-        raise ValueError(f"ROOMS of {Path(__file__).name} names no page for the modules {', '.join(homeless)}.")
+        raise ValueError(f"`PAGES` in {Path(__file__).name} has no page for the modules {', '.join(homeless)}.")
     pages, index = {}, ["# API reference\n", NOTE]
-    for room, (title, modules) in ROOMS.items():
+    for page, (title, modules) in PAGES.items():
         names = [name for home in modules for name in crow_hf._HOMES[home]]
-        pages[FOLDER / f"{room}.md"] = "\n".join([f"# {title}\n", NOTE, *map(_entry_of_name, names)])
-        index += [f"## [{title}]({room}.md)\n", *map(_line_of_index, names), ""]
+        pages[FOLDER / f"{page}.md"] = "\n".join([f"# {title}\n", NOTE, *map(_entry_of_name, names)])
+        index += [f"## [{title}]({page}.md)\n", *map(_line_of_index, names), ""]
     return {FOLDER / "README.md": "\n".join(index), **pages}
 
 
 def _page_of(name: str) -> str:
     home = crow_hf._HOME_OF[name]
-    return next(room for room, (_, modules) in ROOMS.items() if home in modules)
+    return next(page for page, (_, modules) in PAGES.items() if home in modules)
 
 
 def _line_of_index(name: str) -> str:
@@ -63,7 +104,7 @@ def _line_of_index(name: str) -> str:
 
 
 def _entry_of_name(name: str) -> str:
-    """The section of a name, and of each of its public methods."""
+    """Generate the section of a name and those of its public methods."""
     thing = getattr(crow_hf, name)
     parts = [f"## {name}\n", f"`crow_hf.{crow_hf._HOME_OF[name]}`\n", _signature(name, thing), _markdown(_doc(thing))]
     for method, function in _methods(thing):
@@ -72,7 +113,7 @@ def _entry_of_name(name: str) -> str:
 
 
 def _methods(thing: Any) -> Iterator[tuple[str, Any]]:
-    """Its documented methods and properties, also those of a mixin; what is inherited from other packages is theirs."""
+    """Yield the documented methods and properties of a class and of its mixins, but not those of other packages."""
     for home in inspect.getmro(thing) if inspect.isclass(thing) else ():
         if not home.__module__.startswith("crow_hf") or home is not thing and home.__name__ in crow_hf._HOME_OF:
             continue
@@ -87,12 +128,12 @@ def _doc(thing: Any) -> str:
     if isinstance(thing, dict):
         return f"By name: {', '.join(f'`{name}`' for name in thing)}."
     if not thing.__doc__:
-        raise ValueError(f"{thing.__qualname__} is public and has no docstring: write one.")
+        raise ValueError(f"{thing.__qualname__} is public and has no docstring. Write one.")
     return inspect.cleandoc(thing.__doc__)
 
 
 def _signature(name: str, thing: Any) -> str:
-    """The call, with the parameters that the docstring names; nothing where a call is not what one does with it."""
+    """Format the call with the documented parameters. Properties, dicts and result classes have none."""
     doc = "" if isinstance(thing, (dict, property)) else _doc(thing)
     if isinstance(thing, (dict, property)) or re.search(r"^Attributes:$", doc, re.MULTILINE):
         return ""
@@ -102,14 +143,14 @@ def _signature(name: str, thing: Any) -> str:
         if parameter.name not in ("self", "cls")
     ]
     documented = {match for line in _lines_of(doc, "Args") if ENTRY.match(line) for match in _names_in(line)}
-    # A configuration inherits a hundred more.
+    # A configuration inherits a hundred further parameters.
     parameters = [parameter for parameter in every if parameter.name in documented or not documented]
     words, keywords_only = [], False
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not keywords_only:
             words.append("*")
             keywords_only = True
-        # Types stand in the docstring.
+        # The docstring has the types.
         words.append(str(parameter.replace(annotation=parameter.empty)))
     words += ["..."] if len(parameters) < len(every) else []
     call = f"{name}({', '.join(words)})"
@@ -133,12 +174,12 @@ def _lines_of(doc: str, section: str) -> list[str]:
 
 
 def _names_in(line: str) -> list[str]:
-    """`["a", "rest"]` of "a (`int`), **rest:"."""
+    """Return `["a", "rest"]` for "a (`int`), **rest:"."""
     return re.findall(r"\*{0,2}(\w+)(?= \(`|:$|,)", re.sub(r"\(.*?\)(?=,|:$)", "(`)", line))
 
 
 def _markdown(doc: str) -> str:
-    """A docstring in the form of transformers as Markdown: sections as bold words, parameters as bullets."""
+    """Convert a docstring in the form of transformers to Markdown, with bold sections and parameters as bullets."""
     lines, section, in_code = [], None, False
     for line in doc.splitlines():
         if line.startswith("```"):
@@ -172,7 +213,7 @@ def _bold_names(entry: str) -> str:
 
 
 def _linked(text: str) -> str:
-    """References such as [`purify`] as links to their place here; those to other packages as code."""
+    """Turn references such as [`purify`] into links to these pages, and those to other packages into code."""
 
     def link(match: re.Match) -> str:
         target = match[1].removeprefix("~")
