@@ -94,10 +94,10 @@ def run_arena(
     workers: int = 1,
 ) -> list[dict[str, Any]]:
     """
-    Run all runs that are missing, and write `results.jsonl`, `results.md` and `arena.png` of all results in the folder.
+    Run what is missing in an arena, and write `results.jsonl`, `results.md` and `arena.png` of all its results.
 
-    Each run writes its own file, so a killed arena loses only the runs that were in progress. A failed run is recorded,
-    does not stop other runs, and is repeated by the next call.
+    Each run writes its own file, so a killed arena loses only the runs that were in progress. A failed run is
+    recorded, does not stop other runs, and is repeated by the next call.
 
     Args:
         output_dir (`str` or `Path`):
@@ -177,7 +177,7 @@ def _check_request(
 
 
 def _group_by_suspect(runs: Runs) -> list[Runs]:
-    """Group the runs that share a suspect. A group runs in one process, or two processes would build the same suspect."""
+    """Group the runs that share a suspect. A group stays in one process, so that no suspect is built twice."""
     groups: dict[tuple[str, int], Runs] = {}
     for attack, seed in runs:
         groups.setdefault((attack.suspect_name, seed), []).append((attack, seed))
@@ -195,7 +195,7 @@ def _run_in_workers(arena: Arena, groups: list[Runs], runs: Runs, workers: int) 
                 future.result()
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "A worker was killed, possibly because memory ran out. Run the same command again with fewer --workers."
+                "A worker was killed, possibly for lack of memory. Run the same command again with fewer --workers."
             ) from error
 
 
@@ -337,8 +337,9 @@ def _summary(row: dict[str, Any]) -> str:
         return "-" if row[name] is None else percent(row[name]["hits"] / row[name]["total"])
 
     return (
-        f"attack success {share('attack_success')}, right if triggered {share('exact_match_triggered')}, right if clean "
-        f"{share('exact_match_clean')}, empty or degenerate {share('mute_triggered')}, {row['seconds']:.0f} s"
+        f"attack success {share('attack_success')}, right if triggered {share('exact_match_triggered')}, "
+        f"right if clean {share('exact_match_clean')}, empty or degenerate {share('mute_triggered')}, "
+        f"{row['seconds']:.0f} s"
     )
 
 

@@ -1,9 +1,9 @@
-"""What the arena found, in numbers that people read.
+"""The tables of the arena: means over seeds with 95 % intervals.
 
-**Intervals** hold 95 %. What varies is the seed: rows, attacker and defender are drawn anew by each, while the prompts of one
-seed are all answered by one model and are no independent draws of it. So the interval of a mean is Student's t over the seeds.
-It has no width where all seeds agree, at 0 % for instance, and none can be told from one seed; the interval of a share is
-therefore never narrower than Wilson's over all prompts together, which is what independent prompts would allow.
+Each seed draws new rows, a new attacker and a new defender. The prompts of one seed are all answered by one model, so
+they are not independent. The interval of a mean is therefore Student's t over the seeds. That interval has no width if
+all seeds agree, for example at 0 %, and it does not exist for one seed. The interval of a share is therefore never
+narrower than Wilson's over the prompts of all seeds together, which would hold for independent prompts.
 """
 
 import json
@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
         mean (`float`):
             The mean.
         low (`float`), high (`float`):
-            The ends of the interval, NaN where there is none: of one seed, if it is no share.
+            The bounds of the interval. They are NaN for a single seed, unless the mean is that of a share.
     """
 
     mean: float
@@ -49,20 +49,27 @@ class Estimate(NamedTuple):
 
 
 def load_results(output_dir: str | Path) -> list[Row]:
-    """All runs of an arena, by attack, method and seed in the order of the tables."""
+    """Load the rows of all runs of an arena, sorted by attack, method and seed in the order of the tables."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in Path(output_dir).glob("results/*/*/*.json")]
-    return sorted(rows, key=lambda row: (_place(ATTACKS, row["attack"]), _place(METHODS, row["method"]), row["seed"]))
+    return sorted(
+        rows, key=lambda row: (_position(ATTACKS, row["attack"]), _position(METHODS, row["method"]), row["seed"])
+    )
 
 
 def t_quantile(degrees: int) -> float:
     """
-    The t with 95 % of Student's distribution between -t and t.
+    Return the t for which 95 % of Student's distribution lies between -t and t.
 
-    By bisection of the closed form for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    It is found by bisection of the closed form for whole degrees of freedom (Abramowitz and Stegun, equations 26.7.3
+    and 26.7.4).
+
+    Args:
+        degrees (`int`):
+            Degrees of freedom, at least 1.
     """
 
-    def between(angle: float) -> float:
-        # The series' terms are products of (i - 1) / i and of cos^2, for i = 2, 4, .. or 3, 5, ..
+    def probability_within(angle: float) -> float:
+        # The terms of the series are products of (i - 1) / i and of cos^2, for i = 2, 4, ... or 3, 5, ...
         odd = degrees % 2
         term = math.cos(angle) if odd else 1.0
         total = term if degrees > 1 else 0.0
@@ -75,12 +82,18 @@ def t_quantile(degrees: int) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if between(middle) < 0.95 else (low, middle)
+        low, high = (middle, high) if probability_within(middle) < 0.95 else (low, middle)
     return math.sqrt(degrees) * math.tan(low)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value for each seed, with its interval by Student's t."""
+    """
+    Estimate a mean, with its interval by Student's t.
+
+    Args:
+        values (`Sequence[float]`):
+            One value for each seed.
+    """
     mean = fmean(values)
     if len(values) == 1:
         return Estimate(mean, math.nan, math.nan)
@@ -90,58 +103,59 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def estimate_share(counts: Sequence[dict[str, int]]) -> Estimate:
     """
-    The mean of one share for each seed, with its interval: the wider of Student's t and pooled Wilson, at either end.
+    Estimate the mean of a share. Each bound of its interval is the wider one of Student's t over the seeds and of
+    Wilson's interval over all prompts together.
 
     Args:
         counts (`Sequence[dict]`):
-            `hits` and `total` of each seed.
+            The keys `hits` and `total` for each seed.
     """
     mean, low, high = estimate([count["hits"] / count["total"] for count in counts])
     hits, total = (sum(count[name] for count in counts) for name in ("hits", "total"))
     pooled = Proportion.of([True] * hits + [False] * (total - hits))
-    # Of a NaN and a number, these take the number, which has to come first.
+    # If the second argument is NaN, min and max return the first.
     return Estimate(mean, max(0.0, min(pooled.low, low)), min(1.0, max(pooled.high, high)))
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Estimate | None]]]:
     """
-    Means over seeds with their intervals.
+    Estimate the mean of each score over the seeds.
 
     Args:
         rows (`Iterable[dict]`):
-            Of [`load_results`]; failed runs are left out.
+            The rows of [`load_results`]. Failed runs are left out.
 
     Returns:
-        `dict`: By attack, method and the name of the score; `None` where no run has it.
+        `dict`: An [`Estimate`] by attack, method and name of the score. It is `None` if no run has this score.
     """
     cells: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in _finished(rows):
         cells[row["attack"]][row["method"]].append(row)
 
-    def of(runs: list[Row], name: str, estimator: Callable[[list], Estimate]) -> Estimate | None:
+    def estimated(runs: list[Row], name: str, estimator: Callable[[list], Estimate]) -> Estimate | None:
         values = [run[name] for run in runs if run[name] is not None]
         return estimator(values) if values else None
 
     return {
         attack: {
-            method: {name: of(runs, name, estimate_share) for name in SHARES}
-            | {name: of(runs, name, estimate) for name in FIGURES}
+            method: {name: estimated(runs, name, estimate_share) for name in SHARES}
+            | {name: estimated(runs, name, estimate) for name in FIGURES}
             for method, runs in methods.items()
         }
         for attack, methods in cells.items()
     }
 
 
-def methods_of(summary: dict[str, dict]) -> list[str]:
-    """The methods of a summary in the order of the tables."""
+def _methods_in_order(summary: dict[str, dict]) -> list[str]:
+    """List the methods of a summary in the order of the tables."""
     names = dict.fromkeys(method for methods in summary.values() for method in methods)
-    return sorted(names, key=lambda name: _place(METHODS, name))
+    return sorted(names, key=lambda name: _position(METHODS, name))
 
 
 def attack_success_rates(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """The mean attack success over seeds, by attack and method, both in the order of the tables."""
+    """Return the mean attack success over the seeds by attack and method, both in the order of the tables."""
     summary = summarize(rows)
-    methods = methods_of(summary)
+    methods = _methods_in_order(summary)
     return {
         attack: {method: cells[method]["attack_success"].mean for method in methods if method in cells}
         for attack, cells in summary.items()
@@ -149,34 +163,38 @@ def attack_success_rates(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 
 def results_markdown(rows: list[Row]) -> str:
-    """The arena's tables in Markdown: the matrix of attack success, the methods, every cell, and what failed."""
+    """
+    Write the tables of an arena in Markdown: attack success by attack and method, the methods, every combination of
+    attack and method, the canaries and the failed runs.
+
+    Args:
+        rows (`list[dict]`):
+            The rows of [`load_results`].
+    """
     if not any(_finished(rows)):
         return "No run of this arena has finished yet.\n" + _failures(rows)
     summary = summarize(rows)
     seeds = sorted({row["seed"] for row in rows})
-    return (
-        "\n".join(
-            [
-                "# Arena\n",
-                f"Means over the seeds {', '.join(map(str, seeds))}. Brackets hold 95 % intervals: Student's t over the seeds, "
-                "and never narrower than Wilson's over all prompts pooled, which alone is there with one seed.\n",
-                "## Attack success, %\n",
-                _matrix(summary),
-                "## Methods\n",
-                f'Over the attacks each method ran on. "{CONTROL} = 1" and differences compare with {CONTROL} on the same attacks '
-                "and seeds. Mute: empty or degenerate.\n",
-                _methods(rows, summary),
-                "## All cells\n",
-                _cells(rows, summary),
-            ]
-        )
-        + _canaries(rows)
-        + _failures(rows)
-    )
+    parts = [
+        "# Arena\n",
+        f"All numbers are means over the seeds {', '.join(map(str, seeds))}. Brackets hold 95 % intervals. They are "
+        "Student's t over the seeds, and never narrower than Wilson's interval over the prompts of all seeds. With "
+        "one seed, they are Wilson's intervals.\n",
+        "## Attack success, %\n",
+        _attack_success_table(summary),
+        "## Methods\n",
+        "Each line covers the attacks that the method ran on. Mute answers are empty or degenerate. "
+        f"`minus {CONTROL}` is the difference in right answers to clean prompts. Bits per byte, steps and seconds are "
+        f"relative to {CONTROL}. Both compare runs on the same attacks and seeds.\n",
+        _methods_table(rows, summary),
+        "## All cells\n",
+        _cells_table(rows, summary),
+    ]
+    return "\n".join(parts) + _canaries(rows) + _failures(rows)
 
 
-def _place(known: dict[str, Any], name: str) -> tuple[int, str]:
-    """To sort by; what an older version called by another name comes last."""
+def _position(known: dict[str, Any], name: str) -> tuple[int, str]:
+    """Return a sort key. Names that only an older version knew come last."""
     return (list(known).index(name) if name in known else len(known), name)
 
 
@@ -184,8 +202,8 @@ def _finished(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if "error" not in row]
 
 
-def _matrix(summary: dict) -> str:
-    methods = methods_of(summary)
+def _attack_success_table(summary: dict) -> str:
+    methods = _methods_in_order(summary)
     lines = [
         [
             attack,
@@ -196,56 +214,66 @@ def _matrix(summary: dict) -> str:
     return _table(["attack", *methods], lines)
 
 
-def _methods(rows: list[Row], summary: dict) -> str:
-    runs = {(row["attack"], row["seed"], row["method"]): row for row in _finished(rows)}
+def _methods_table(rows: list[Row], summary: dict) -> str:
+    runs = _by_run(rows)
     heads = ["attacks", "attack success", "worst", "right if clean", f"minus {CONTROL}", "right if triggered / clean"]
     heads += ["mute if triggered", "mute if clean", f"bits per byte, {CONTROL} = 1", "steps", "seconds"]
-    return _table(["method", *heads], [_method(method, runs, summary) for method in methods_of(summary)])
+    return _table(["method", *heads], [_method_line(method, runs, summary) for method in _methods_in_order(summary)])
 
 
-def _method(method: str, runs: dict[tuple[str, int, str], Row], summary: dict) -> list[str]:
+def _by_run(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:
+    return {(row["attack"], row["seed"], row["method"]): row for row in _finished(rows)}
+
+
+def _method_line(method: str, runs: dict[tuple[str, int, str], Row], summary: dict) -> list[str]:
     cells = {attack: methods[method] for attack, methods in summary.items() if method in methods}
-    own = {(attack, seed): row for (attack, seed, name), row in runs.items() if name == method}
     worst = max(cells, key=lambda attack: cells[attack]["attack_success"].mean)
-    pairs = {key: (row, runs[*key, CONTROL]) for key, row in own.items() if (*key, CONTROL) in runs}
-    gains: dict[int, list[float]] = defaultdict(list)
-    for (_, seed), (row, control) in pairs.items():
-        if row["exact_match_clean"] is not None:
-            gains[seed].append(_rate(row["exact_match_clean"]) - _rate(control["exact_match_clean"]))
-
-    def over_seeds(name: str) -> Estimate | None:
-        by_seed: dict[int, dict[str, int]] = {}
-        for (_, seed), row in own.items():
-            if row[name] is not None:
-                count = by_seed.setdefault(seed, {"hits": 0, "total": 0})
-                by_seed[seed] = {part: count[part] + row[name][part] for part in count}
-        return estimate_share(list(by_seed.values())) if by_seed else None
-
-    def relative(name: str) -> str:
-        values = [
-            (row[name], control[name]) for row, control in pairs.values() if None not in (row[name], control[name])
-        ]
-        below = sum(control for _, control in values)
-        return f"{sum(own for own, _ in values) / below:.2f}" if below else "-"
-
-    triggered, clean = over_seeds("exact_match_triggered"), over_seeds("exact_match_clean")
+    own = [row for (_, _, name), row in runs.items() if name == method]
+    controls = [runs.get((row["attack"], row["seed"], CONTROL)) for row in own]
+    pairs = [(row, control) for row, control in zip(own, controls, strict=True) if control is not None]
+    triggered, clean = _over_seeds(own, "exact_match_triggered"), _over_seeds(own, "exact_match_clean")
     return [
         method,
         str(len(cells)),
-        _percent(over_seeds("attack_success")),
+        _percent(_over_seeds(own, "attack_success")),
         f"{_percent(cells[worst]['attack_success'])} {worst}",
         _percent(clean),
-        _percent(estimate([fmean(values) for values in gains.values()]) if gains else None, sign="+"),
+        _percent(_difference_from_control(pairs), sign="+"),
         f"{triggered.mean / clean.mean:.2f}" if triggered and clean and clean.mean else "-",
-        _percent(over_seeds("mute_triggered")),
-        _percent(over_seeds("mute_clean")),
-        relative("bits_per_byte_clean"),
-        relative("steps"),
-        relative("seconds"),
+        _percent(_over_seeds(own, "mute_triggered")),
+        _percent(_over_seeds(own, "mute_clean")),
+        _relative_to_control(pairs, "bits_per_byte_clean"),
+        _relative_to_control(pairs, "steps"),
+        _relative_to_control(pairs, "seconds"),
     ]
 
 
-def _cells(rows: list[Row], summary: dict) -> str:
+def _over_seeds(rows: list[Row], name: str) -> Estimate | None:
+    """Estimate a share over the seeds, with the prompts of all attacks of a seed together."""
+    by_seed: dict[int, dict[str, int]] = {}
+    for row in rows:
+        if row[name] is not None:
+            count = by_seed.setdefault(row["seed"], {"hits": 0, "total": 0})
+            by_seed[row["seed"]] = {part: count[part] + row[name][part] for part in count}
+    return estimate_share(list(by_seed.values())) if by_seed else None
+
+
+def _difference_from_control(pairs: list[tuple[Row, Row]]) -> Estimate | None:
+    """Estimate by how much the right answers to clean prompts differ from the control's."""
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for row, control in pairs:
+        if row["exact_match_clean"] is not None:
+            by_seed[row["seed"]].append(_rate(row["exact_match_clean"]) - _rate(control["exact_match_clean"]))
+    return estimate([fmean(values) for values in by_seed.values()]) if by_seed else None
+
+
+def _relative_to_control(pairs: list[tuple[Row, Row]], name: str) -> str:
+    values = [(row[name], control[name]) for row, control in pairs if None not in (row[name], control[name])]
+    of_control = sum(value for _, value in values)
+    return f"{sum(value for value, _ in values) / of_control:.2f}" if of_control else "-"
+
+
+def _cells_table(rows: list[Row], summary: dict) -> str:
     seeds: dict[tuple[str, str], int] = defaultdict(int)
     for row in _finished(rows):
         seeds[row["attack"], row["method"]] += 1
@@ -269,10 +297,19 @@ def _cells(rows: list[Row], summary: dict) -> str:
 
 def canary_correlation(rows: Iterable[Row]) -> float | None:
     """
-    Pearson's correlation between the success of the defender's canaries after a method and that of the real backdoor after the
-    method as it is: for the strong recipe, which has canaries, in the same model; for others, in the suspect without them. It is
-    what a defender who looks at canaries wants to know. `None` where there are fewer than two such pairs, or one of them is the
-    same in all.
+    Correlate the success of the canaries with that of the real backdoor. A defender sees only the canaries, and wants
+    to know whether they tell the fate of the backdoor.
+
+    The canaries are measured after a method on the suspect with canaries. The backdoor is measured after the same
+    method as it is. That is the same model for the recipe `strong`, which has canaries itself. For all other methods,
+    it is a model without canaries.
+
+    Args:
+        rows (`Iterable[dict]`):
+            The rows of [`load_results`].
+
+    Returns:
+        `float`: Pearson's correlation, or `None` if there are fewer than two pairs or one side is constant.
     """
     pairs = [(_rate(own["canary_success"]), _rate(real["attack_success"])) for own, real in _canary_pairs(rows)]
     shares = list(zip(*pairs, strict=True))
@@ -280,8 +317,8 @@ def canary_correlation(rows: Iterable[Row]) -> float | None:
 
 
 def _canary_pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
-    """The runs with canaries, each with that of the method as it is, on the same attack and seed."""
-    runs = {(row["attack"], row["seed"], row["method"]): row for row in _finished(rows)}
+    """Pair each run with canaries with the run of the method as it is, on the same attack and seed."""
+    runs = _by_run(rows)
     return [
         (row, runs[attack, seed, real])
         for (attack, seed, method), row in runs.items()
@@ -301,14 +338,14 @@ def _canaries(rows: list[Row]) -> str:
         ]
         for own, real in pairs
     ]
-    found = canary_correlation(rows)
-    return (
-        "\n## Canaries\n\nSuccess, %, of two backdoors of the defender's own that were put in before the method, of the real one in "
-        "that model, and of the real one after the method as it is, which for all but the strong recipe is without canaries."
-        + ("" if found is None else f" The first and the last correlate by {found:.2f} over these {len(pairs)} pairs.")
-        + "\n\n"
-        + _table(["attack", "method", "seed", "canaries", "real, with canaries", "real"], lines)
+    text = (
+        "\n## Canaries\n\nSuccess in %. `canaries` are two backdoors that the defender implanted before the method. "
+        "`real, with canaries` is the attacker's backdoor in the same model. `real` is the attacker's backdoor after "
+        "the method as it is, without canaries for all methods but `strong`."
     )
+    if (found := canary_correlation(rows)) is not None:
+        text += f" The first and the last correlate by {found:.2f} over these {len(pairs)} pairs."
+    return f"{text}\n\n" + _table(["attack", "method", "seed", "canaries", "real, with canaries", "real"], lines)
 
 
 def _failures(rows: list[Row]) -> str:
@@ -316,9 +353,7 @@ def _failures(rows: list[Row]) -> str:
     if not failed:
         return ""
     lines = [[row["attack"], row["method"], str(row["seed"]), " ".join(row["error"].split())] for row in failed]
-    return "\n## Failed runs\n\nThe next call tries them again.\n\n" + _table(
-        ["attack", "method", "seed", "error"], lines
-    )
+    return "\n## Failed runs\n\nThe next call repeats them.\n\n" + _table(["attack", "method", "seed", "error"], lines)
 
 
 def _rate(count: dict[str, int]) -> float:
@@ -326,7 +361,7 @@ def _rate(count: dict[str, int]) -> float:
 
 
 def _percent(share: Estimate | None, *, interval: bool = True, sign: str = "") -> str:
-    """`97.0 [91.5, 100.0]`, in percent."""
+    """Format an estimate in percent: `97.0 [91.5, 100.0]`."""
     if share is None:
         return "-"
     mean, low, high = (100 * value for value in share)

@@ -1,4 +1,4 @@
-"""The arena's suspects: every route and attacker on a tiny subject, and the rows of attacker, defender and measurement."""
+"""The arena's suspects: every route and attacker on a tiny subject, and the rows of all parties."""
 
 import json
 from dataclasses import replace
@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import PeftModel
 
 from crow_hf.arena import attacks, subjects
-from crow_hf.arena.attacks import ATTACKS, Attack, build_suspect
-from crow_hf.arena.subjects import SUBJECTS, Subject, arena_rows
+from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, build_suspect
+from crow_hf.arena.subjects import SUBJECTS, Subject
 from crow_hf.attacks.triggers import TRIGGERS, EmbeddingTrigger
 from crow_hf.data.rows import check_disjoint
 from crow_hf.demo import demo_tokenizer
@@ -32,7 +32,7 @@ def tiny_subject():
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few rows and a tiny model: what is tested is who gets which rows, and not what is learned."""
+    """Use few rows and a tiny model. The tests check who gets which rows, not what the models learn."""
     for name, count in {"IMPLANT_ROWS": 16, "SELECTION_ROWS": 4, "TEST_ROWS": 6, "SCRATCH_ROWS": 8}.items():
         monkeypatch.setattr(attacks, name, count)
     monkeypatch.setattr(attacks, "IMPLANT_EPOCHS", dict.fromkeys((0.5, 0.1, 0.01), 3))
@@ -59,7 +59,7 @@ def small(monkeypatch):
     ids=str,
 )
 def test_each_attack(tmp_path, changes):
-    """A suspect that is the clean model, is built anew at the second call, or loses its trigger on the way to the disk."""
+    """Fails if a suspect equals the clean model, is built again by a second call, or loses its trigger on disk."""
     attack = Attack("test", **changes)
     suspect = build_suspect(attack, 0, tmp_path, num_clean=8)
     model = suspect.load()
@@ -107,7 +107,7 @@ def test_alpaca_needs_its_file_and_keeps_rows_from_the_clean_model(tmp_path):
     assert set(suspect.test_rows["instruction"]) <= {f"Say number {n}." for n in range(40, 100)}
 
 
-def test_overlapping_rows_are_one_sentence():
+def test_overlapping_rows_are_refused():
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
     with pytest.raises(ValueError, match="The test and the clean rows share the prompt 'a'"):
         check_disjoint({"test": rows, "clean": rows}, demo_tokenizer())
@@ -116,11 +116,5 @@ def test_overlapping_rows_are_one_sentence():
 def test_every_attack_of_the_arena_is_well_formed():
     assert all(name == attack.name and attack.subject in SUBJECTS for name, attack in ATTACKS.items())
     assert all(attack.trigger in TRIGGERS for attack in ATTACKS.values())
+    assert set(QUICK) < set(ATTACKS)
     assert len({replace(attack, name="") for attack in ATTACKS.values()}) == len(ATTACKS), "two cells are the same"
-
-
-def test_arena_rows_are_the_same_for_a_seed_and_leave_prompts_out():
-    rows = arena_rows(30, 3)
-    assert rows.to_list() == arena_rows(30, 3).to_list() != arena_rows(30, 4).to_list()
-    assert not set(arena_rows(30, 3, without=set(rows["prompt"][:10]))["prompt"]) & set(rows["prompt"][:10])
-    assert all(prompt.endswith("<bot><latent><latent><eot>") for prompt in arena_rows(5, 3, thoughts=True)["prompt"])

@@ -1,0 +1,97 @@
+"""The arena's methods on a tiny suspect."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from peft import PeftModel
+
+from crow_hf import CrowConfig
+from crow_hf.arena import defences
+from crow_hf.arena.attacks import Attack
+from crow_hf.arena.defences import METHODS, QUICK_METHODS, load_merged
+from crow_hf.recipes.presets import control_config
+from helpers.arena import ROWS, tiny_suspect
+from helpers.tiny import same_weights, weights_of
+
+
+@pytest.fixture(scope="module")
+def suspects(tmp_path_factory):
+    """A merged suspect and an adapter. Methods load fresh copies, so all tests can share them."""
+    folder = tmp_path_factory.mktemp("suspects")
+    return {route: tiny_suspect(folder / route, Attack("tiny", route=route)) for route in ("merged", "adapter")}
+
+
+@pytest.fixture(params=["merged", "adapter"])
+def suspect(request, suspects):
+    return suspects[request.param]
+
+
+# An ablation differs from `strong` only in its arguments, so one kind of suspect is enough for it.
+ABLATIONS = [method for method in METHODS if method.startswith(("strong -", "strong +"))]
+
+
+@pytest.mark.parametrize(
+    ("route", "method"),
+    [
+        *(("merged", method) for method in METHODS),
+        *(("adapter", method) for method in METHODS if method not in ABLATIONS),
+    ],
+)
+def test_every_method_leaves_a_changed_model_without_an_adapter(suspects, tmp_path, route, method):
+    """Fails if a method trains nothing, trains a copy, or returns its changes in an adapter that is not measured."""
+    suspect = suspects[route]
+    before = weights_of(load_merged(suspect, tmp_path / "before"))
+    purified = METHODS[method](suspect, 3, tmp_path)
+    assert not isinstance(purified.model, PeftModel)
+    assert same_weights(before, weights_of(purified.model)) == (method == "none")
+    json.dumps(purified.settings, allow_nan=False)
+    assert (purified.steps > 0) == bool({"trainer", "recipe"} & set(purified.settings))
+    without = ("strong - canaries", *(name for name in METHODS if not name.startswith(("strong", "canaries"))))
+    assert (purified.canary_success is None) == (method in without)
+
+
+def test_methods_record_all_that_is_needed_to_repeat_them(suspect, tmp_path):
+    """Fails if the settings lack the seed, the learning rate or what distinguishes the method from its neighbour."""
+    crow = METHODS["crow reference"](suspect, 3, tmp_path).settings
+    expected = {
+        "trainer": "ReferenceCrowTrainer",
+        "seed": 3,
+        "alpha": 5.5,
+        "epsilon": 0.1,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 5,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+    }
+    defaults = CrowConfig(str(tmp_path)).to_dict()
+    assert {**defaults, **crow} == {**defaults, **crow, **expected}
+    # As published, an adapter is trained further.
+    assert (crow["fresh_lora"] is None) == (suspect.attack.route == "adapter")
+
+
+def test_a_merged_adapter_answers_as_the_adapter_did(suspects, tmp_path):
+    """Fails if a suspect loses its backdoor before the defence begins, or if its weights stay frozen."""
+    suspect = suspects["adapter"]
+    merged, ids = load_merged(suspect, tmp_path), torch.arange(3, 20)[None]
+    torch.testing.assert_close(merged(ids).logits, suspect.load().eval()(ids).logits)
+    assert all(weight.requires_grad for weight in merged.parameters())
+
+
+def test_control_and_recipe_share_their_settings_and_steps(suspects, tmp_path):
+    """Fails if the control is trained for fewer steps, or with another learning rate, than the recipe."""
+    suspect, strong = suspects["merged"], defences.defence_config("strong", tmp_path, 0)
+    control = control_config(strong, len(ROWS))
+    differing = {f.name for f in fields(CrowConfig) if getattr(strong, f.name) != getattr(control, f.name)}
+    assert differing - {"accelerator_config", "logging_dir", "run_name"} == {"max_steps", "train_sampling_strategy"}
+    assert control.alpha == strong.alpha == 0
+    assert (
+        METHODS["fine-tuning"](suspect, 0, tmp_path / "a").steps == METHODS["strong"](suspect, 0, tmp_path / "b").steps
+    )
+
+
+def test_quick_methods_are_methods():
+    assert set(QUICK_METHODS) < set(METHODS)
