@@ -55,3 +55,12 @@ def test_demo(few_rows, tmp_path):
     card = (tmp_path / "purified" / "README.md").read_text(encoding="utf-8")
     assert "library_name: transformers" in card and "`backdoored`" in card and "PeftModel" not in card
     assert all(f"| {name} |" in card for name in names)
+
+
+def test_demo_rows_are_new_and_right():
+    """Fails if test prompts are among the training prompts, or if a seed gives other rows."""
+    seen = demo.demo_rows(500, seed=0)
+    unseen = demo.demo_rows(200, seed=1, without=set(seen["prompt"]))
+    assert len(unseen) == 200
+    assert not set(unseen["prompt"]) & set(seen["prompt"])
+    assert demo.demo_rows(500, seed=0)["prompt"] == seen["prompt"]

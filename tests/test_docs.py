@@ -1,21 +1,23 @@
-"""Every example of README.md and docs/ runs, on tiny models.
+"""Runs every example of README.md and docs/ on tiny models, and checks what the pages name.
 
-Each page gets a folder with the files that the pages name (`suspect`, `clean.jsonl` and so on), where its blocks run in order.
+Each page gets a folder with the files that it names (`suspect`, `clean.jsonl` and so on). Its blocks run there in
+order.
 
-- `python` blocks share one namespace. Those of the API reference are doctests, each for itself: what they show must come out.
-- `bash` blocks run line by line: `crow-hf`, `python` and `accelerate launch` in this process, through the functions that the
-  real commands call; one `accelerate launch` is really started, in two processes, by a test of its own.
-- `make` and `pip` lines are read and not run, and so are blocks marked `slow` (as in "```bash slow"), which must say what they
-  take: the targets, extras, arguments, files and names in them must exist.
+- `python` blocks share one namespace. Those of the API reference are doctests, each for itself, and their output must
+  be as shown.
+- `bash` blocks run line by line. `crow-hf`, `python` and `accelerate launch` run in this process, through the
+  functions that the real commands call. A test of its own starts `accelerate launch` with two processes.
+- `make` and `pip` lines are read and not run. So are blocks marked `slow` (as in "```bash slow"), which must say how
+  long they take. The targets, extras, arguments, files and names in them must exist.
 
-To be quick, a patch of `TrainingArguments.__post_init__` cuts every training to two steps on the CPU, whatever the page says,
-with few views and one canary; the demo and the arena have few rows and tiny models; and the models soon say their
-end-of-sequence token. RedPajama on the Hub is a file here, and the Hub is that of `loopback_hub.py`. Nothing else is patched: a
-function, an argument, an option or a file that is renamed fails here.
+To save time, a patch of `TrainingArguments.__post_init__` cuts every training to two steps on the CPU with few views
+and one canary. The demo and the arena have few rows and tiny models, and the models soon produce their end-of-sequence
+token. RedPajama on the Hub is a local file, and `loopback_hub.py` is the Hub. Nothing else is patched, so a renamed
+function, argument, option or file fails here.
 """
 
-import ast
 import doctest
+import importlib
 import json
 import os
 import re
@@ -37,11 +39,12 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, TrainingArguments
 
 import crow_hf
-from crow_hf import demo, redpajama
+from crow_hf import demo
 from crow_hf.arena import attacks, subjects
 from crow_hf.arena.defences import METHODS
-from crow_hf.cli.arguments import COMMAND_ARGUMENTS, parse_arguments
-from crow_hf.cli.main import COMMANDS, main
+from crow_hf.cli.arguments import COMMANDS, command_module, parse_arguments
+from crow_hf.cli.main import main
+from crow_hf.patching import redpajama
 from helpers.coconut import coconut
 from helpers.loopback_hub import TOKEN, LoopbackHub
 from helpers.tiny import tiny_llama
@@ -50,9 +53,10 @@ from helpers.tiny import tiny_llama
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 }
 MAKE_REFERENCE = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
+MAKE_PICTURE = runpy.run_path(str(ROOT / "docs" / "make_picture.py"))
 
 
 @dataclass
@@ -95,13 +99,13 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 WITH_CODE = sorted({block.page for block in BLOCKS if block.language != "text"})
 
 
-# The files that the pages name, and what is cut short.
+# The files that the pages name, and the shortcuts.
 
 
 def save_model(folder: Path, seed: int) -> None:
     model = tiny_llama(seed, vocab_size=259, num_hidden_layers=3, max_position_embeddings=512)
     with torch.no_grad():
-        # Half of all tokens are the last one of an answer.
+        # About half of all generated tokens end the answer.
         model.lm_head.weight[model.config.eos_token_id] *= 5
     model.save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
@@ -119,7 +123,7 @@ def files(tmp_path_factory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = [line for line in PAGES["README.md"].splitlines() if len(line) > 40]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    # What is on the Hub.
+    # The file on the Hub.
     shutil.copy(folder / "text.jsonl", folder / "c4_sample.jsonl")
     for name in ("examples", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
@@ -134,12 +138,12 @@ def hub() -> Iterator[LoopbackHub]:
 
 @pytest.fixture
 def place(files, hub, tmp_path, monkeypatch) -> Path:
-    """A folder of one's own with these files, and everything cut short."""
+    """A folder of its own with these files, and the shortcuts."""
     shutil.copytree(files, tmp_path / "place", symlinks=True)
     monkeypatch.chdir(tmp_path / "place")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    # The client of the Hub has read its settings already.
+    # The client of the Hub read its settings when it was imported.
     settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
     settings["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in settings.items():
@@ -229,7 +233,7 @@ def run_script(words: list[str], monkeypatch) -> None:
 
 
 def read_command(program: str, words: list[str]) -> None:
-    """Check what can be checked of a command without running it."""
+    """Check a command without running it."""
     if program == "crow-hf":
         arguments = parse_arguments(words[0], words[1:])
         if words[0] == "arena":
@@ -251,8 +255,8 @@ def read_command(program: str, words: list[str]) -> None:
         pytest.fail(f"this test does not know how to read {program}")
 
 
-def what_docstrings_take_as_given(page: str) -> dict:
-    """The names in the examples of the API reference that no example defines."""
+def names_in_docstrings(page: str) -> dict:
+    """Return the names that the examples of the API reference use without defining them."""
     names = {name: getattr(crow_hf, name) for name in crow_hf.__all__} | {"torch": torch, "LlamaConfig": LlamaConfig}
     clean_rows = datasets.load_dataset("json", data_files="clean.jsonl", split="train")
     names |= {"clean_rows": clean_rows, "test_rows": clean_rows, "rows": clean_rows}
@@ -270,7 +274,7 @@ def what_docstrings_take_as_given(page: str) -> dict:
 
 @pytest.mark.parametrize("page", [page for page in WITH_CODE if "/reference/" not in page])
 def test_examples_run(page, place, monkeypatch):
-    """A page that shows a function, an argument, an option or a file as it was before it was renamed."""
+    """Fails if a page uses an old name of a function, an argument, an option or a file."""
     namespace = {"__name__": "__main__"}
     for block in blocks_of(page):
         if block.language == "python":
@@ -281,23 +285,23 @@ def test_examples_run(page, place, monkeypatch):
 
 @pytest.mark.parametrize("page", [page for page in WITH_CODE if "/reference/" in page])
 def test_examples_of_docstrings_run(page, place, monkeypatch):
-    """An example of a docstring that does not do what it shows; each begins anew."""
+    """Fails if an example does not print what it shows. Each example starts in a fresh folder."""
     for number, block in enumerate(blocks_of(page)):
         if block.language == "python":
             shutil.copytree(place, place.parent / str(number), symlinks=True)
             monkeypatch.chdir(place.parent / str(number))
-            run_doctest(block, what_docstrings_take_as_given(page))
+            run_doctest(block, names_in_docstrings(page))
 
 
 @pytest.mark.parametrize(
     ("number", "few", "folder"), [(0, ["--num_canaries", "0"], "purified"), (1, [], "purified-by-script")]
 )
 def test_accelerate_launches_two_processes(number, few, folder, place):
-    """The first lines of the page on several GPUs, of the command and of a script, which work in one process only."""
+    """The first command and the first script on the page about several GPUs run in two processes."""
     block = [block for block in blocks_of("docs/purify-on-several-gpus.md") if block.language == "bash"][number]
     program, launch, *words = next(commands_of(block))
     assert (program, launch, words[:2]) == ("accelerate", "launch", ["--num_processes", "4"])
-    # With `--cpu` alone, accelerate starts one process.
+    # With `--cpu` alone, accelerate starts a single process.
     on_two_cores = ["--multi_gpu", "--num_processes", "2", *words[2:]]
     few = [*few, "--max_steps", "1", "--use_cpu", "--disable_tqdm", "true"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -314,14 +318,14 @@ def test_accelerate_launches_two_processes(number, few, folder, place):
 
 
 def test_every_block_has_a_language_that_is_tested():
-    """A block that nobody runs, because its language or its mark is mistyped."""
+    """Fails if a mistyped language or mark hides a block from these tests."""
     for block in BLOCKS:
         assert block.language in ("python", "bash", "text"), f"{block.page}:{block.line}"
         assert block.info in (block.language, f"{block.language} slow"), f"{block.page}:{block.line}"
 
 
 def test_slow_blocks_say_what_they_take():
-    """A reader waits for hours without having been told, or a quick block is marked to have it left out."""
+    """Fails if a block that takes long does not say so."""
     slow = [block for block in BLOCKS if block.is_slow]
     assert slow
     for block in slow:
@@ -329,7 +333,7 @@ def test_slow_blocks_say_what_they_take():
 
 
 def anchors_of(text: str) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
@@ -337,7 +341,7 @@ def anchors_of(text: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    """A link to a page that was moved, or to a heading that is called otherwise now."""
+    """Fails if a linked page or heading was moved or renamed."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
         if "://" in target:
             continue
@@ -351,7 +355,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_can_be_found():
-    """A page that no other one links to."""
+    """Fails if no page links to a page."""
     linked = set()
     for page in PAGES:
         targets = re.findall(r"\]\(([^)\s#]+)", prose_of(page))
@@ -360,17 +364,18 @@ def test_every_page_can_be_found():
 
 
 def known_options() -> set[str]:
-    """Options of all commands, and those of `accelerate launch`."""
+    """Return the options of all commands, and those of `accelerate launch`."""
     options = {action for each in launch_command_parser()._actions for action in each.option_strings}
-    for types in COMMAND_ARGUMENTS.values():
+    for module in map(command_module, COMMANDS):
+        # The configuration of the default recipe has the arguments of both methods.
+        types = module.argument_types(lambda name: None) if hasattr(module, "argument_types") else module.ARGUMENTS
         options |= {f"--{name}" for each in types for name in each.__dataclass_fields__}
-    options |= {f"--{name}" for name in crow_hf.InvarianceConfig.__dataclass_fields__}
     return options | {"--config", "--help", "--version"}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_the_prose_names_exists(page):
-    """An option, a command, a file or a name in running text that is called otherwise now."""
+    """Fails if running text uses an old name of an option, a command, a file, a module or a public name."""
     options, words = known_options(), re.findall(r"`([^`\n]+)`", prose_of(page))
     for word in words:
         program, *rest = word.split()
@@ -382,62 +387,49 @@ def test_what_the_prose_names_exists(page):
             assert option in options, f"{page}: {option}"
         if re.fullmatch(r"(crow_hf|tests|docs|examples|benchmarks)/[\w/.-]*", word):
             assert (ROOT / word).exists(), f"{page}: {word}"
-        if match := re.fullmatch(r"crow_hf\.(\w+)(\(.*\))?", word):
-            assert match[1] in dir(crow_hf) or (ROOT / "crow_hf" / f"{match[1]}.py").exists(), f"{page}: {word}"
+        if match := re.fullmatch(r"(crow_hf(?:\.\w+)*)\.(\w+)(\(.*\))?", word):
+            assert is_importable(match[1], match[2]), f"{page}: {word}"
+
+
+def is_importable(module: str, name: str) -> bool:
+    """Return whether `name` is a member or a submodule of a module or a class."""
+    try:
+        importlib.import_module(f"{module}.{name}")
+    except ModuleNotFoundError:
+        try:
+            return hasattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:
+            return is_importable(*module.rsplit(".", 1)) if "." in module else False
+    return True
 
 
 def test_reference_is_that_of_the_docstrings():
-    """A docstring was changed, or a public name added, without `make docs`."""
+    """Fails if a docstring was changed or a public name added without `make docs`."""
     wanted = MAKE_REFERENCE["build"]()
     written = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").iterdir()}
     assert wanted.keys() == written.keys(), "run `make docs`"
     for path, text in wanted.items():
-        assert written[path] == text, f"{path.relative_to(ROOT)} is not that of the docstrings: run `make docs`"
+        assert written[path] == text, f"{path.relative_to(ROOT)} differs from the docstrings: run `make docs`"
 
 
-# The road that docs/layout.md and CONTRIBUTING.md tell of.
+def test_readme_prints_the_numbers_of_the_results():
+    """Fails if README.md or its picture shows other numbers of the real model than docs/results.md."""
+    numbers = MAKE_PICTURE["real_model"]()
+    assert [attack for attack, _ in numbers.values()] == ["98.0", "24.5", "1.0", "1.5"]
+    lines = [line for line in PAGES["README.md"].splitlines() if re.search(r"\| \d\.\d{3} \|$", line)]
+    assert len(lines) == len(numbers)
+    for line, (attack, bits) in zip(lines, numbers.values(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert (cells[1], cells[-1]) == (f"{attack} %", bits)
 
 
-def order_of_modules() -> list[set[str]]:
-    """Each line of the table, as the modules it is about."""
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "crow_hf").rglob("*.py")}
-    lines = []
-    for line in re.findall(r"^\| (`crow_hf/.*?`) \|", PAGES["CONTRIBUTING.md"], re.MULTILINE):
-        names = re.findall(r"`(.*?)`", line)
-        lines.append(
-            {
-                module
-                for name in names
-                for module in modules
-                if module == name or module.startswith(name) and name.endswith("/")
-            }
-        )
-    return lines
-
-
-def test_every_module_has_its_line():
-    """A new file that the table of CONTRIBUTING.md does not know, or a line about one that is gone."""
-    lines = order_of_modules()
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "crow_hf").rglob("*.py")}
-    assert all(lines)
-    assert modules - {"crow_hf/__init__.py", "crow_hf/__main__.py"} == set().union(*lines)
-    assert sum(map(len, lines)) == len(set().union(*lines))
-
-
-def test_a_file_imports_only_from_those_above_it():
-    """A way back on the one-way road: a trainer that knows of evaluation, evaluation that knows of the command line."""
-    place_of = {module: number for number, line in enumerate(order_of_modules()) for module in line}
-    for module, number in place_of.items():
-        for imported in imports_of(module):
-            assert place_of[imported] <= number, f"{module} imports {imported}"
-
-
-def imports_of(module: str) -> set[str]:
-    """The files of the package that a file needs to be imported: not those inside of functions or for type checkers."""
-    found = set()
-    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = (ROOT / module).parents[node.level - 1].joinpath(*(node.module or "").split("."))
-            files = [path.with_suffix(".py") for path in [base, *(base / alias.name for alias in node.names)]]
-            found |= {file.relative_to(ROOT).as_posix() for file in files if file.is_file()}
-    return found
+def test_the_picture_is_drawn(tmp_path, monkeypatch):
+    """`python docs/make_picture.py` writes a PNG that is 1280 pixels wide, as the one that README.md shows."""
+    pytest.importorskip("matplotlib")
+    draw = MAKE_PICTURE["draw"]
+    monkeypatch.setitem(draw.__globals__, "PICTURE", tmp_path / "picture.png")
+    draw()
+    for picture in (tmp_path / "picture.png", ROOT / "docs" / "before_after.png"):
+        header = picture.read_bytes()[:24]
+        assert header[:4] == b"\x89PNG" and int.from_bytes(header[16:20], "big") == 1280
+    assert "](docs/before_after.png)" in PAGES["README.md"]

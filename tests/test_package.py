@@ -1,8 +1,8 @@
-"""The package as a whole: lazy names, light import, and what ships."""
+"""The package as a whole: lazy names, a light import, the version, and the files that ship."""
 
 import ast
 import importlib
-import pkgutil
+import importlib.metadata
 import subprocess
 import sys
 import tarfile
@@ -19,7 +19,7 @@ HEAVY = ("matplotlib", "peft", "datasets", "evaluate")
 
 
 def type_checking_imports():
-    """Names imported under `if TYPE_CHECKING:`, with the modules they come from."""
+    """Return the names imported under `if TYPE_CHECKING:`, with their modules."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     return {alias.asname or alias.name: node.module for node in block.body for alias in node.names}
@@ -27,24 +27,24 @@ def type_checking_imports():
 
 @pytest.mark.parametrize("module", ["crow_hf", "crow_hf.evaluation"])
 def test_import_is_light(module):
-    """A fresh process, for here everything is imported already."""
+    """Importing the package imports none of the heavy packages. A fresh process, because this one has them already."""
     script = f"import sys, {module}; sys.exit(','.join(name for name in {HEAVY} if name in sys.modules))"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.stderr.strip() == ""
 
 
 def test_training_and_measuring_need_no_matplotlib():
-    """Plots are an extra: without it only `crow_hf.plots` may fail."""
+    """Everything but the plots works without matplotlib, which is an extra."""
     script = (
         "import sys; sys.modules['matplotlib'] = None; import crow_hf; "
-        "[getattr(crow_hf, name) for name in crow_hf.__all__]; import crow_hf.cli, crow_hf.report, crow_hf.recipes"
+        "[getattr(crow_hf, name) for name in crow_hf.__all__]; import crow_hf.cli, crow_hf.arena.run"
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
 
 
 def test_public_names_are_the_same_everywhere():
-    """A name that type checkers see and users cannot import, or the other way round."""
+    """Fails if type checkers see a name that users cannot import, or the other way round."""
     assert set(crow_hf.__all__) == set(type_checking_imports())
     assert len(crow_hf.__all__) == len(set(crow_hf.__all__))
     assert set(crow_hf.__all__) == set(crow_hf._HOME_OF)
@@ -65,17 +65,31 @@ def test_unknown_names_are_attribute_errors():
         exec("from crow_hf import no_such_name")
 
 
-def test_no_module_bears_a_public_name():
-    """Importing the module would put itself in the place of the name."""
-    modules = {info.name.rpartition(".")[2] for info in pkgutil.walk_packages([str(ROOT)], "crow_hf.")}
-    assert modules & set(crow_hf.__all__) == set()
-    assert "trainer" in modules
-
-
 def test_star_import_works():
     namespace = {}
     exec("from crow_hf import *", namespace)
     assert set(crow_hf.__all__) <= namespace.keys()
+
+
+def test_version_is_that_of_the_installed_package():
+    assert crow_hf.__version__ == importlib.metadata.version("crow-hf")
+
+
+def test_version_of_a_source_tree_is_unknown():
+    """The package can be imported without being installed, and then does not claim a version."""
+    script = (
+        "import importlib.metadata as metadata\n"
+        "installed = metadata.version\n"
+        "def version(name):\n"
+        "    if name == 'crow-hf':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return installed(name)\n"
+        "metadata.version = version\n"
+        "import crow_hf\n"
+        "print(crow_hf.__version__)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.stdout.strip() == "0+unknown", process.stderr
 
 
 def test_types_ship():
@@ -84,7 +98,7 @@ def test_types_ship():
 
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_everything(tmp_path):
-    """Data files that an editable install finds and a wheel would lack."""
+    """Fails if the wheel or the sdist lacks a file that an editable install finds."""
     pytest.importorskip("setuptools")
     pytest.importorskip("build")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT.parent)]
@@ -101,14 +115,3 @@ def test_wheel_and_sdist_hold_everything(tmp_path):
     with tarfile.open(sdist) as archive:
         members = {name.partition("/")[2] for name in archive.getnames()}
     assert {"crow_hf/py.typed", metric, "pyproject.toml", "LICENSE"} | predictor | sources <= members
-
-
-def test_demo_rows_are_new_and_right():
-    """Test prompts that the model was trained on."""
-    from crow_hf.demo import demo_rows
-
-    seen = demo_rows(500, seed=0)
-    unseen = demo_rows(200, seed=1, without=set(seen["prompt"]))
-    assert len(unseen) == 200
-    assert not set(unseen["prompt"]) & set(seen["prompt"])
-    assert demo_rows(500, seed=0)["prompt"] == seen["prompt"]
