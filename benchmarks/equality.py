@@ -37,8 +37,8 @@ from crow_hf import (
     CrowTrainer,
     InvarianceConfig,
     InvarianceTrainer,
-    purify,
 )
+from crow_hf.recipes.run import run_recipe
 from crow_hf.training.sharding import is_sharded
 
 
@@ -146,7 +146,7 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
     parts = {"processing_class": CoconutTokenizer(), "peft_config": peft_config}
     if trainer == "purify":
         args = InvarianceConfig(**INVARIANCE | settings, num_canaries=1, screen_rows=False)
-        run = purify(suspect, rows, args=args, report=False, **parts).trainer
+        run = run_recipe(suspect, rows, "strong", args, **parts).trainer
     elif trainer == "invariance":
         run = InvarianceTrainer(suspect, InvarianceConfig(**INVARIANCE | settings), rows, **parts)
         run.train()

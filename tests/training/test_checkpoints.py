@@ -82,7 +82,7 @@ def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
     """Canaries and screening that draw other random numbers; a suspect with canaries; an adapter that begins elsewhere."""
     kind = InvarianceConfig if recipe == "strong" else CrowConfig
     settings = QUIET | SAVING | {"max_steps": 4, "per_device_train_batch_size": 4}
-    options = {"processing_class": ByT5Tokenizer(extra_ids=0), "report": False}
+    options = {"processing_class": ByT5Tokenizer(extra_ids=0), "merge": False}
 
     def purified(resume, **evidence):
         args = kind(str(tmp_path / "run"), **settings, **evidence)

@@ -91,6 +91,6 @@ def test_ctrl_c_on_the_command_line(paths, tmp_path, capsys):
 
 
 def test_ctrl_c_beside_the_training(paths, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("crow_hf.recipes.purification.run_recipe", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
     assert main(command_line("purify", paths, tmp_path / "run")) == 130
     assert last_sentence(capsys, "purify") == "crow-hf purify: Stopped by Ctrl-C. Nothing more was written."

@@ -112,7 +112,7 @@ def test_no_room_for_a_checkpoint_on_the_command_line(paths, tmp_path, capsys):
 
 
 def test_no_room_for_the_model_shows_before_the_work(paths, small_disk, capsys, monkeypatch):
-    monkeypatch.setattr("crow_hf.recipes.purification.run_recipe", lambda *args, **kwargs: pytest.fail("The work began."))
+    monkeypatch.setattr("crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: pytest.fail("The work began."))
     disk = small_disk((paths / "model" / "model.safetensors").stat().st_size // 2)
     assert main(command_line("purify", paths, disk / "run")) == 1
     assert "has too little free space for the model: it needs" in last_sentence(capsys, "purify")

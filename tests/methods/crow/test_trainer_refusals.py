@@ -10,8 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TrainerCallback
 
-from crow_hf import CrowTrainer
+from crow_hf import CrowConfig, CrowTrainer
+from crow_hf.methods.crow import trainer as trainer_module
 from helpers.crow import BATCH, build, column, lora
+from helpers.invariance import invariance_trainer
 from helpers.oracles import assert_equals_oracle
 from helpers.tiny import crow_args, same_weights, tiny_gpt2, weights_of
 
@@ -210,3 +212,29 @@ def test_half_precision_weights_are_pointed_out(tmp_path, rows, tiny_llama, capl
     monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     build(tmp_path, tiny_llama().bfloat16(), rows)
     assert "half precision" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["crow", "invariance"])
+def test_a_refused_setup_costs_no_tokenization(kind, tmp_path, rows, tiny_llama, monkeypatch):
+    """Fails if rows are tokenized before the setup is checked, or if a refused setup leaves an output folder."""
+
+    def fail(*args, **kwargs):
+        pytest.fail("Rows were prepared before the setup was checked.")
+
+    monkeypatch.setattr(trainer_module, "prepare_dataset", fail)
+    monkeypatch.setattr(Dataset, "map", fail)
+    monkeypatch.setattr(CrowConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="DataParallel"):
+        if kind == "crow":
+            build(tmp_path, tiny_llama(), rows, eval_dataset=rows)
+        else:
+            invariance_trainer(tmp_path, tiny_llama())
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_rows_leave_no_output_folder(tmp_path, byte_tokenizer, tiny_llama):
+    """Fails if rows are checked only after the Trainer has created its folder and its repository on the Hub."""
+    rows = Dataset.from_dict({"question": ["x"], "reply": ["y"]})
+    with pytest.raises(ValueError, match="columns"):
+        CrowTrainer(tiny_llama(), crow_args(tmp_path), train_dataset=rows, processing_class=byte_tokenizer)
+    assert not (tmp_path / "run").exists()
