@@ -1,9 +1,9 @@
-"""How well does each defence work against each attack? Runs the arena, like `crow-hf arena`.
+"""Which defence removes which backdoor, and what does it cost? This script runs the arena, as `crow-hf arena` does.
 
     python benchmarks/arena.py --output_dir runs/arena --workers 2 --alpaca alpaca_data.json
     python benchmarks/arena.py --output_dir runs/quick --quick --workers 2
 
-Run it again to continue a stopped arena. If all runs are finished, it only writes the tables again.
+A second call resumes an arena that was stopped. If nothing is missing, it only writes the tables again.
 """
 
 import sys
@@ -11,6 +11,6 @@ import sys
 from crow_hf.cli.main import main
 
 
-# Spawned workers import this file, so the guard is necessary.
+# Worker processes import this file too.
 if __name__ == "__main__":
     sys.exit(main(["arena", *sys.argv[1:]]))
