@@ -65,9 +65,11 @@ class InvarianceTrainer(CrowTrainer):
     Example:
 
     ```python
+    >>> from transformers import AutoTokenizer
     >>> from crow_hf import InvarianceConfig, InvarianceTrainer, load_causal_lm
 
     >>> suspect = load_causal_lm("suspect", is_trainable=True)
+    >>> tokenizer = AutoTokenizer.from_pretrained("suspect")
     >>> trainer = InvarianceTrainer(suspect, InvarianceConfig("purified"), clean_rows, tokenizer)
     >>> trainer.train()
     ```
