@@ -22,6 +22,7 @@ PAGES = {
             "recipes.purification",
             "recipes.comparison",
             "recipes.checkup",
+            "recipes.findings",
             "evidence.result",
             "recipes.presets",
             "recipes.run",
