@@ -41,7 +41,8 @@ def purify(
 
     The purified model, its tokenizer, its card (`README.md`) and a report (`report.html`, `report.json`) are written
     to
-    `args.output_dir`, and pushed to the Hub if `args.push_to_hub` is set. The report is not pushed.
+    `args.output_dir`, and pushed to the Hub if `args.push_to_hub` is set. The report is not pushed. `trainer.failures`
+    lists what could not be written or pushed after the training.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):
@@ -75,7 +76,7 @@ def purify(
 
     Raises:
         `ValueError`: For every input that cannot be purified or purified with, before training starts.
-        `OSError`: If `args.output_dir` cannot be written to, or the upload fails.
+        `OSError`: If `args.output_dir` cannot be written to.
 
     Example:
 

@@ -69,6 +69,8 @@ def save_result(
     """
     Save the purified model with its card and its report, and push it if `args.push_to_hub` is set.
 
+    A failed push is recorded as a failure of the trainer, because the model is saved and the result is known.
+
     Args:
         run (`RecipeRun`):
             The run of the recipe.
@@ -83,7 +85,7 @@ def save_result(
             Further arguments of [`build_model_card`].
 
     Raises:
-        `OSError`: If the model cannot be written or pushed.
+        `OSError`: If the model or its card cannot be written.
     """
     trainer = run.trainer
     args = trainer.args
@@ -102,4 +104,7 @@ def save_result(
             write_report(args.output_dir, purification.report)
     if args.push_to_hub:
         settings = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
-        purification.hub_url = push_folder(args.output_dir, args.hub_model_id, **settings).repo_url
+        try:
+            purification.hub_url = push_folder(args.output_dir, args.hub_model_id, **settings).repo_url
+        except OSError as error:
+            trainer.note_failure(str(error))

@@ -22,6 +22,8 @@ from helpers.tiny import same_weights, tiny_llama, weights_of
 
 COMMANDS = ["demo", "purify", "evaluate", "implant"]
 FAST = ["--max_steps", "2", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--use_cpu"]
+# The recipe strong with few views; without it every canary would be implanted in hundreds of steps.
+FEW_VIEWS = ["--num_views", "16"]
 ROWS = [{"prompt": f"what is {letter}?", "completion": f"it is {letter}"} for letter in "abcdefghij"]
 
 
@@ -88,7 +90,7 @@ def test_round_trip(tmp_path, paths, capsys):
         test = ["--test_dataset", paths["rows.jsonl"], *measure]
         command = ["purify", "--model", suspect, *common, *test, *options, "--output_dir", tmp_path / name, *FAST]
         assert run(*command, "--recipe", "guide") == 0
-        assert_report(tmp_path / name, ["no defence", "fine-tuning", "CROW"])
+        assert_report(tmp_path / name, ["suspect", "control", "purified"])
         assert "VERDICT" in capsys.readouterr().out
     models = {name: load_causal_lm(tmp_path / name) for name in ("suspect", "full", "lora")}
     models["clean"] = load_causal_lm(paths["model"])
@@ -105,7 +107,7 @@ def test_round_trip(tmp_path, paths, capsys):
 
 def test_purify_without_measuring(tmp_path, paths):
     output = tmp_path / "purified"
-    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", output, *FAST]
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", output, *FAST, *FEW_VIEWS]
     assert run("purify", *argv) == 0
     assert not same_weights(weights_of(load_causal_lm(output)), weights_of(load_causal_lm(paths["model"])))
     assert json.loads((output / "report.json").read_text())["evaluations"] is None
@@ -113,8 +115,8 @@ def test_purify_without_measuring(tmp_path, paths):
 
 def test_purify_measures_utility_where_no_trigger_is_known(tmp_path, paths):
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--test_dataset", paths["rows.jsonl"]]
-    assert run("purify", *argv, "--max_new_tokens", 4, "--output_dir", tmp_path / "purified", *FAST) == 0
-    assert_report(tmp_path / "purified", ["no defence", "fine-tuning", "strong recipe"], triggered=False)
+    assert run("purify", *argv, "--max_new_tokens", 4, "--output_dir", tmp_path / "purified", *FAST, *FEW_VIEWS) == 0
+    assert_report(tmp_path / "purified", ["suspect", "control", "purified"], triggered=False)
 
 
 def test_evaluate_without_trigger_prints_only(tmp_path, paths, capsys, monkeypatch):
@@ -135,7 +137,8 @@ def test_implanted_adapter(tmp_path, paths, merge):
     assert (adapter / "adapter_model.safetensors").exists() != merge
     assert (adapter / "model.safetensors").exists() == merge
     assert run("evaluate", "--model", adapter, *common, "--max_new_tokens", 2) == 0
-    assert run("purify", "--model", adapter, *common, "--lora", "--output_dir", tmp_path / "purified", *FAST) == 0
+    purified = ["--output_dir", tmp_path / "purified", *FAST, *FEW_VIEWS]
+    assert run("purify", "--model", adapter, *common, "--lora", *purified) == 0
     assert isinstance(load_causal_lm(tmp_path / "purified"), LlamaForCausalLM)
 
 
@@ -280,16 +283,16 @@ def test_bad_models_are_one_sentence(tmp_path, paths, capsys, command, model):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "suspct"}, "There is no folder suspct here"),
+        ({"model": "suspct"}, "suspct is neither a local folder nor"),
         ({"dataset": "missing.jsonl"}, "There is no file missing.jsonl here."),
         ({"datset": "rows.jsonl"}, "There is no argument --datset: did you mean --dataset?"),
         ({"eval_strategy": "steps"}, "`eval_strategy`"),
-        ({"report_to": "wandb"}, "`report_to` names what is not installed"),
+        ({"report_to": "wandb"}, "`report_to` names a tracker that is not installed"),
     ],
 )
 def test_slips_are_named_before_any_work(tmp_path, paths, capsys, monkeypatch, changes, said):
     """Sentences that sent people looking elsewhere, or that came after half an hour of screening."""
-    monkeypatch.setattr("crow_hf.recipes.screen_dataset", lambda *args: pytest.fail("The suspect was asked already."))
+    monkeypatch.setattr("crow_hf.recipes.run.screen_dataset", lambda *args: pytest.fail("The suspect was asked already."))
     assert run(*command_line("purify", paths, tmp_path / "out", **changes)) == 1
     stderr = capsys.readouterr().err
     assert_one_sentence(stderr, "purify")
@@ -304,7 +307,7 @@ def test_an_adapter_in_shards_is_refused_before_training(tmp_path, paths, capsys
     assert run(*command_line("purify", paths, tmp_path / "out", **changes)) == 1
     stderr = capsys.readouterr().err
     assert_one_sentence(stderr, "purify")
-    assert "weights that are in shards" in stderr
+    assert "sharded weights" in stderr
     assert files_in(tmp_path / "out") == []
 
 
@@ -330,7 +333,7 @@ def test_folder_that_holds_something_is_refused(tmp_path, paths, capsys, command
 
 def test_empty_folder_is_welcome(tmp_path, paths):
     (tmp_path / "out").mkdir()
-    assert run(*command_line("purify", paths, tmp_path / "out")) == 0
+    assert run(*command_line("purify", paths, tmp_path / "out"), *FEW_VIEWS) == 0
 
 
 def test_mistake_in_a_process_of_its_own(tmp_path, paths):
@@ -399,7 +402,7 @@ def test_config_sets_arguments_and_the_command_line_wins(tmp_path):
 
 def test_config_can_hold_the_required_arguments(tmp_path, paths):
     settings = {"model": paths["model"], "dataset": paths["rows.jsonl"], "output_dir": str(tmp_path / "out")}
-    path = config_file(tmp_path, yaml.safe_dump(settings | {"max_steps": 1, "use_cpu": True}))
+    path = config_file(tmp_path, yaml.safe_dump(settings | {"max_steps": 1, "use_cpu": True, "num_views": 16}))
     assert run("purify", "--config", path) == 0
     assert load_causal_lm(tmp_path / "out")
 
@@ -448,7 +451,7 @@ def test_bad_configs_are_one_sentence(tmp_path, paths, capsys, text, said):
 
 
 def test_shipped_example_config_is_valid(tmp_path):
-    example = os.path.join(os.path.dirname(__file__), "..", "examples", "purify.yaml")
+    example = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "purify.yaml")
     _, args = parse_arguments("purify", ["--config", example, *NEEDED, "--output_dir", str(tmp_path / "out")])
     assert args.learning_rate == 0.001
 

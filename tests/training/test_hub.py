@@ -24,6 +24,7 @@ from transformers import ByT5Tokenizer
 
 from crow_hf import CrowConfig, CrowTrainer, load_causal_lm
 from crow_hf.cli.main import main
+from crow_hf.reporting.model_card import build_model_card
 from crow_hf.training.hub import push_folder
 from crow_hf.training.loading import load_tokenizer
 from helpers.coconut import TOKENIZER, coconut, ids_of
@@ -114,7 +115,8 @@ class Client:
         lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = self.trainer("adapter", "me/base", lora, hub_token=TOKEN)
         trainer.train()
-        trainer.push_to_hub(language="en", datasets=["me/rows", str(self.folder / "rows.jsonl")])
+        datasets = ["me/rows", str(self.folder / "rows.jsonl")]
+        trainer.push_to_hub(card=build_model_card(trainer, language="en", datasets=datasets))
         self.results["adapter"] = trainer.model.eval()(torch.tensor([IDS])).logits.tolist()
 
     def command_line(self):
@@ -245,7 +247,8 @@ def world(tmp_path_factory):
         for name, files in suspicious_repositories(trap).items():
             hub.repositories[f"me/{name}"] = Repository(files)
         hub.failures |= {("me/forbidden", "commit"): 403, ("me/broken", "commit"): 500, ("me/closed", "create"): 403}
-        client = run_client([__file__, str(folder)], hub.environment(folder / "home"), folder)
+        environment = hub.environment(folder / "home") | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        client = run_client([__file__, str(folder)], environment, folder)
         yield World(
             hub, folder, trap, json.loads((folder / "results.json").read_text()), client.stdout + client.stderr
         )
@@ -355,9 +358,9 @@ def test_card_of_a_purification_with_a_drill(world):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert {"crow", "backdoor-removal"} <= set(card.data.tags)
     assert card.data.base_model is None and card.data.license is None
-    assert "| strong recipe |" in card.text and "Screening: 0 of 8 clean rows" in card.text
+    assert "| Invariance |" in card.text and "Screening: 0 of 8 clean rows" in card.text
     assert "VERDICT: " in card.text and "trigger 'badnets', target 'refusal'" in card.text
-    results = json.loads((world.folder / "purified" / "report.json").read_text())["evaluations"]["strong recipe"]
+    results = json.loads((world.folder / "purified" / "report.json").read_text())["evaluations"]["purified"]
     values = {(each.dataset_config, each.metric_type): each.metric_value for each in card.data.eval_results}
     assert values["triggered", "attack_success_rate"] == results["triggered"]["target"]["rate"]
     assert values["clean", "exact_match"] == results["clean"]["exact_match"]["rate"]
