@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from .patching.documents import from_binary
     from .patching.patcher import EntropyPatcher, entropy_patching, load_entropy_predictor
     from .patching.redpajama import get_redpajama_binary_dataset
-    from .recipes.checkup import Finding, doctor
+    from .recipes.checkup import doctor
     from .recipes.comparison import compare_defences
+    from .recipes.findings import Finding
     from .recipes.guide import CROWBackdoorElimination, apply_crow_to_coconut
     from .recipes.presets import recipe_config
     from .recipes.purification import purify
@@ -79,8 +80,9 @@ _HOMES = {
     "patching.documents": ["from_binary"],
     "patching.patcher": ["EntropyPatcher", "entropy_patching", "load_entropy_predictor"],
     "patching.redpajama": ["get_redpajama_binary_dataset"],
-    "recipes.checkup": ["Finding", "doctor"],
+    "recipes.checkup": ["doctor"],
     "recipes.comparison": ["compare_defences"],
+    "recipes.findings": ["Finding"],
     "recipes.guide": ["CROWBackdoorElimination", "apply_crow_to_coconut"],
     "recipes.presets": ["recipe_config"],
     "recipes.purification": ["purify"],

@@ -1,6 +1,5 @@
-"""The calls of the project's guide: CROW with few arguments, no file written, and metrics that JSON can hold."""
+"""The calls of the project's guide: CROW with few arguments, without files, and with metrics that JSON can hold."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,53 +16,42 @@ from ..methods.crow.trainer import CrowTrainer
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..patching.redpajama import get_redpajama_binary_dataset
-from .checkup import missing_components
+from ..reporting.record import as_json
+from ..training.settings import recorded_settings
+from .patch_checkup import missing_components
 
 
 Metrics = dict[str, Any]
 
 _TERMS = ("loss", "loss_lm", "consistency_clean", "consistency_perturbed")
-_SETTINGS = (
-    "alpha",
-    "epsilon",
-    "epsilon_mode",
-    "consistency_layers",
-    "perturb",
-    "max_length",
-    "learning_rate",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "seed",
-)
-_LEAVES_FILES = ("output_dir", "save_strategy", "report_to", "push_to_hub")
+_WRITES_FILES = ("output_dir", "save_strategy", "report_to", "push_to_hub")
 
 
 class CROWBackdoorElimination:
     """
-    CROW on any causal LM, as one object with one method. It is [`CrowTrainer`] with the guide's defaults, in a folder
-    that is gone afterwards: take that for checkpoints, evaluation, LoRA and the Hub.
+    Purify any causal LM with CROW in one call.
+
+    This runs [`CrowTrainer`] with the defaults of the guide in a temporary folder. Use [`CrowTrainer`] for
+    checkpoints, evaluation, a fresh LoRA and the Hub.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The model to purify. It is changed, and keeps its dtype, its device and its mode (training or evaluation).
+            The model to purify. It is changed. Its dtype, its device and its mode (training or evaluation) stay.
         epsilon (`float`, *optional*, defaults to 0.1):
             Size of the adversarial step per coordinate of the embeddings.
         alpha (`float`, *optional*, defaults to 5.5):
-            Weight of the consistency loss; 11 against a backdoor that refuses.
+            Weight of the consistency loss. Use 11 against a backdoor that makes the model refuse.
         learning_rate (`float`, *optional*, defaults to 2e-5):
             Peak learning rate.
         num_epochs (`float`, *optional*, defaults to 3):
-            Passes over the clean rows.
+            Number of passes over the clean rows.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer, for rows of text. Without it, the one saved where the model was loaded from.
+            The tokenizer, for rows of text. Defaults to the one that was saved with the model.
         **kwargs:
-            Other arguments of [`CrowConfig`], `per_device_train_batch_size` or `bf16` for instance.
+            Other arguments of [`CrowConfig`], such as `per_device_train_batch_size` or `bf16`.
 
     Raises:
-        `ValueError`: For settings that cannot be trained with.
+        `ValueError`: If the settings are invalid.
 
     Example:
 
@@ -84,11 +72,11 @@ class CROWBackdoorElimination:
         **kwargs: Any,
     ):
         if isinstance(model, (str, Path)):
-            raise ValueError("`model` is a path: load it with `load_causal_lm`, or pass the path to `CrowTrainer`.")
-        if refused := [name for name in _LEAVES_FILES if name in kwargs]:
             raise ValueError(
-                f"This call leaves nothing on disk, so `{refused[0]}` has no place in it: take `CrowTrainer` instead."
+                "`model` is a path: load the model with `load_causal_lm`, or pass the path to `CrowTrainer`."
             )
+        if refused := [name for name in _WRITES_FILES if name in kwargs]:
+            raise ValueError(f"This call writes no files and takes no `{refused[0]}`: use `CrowTrainer` instead.")
         for name, value in {"learning_rate": learning_rate, "num_epochs": num_epochs}.items():
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
@@ -103,7 +91,6 @@ class CROWBackdoorElimination:
             report_to="none",
             **kwargs,
         )
-        self._names = dict.fromkeys([*_SETTINGS, *kwargs])
 
     def train(self, dataset: Dataset | IterableDataset) -> Metrics:
         """
@@ -111,36 +98,34 @@ class CROWBackdoorElimination:
 
         Args:
             dataset (`Dataset` or `IterableDataset`):
-                About 100 clean rows in any format that [`CrowTrainer`] takes.
+                About 100 clean rows in any format that [`CrowTrainer`] accepts.
 
         Returns:
-            `dict`: Numbers, strings and `None` (for what is not finite) only, so that `json.dumps` takes it.
+            `dict`: The metrics. `json.dumps` accepts them: numbers that are NaN or infinite are `None`.
 
-            - `history` (`list[dict]`): For each optimizer step, in order: `step`, `epoch`; `loss`, which is `loss_lm`
-              + alpha *
-              `consistency_perturbed`; `loss_lm`, of the language model, in nats per token; `consistency_clean` and
-              `consistency_perturbed`, the mean of 1 - cos between consecutive layers, without and with the
-              perturbation;
-              `perturbation_ratio`, the length of the perturbation over that of the embeddings; `grad_norm`;
-              `learning_rate`. With alpha 0 there is no perturbation.
-            - `summary` (`dict`): `num_rows` (`None` for a stream), `num_steps`, `num_epochs`, `seconds`, and of each
-              of the four
-              losses above its `first` and its `last`: two batches, not the same rows before and after.
-            - `settings` (`dict`): The arguments of [`CrowConfig`] that this was run with.
+            - `history` (`list[dict]`): One entry for each optimizer step: `step`; `epoch`; `loss`, which is
+              `loss_lm + alpha * consistency_perturbed`; `loss_lm`, the language modeling loss in nats per token;
+              `consistency_clean` and `consistency_perturbed`, the mean of 1 - cos between consecutive layers without
+              and with the perturbation; `perturbation_ratio`, the length of the perturbation divided by that of the
+              embeddings; `grad_norm`; `learning_rate`. With `alpha=0` there is no perturbation.
+            - `summary` (`dict`): `num_rows` (`None` for a stream), `num_steps`, `num_epochs`, `seconds`, and the
+              `first` and the `last` value of each of the four losses. These values belong to two different batches.
+            - `settings` (`dict`): The arguments of [`CrowConfig`] that are needed to repeat the run: those of CROW,
+              the main ones of the optimizer, and all others that are not defaults.
 
         Raises:
-            `ValueError`: For a model or rows that cannot be trained on, before training starts.
-            `FloatingPointError`: If a loss or a weight became NaN or infinite.
+            `ValueError`: If the model or the rows cannot be used. Raised before training starts.
+            `FloatingPointError`: If a loss or a weight becomes NaN or infinite.
         """
         was_training, device, forward = self.model.training, self.model.device, vars(self.model).get("forward")
-        with TemporaryDirectory() as nowhere:
-            args = replace(self.args, output_dir=nowhere)
+        with TemporaryDirectory() as folder:
+            args = replace(self.args, output_dir=folder)
             try:
                 trainer = CrowTrainer(self.model, args, dataset, processing_class=self.processing_class)
                 trainer.train()
             finally:
-                # Mixed precision is the training's, and sits on the object; accelerate's unwrapping would take the
-                # decorators of the class's forward off too.
+                # Accelerate replaces `forward` on the object for mixed precision. Its own unwrapping would also remove
+                # the decorators of the class's `forward`.
                 for name in ("forward", "_original_forward"):
                     vars(self.model).pop(name, None)
                 if forward is not None:
@@ -150,12 +135,12 @@ class CROWBackdoorElimination:
                     self.model.to(device)
         if not all(weight.isfinite().all() for weight in self.model.parameters()):
             raise FloatingPointError(
-                "The model's weights are not finite after the last step: load the model again, and lower the learning rate."
+                "The model's weights are not finite after the last step: load the model again, and lower the learning "
+                "rate."
             )
-        config = args.to_dict()
-        # What JSON cannot hold, if a setting is such a thing, is held as text.
-        settings = json.loads(json.dumps({name: config[name] for name in self._names}, default=str))
-        return _plain({"history": _history(trainer), "summary": _summary(trainer), "settings": settings})
+        return as_json(
+            {"history": _history(trainer), "summary": _summary(trainer), "settings": recorded_settings(args)}
+        )
 
 
 def apply_crow_to_coconut(
@@ -171,13 +156,16 @@ def apply_crow_to_coconut(
     **kwargs: Any,
 ) -> tuple[CoconutForCausalLM, Metrics]:
     """
-    CROW on a byte-latent model, with RedPajama cut into patches by the model's own entropy predictor and thresholds.
+    Purify a byte-latent model with CROW.
+
+    The clean rows are documents of RedPajama. The model's own entropy predictor and thresholds cut them into patches.
 
     Args:
         coconut_model (`CoconutForCausalLM`):
-            The model to purify. It is changed, and keeps its dtype, its device and its mode.
+            The model to purify. It is changed. Its dtype, its device and its mode (training or evaluation) stay.
         max_chars (`int`, *optional*, defaults to 1000):
-            How many characters of RedPajama to read. Documents longer than the `max_length` of [`CrowConfig`] are cut.
+            Number of characters of RedPajama to read. Documents longer than the `max_length` of [`CrowConfig`] are
+            cut.
         epsilon (`float`, *optional*, defaults to 0.1):
             See [`CROWBackdoorElimination`].
         alpha (`float`, *optional*, defaults to 5.5):
@@ -187,21 +175,22 @@ def apply_crow_to_coconut(
         num_epochs (`float`, *optional*, defaults to 3):
             See [`CROWBackdoorElimination`].
         dataset (`Dataset` or `IterableDataset`, *optional*):
-            Clean rows to take instead of RedPajama, all of them. Text is read as bytes.
+            Clean rows to use instead of RedPajama. All of them are used. Text is read as bytes.
         data_files (`str`, `Path` or a sequence of them, *optional*):
-            Local shards of RedPajama, as for [`get_redpajama_binary_dataset`]; by default its sample on the Hub is
-            read.
+            Local shards of RedPajama, as in [`get_redpajama_binary_dataset`]. Defaults to the sample of RedPajama on
+            the Hub.
         offline_sample (`bool`, *optional*, defaults to `False`):
-            Whether to take a text that is generated on the spot, for trying this out where there is neither.
+            Whether to use a generated text instead, to try this call without RedPajama.
         **kwargs:
             Other arguments of [`CrowConfig`].
 
     Returns:
-        `tuple`: The model that was passed, purified, and the metrics of [`CROWBackdoorElimination.train`].
+        `tuple[CoconutForCausalLM, dict]`: The purified model, which is the one that was passed, and the metrics of
+        [`CROWBackdoorElimination.train`].
 
     Raises:
-        `ValueError`: If the model lacks a component, which is named, or there are no rows, before training starts.
-        `FloatingPointError`: If a loss or a weight became NaN or infinite.
+        `ValueError`: If a component of the model is missing, or there are no rows. Raised before training starts.
+        `FloatingPointError`: If a loss or a weight becomes NaN or infinite.
 
     Example:
 
@@ -214,11 +203,11 @@ def apply_crow_to_coconut(
     """
     if missing := missing_components(coconut_model):
         raise ValueError(
-            f"{type(coconut_model).__name__} has no `{missing[0]}`: pass a `CoconutForCausalLM` (`from_backbone` makes one with "
-            "all its parts), or purify a model of another kind with `CROWBackdoorElimination`."
+            f"{type(coconut_model).__name__} has no `{missing[0]}`: pass a complete `CoconutForCausalLM`, as "
+            "`from_backbone` creates it, or use `CROWBackdoorElimination` for other models."
         )
     if sum([dataset is not None, data_files is not None, offline_sample]) > 1:
-        raise ValueError("`dataset`, `data_files` and `offline_sample` are three different sources: pass one of them.")
+        raise ValueError("`dataset`, `data_files` and `offline_sample` are different sources: pass one of them.")
     elimination = CROWBackdoorElimination(
         coconut_model, epsilon, alpha, learning_rate, num_epochs, CoconutTokenizer(), **kwargs
     )
@@ -256,12 +245,3 @@ def _summary(trainer: CrowTrainer) -> dict[str, Any]:
             if history and name in history[0]
         },
     }
-
-
-def _plain(value: Any) -> Any:
-    """The value with `None` for every number that JSON has no sign for."""
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

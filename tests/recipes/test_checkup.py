@@ -1,4 +1,4 @@
-"""The doctor: each ailment is found where it is, and nowhere in a healthy model; nothing is changed by looking."""
+"""Tests of `doctor()`: it finds each problem, reports none in a healthy model, and changes nothing."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config,
 
 from crow_hf import ByteEntropyPredictor, CrowTrainer, doctor
 from crow_hf.cli.main import main
-from crow_hf.recipes import checkup
+from crow_hf.recipes import patch_checkup
 from helpers.coconut import DEEP, LOCAL, TOKENIZER, coconut
 from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
 
@@ -29,7 +29,7 @@ def small_coconut(**fields):
 
 
 def found(findings, name):
-    """The one finding of this name."""
+    """Return the finding of this name, and check that there is only one."""
     (finding,) = [finding for finding in findings if finding.name == name]
     return finding
 
@@ -42,8 +42,8 @@ def levels(findings):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_looking_changes_nothing(training, tmp_path, monkeypatch):
-    """A gradient that stays behind, a mode, a weight, a file."""
+def test_checks_change_nothing(training, tmp_path, monkeypatch):
+    """Fails if a gradient remains, if a weight or the mode changes, or if a file is written."""
     monkeypatch.chdir(tmp_path)
     for model, tokenizer in ((small_coconut(), TOKENIZER), (tiny_llama(), BYTES)):
         model.train(training)
@@ -57,8 +57,8 @@ def test_looking_changes_nothing(training, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_part_of_a_healthy_model_is_looked_at():
-    """A check that is skipped without a word."""
+def test_every_part_of_a_healthy_model_is_checked():
+    """Fails if a check is skipped silently."""
     common = {"layers", "precision", "tokenizer", "rows", "context", "vocabulary", "objective", "language model"}
     assert set(levels(doctor(tiny_llama(), TEXT, BYTES))) == common
     latent = {"components", "LoRA", "entropy predictor", "thresholds"}
@@ -66,7 +66,8 @@ def test_every_part_of_a_healthy_model_is_looked_at():
     assert set(levels(doctor(small_coconut(), processing_class=TOKENIZER))) == (common | latent) - {"rows", "context"}
 
 
-def test_a_step_that_drowns_the_embeddings_is_a_warning():
+def test_a_perturbation_larger_than_the_embeddings_is_a_warning():
+    """An epsilon of 0.1 is too large for embeddings that are a thousand times smaller."""
     model = tiny_llama()
     assert levels(doctor(model, TEXT, BYTES))["objective"] == "ok"
     with torch.no_grad():
@@ -74,8 +75,8 @@ def test_a_step_that_drowns_the_embeddings_is_a_warning():
     assert levels(doctor(model, TEXT, BYTES))["objective"] == "warning"
 
 
-def test_a_model_that_has_learned_its_rows_is_better_than_guessing():
-    """The warning about a random model goes when it is trained."""
+def test_the_loss_is_compared_with_guessing():
+    """A random model gets a warning. After training, the warning is gone."""
     rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8] * 4}] * 60)
     model = tiny_llama()
     assert found(doctor(model, rows), "language model").level == "warning"
@@ -85,15 +86,15 @@ def test_a_model_that_has_learned_its_rows_is_better_than_guessing():
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    # Of ids nobody knows where the prompt ends.
+    # Rows of token ids have no known prompts.
     assert {name for name, level in levels(doctor(model, rows)).items() if level != "ok"} == {"rows"}
 
 
 # Weights
 
 
-def test_precision_is_what_one_step_of_adam_would_leave_as_it_is():
-    """A share that is made up: compared with a real step of the largest size Adam makes."""
+def test_precision_is_the_share_of_weights_that_adam_leaves_unchanged():
+    """The reported share is compared with a real Adam step of the largest possible size."""
     model = tiny_llama().to(torch.bfloat16)
     said = found(doctor(model, ROWS, BYTES), "precision")
     before = weights_of(model)
@@ -108,7 +109,8 @@ def test_precision_is_what_one_step_of_adam_would_leave_as_it_is():
     assert found(doctor(tiny_llama(), ROWS), "precision").level == "ok"
 
 
-def test_weights_that_are_no_numbers_are_named():
+def test_weights_that_are_not_finite_are_named():
+    """The finding names the tensor, and the checks that need finite weights are skipped."""
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     finding = found(doctor(model, ROWS), "weights")
@@ -117,6 +119,7 @@ def test_weights_that_are_no_numbers_are_named():
 
 
 def test_a_loss_that_overflows_is_a_problem():
+    """The finding names the loss."""
     model = tiny_llama()
     model.lm_head.weight.data[:] = 1e38
     finding = found(doctor(model, ROWS), "objective")
@@ -124,6 +127,7 @@ def test_a_loss_that_overflows_is_a_problem():
 
 
 def test_nothing_to_train_is_a_problem():
+    """All weights may be frozen, or the adapter may be inside a plain model, where training does not find it."""
     assert found(doctor(tiny_llama().requires_grad_(False), ROWS), "weights").level == "problem"
     hidden = tiny_llama()
     hidden.add_adapter(LoraConfig(target_modules=["q_proj"]))
@@ -138,7 +142,8 @@ def test_nothing_to_train_is_a_problem():
     ],
     ids=["too few layers", "encoder-decoder"],
 )
-def test_models_that_crow_cannot_treat(model):
+def test_models_that_crow_does_not_support(model):
+    """The layers are a problem if they are too few, or if the model is an encoder-decoder."""
     assert found(doctor(model, ROWS), "layers").level == "problem"
 
 
@@ -154,6 +159,7 @@ def test_models_that_crow_cannot_treat(model):
     ],
 )
 def test_missing_components_are_named(holder, name, path):
+    """Fails with an AttributeError from inside the model, or if the wrong component is named."""
     model = small_coconut()
     delattr(model.get_submodule(holder), name)
     finding = found(doctor(model, TEXT), "components")
@@ -161,10 +167,11 @@ def test_missing_components_are_named(holder, name, path):
 
 
 def test_untrained_predictor_is_a_problem():
+    """The packaged predictor knows English. A random one does not."""
     model = small_coconut()
     predictor = model.latent_transformer.entropy_predictor
     finding = found(doctor(model, TEXT, TOKENIZER), "entropy predictor")
-    assert finding.level == "ok" and float(re.search(r"([\d.]+) of English", finding.found)[1]) < 4
+    assert finding.level == "ok" and float(re.search(r"([\d.]+) on English", finding.found)[1]) < 4
     for weight in predictor.parameters():
         weight.normal_(std=0.02)
     finding = found(doctor(model, TEXT, TOKENIZER), "entropy predictor")
@@ -172,7 +179,7 @@ def test_untrained_predictor_is_a_problem():
 
 
 def test_bits_per_byte_are_those_of_a_slow_count(monkeypatch):
-    """Entropy taken for cross-entropy, nats for bits, what is beyond a context or beyond the limit."""
+    """Fails if entropies replace the cross-entropy, nats replace bits, or a context or the limit is exceeded."""
     model = small_coconut()
     predictor = model.latent_transformer.entropy_predictor
     text = "The gardener measured the old bridge at noon. " * 13
@@ -182,16 +189,16 @@ def test_bits_per_byte_are_those_of_a_slow_count(monkeypatch):
         part = list(text[begin : begin + context].encode())
         shares = predictor(torch.tensor([part])).logits[0].softmax(-1)
         bits += [-math.log2(shares[place - 1, part[place]]) for place in range(1, len(part))]
-    monkeypatch.setattr(checkup, "_BYTES", len(text))
+    monkeypatch.setattr(patch_checkup, "_MAX_BYTES", len(text))
     rows = Dataset.from_dict({"text": [text, *["\x07Zqx\x1b"] * 200]})
     finding = found(doctor(model, rows, TOKENIZER), "entropy predictor")
-    assert float(re.search(r"([\d.]+) of the rows", finding.found)[1]) == pytest.approx(
+    assert float(re.search(r"([\d.]+) on the rows", finding.found)[1]) == pytest.approx(
         sum(bits) / len(bits), abs=0.011
     )
 
 
 def test_predictor_that_does_not_know_the_rows_is_a_warning():
-    """Random bytes are nobody's language; the predictor is trained all the same."""
+    """No predictor knows random bytes, so this does not mean that the predictor is untrained."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": [1, *(torch.randint(4, 260, (80,), generator=generator).tolist())]} for _ in range(60)]
     finding = found(doctor(small_coconut(), Dataset.from_list(rows), TOKENIZER), "entropy predictor")
@@ -199,6 +206,7 @@ def test_predictor_that_does_not_know_the_rows_is_a_warning():
 
 
 def test_incompatible_predictor_is_a_problem():
+    """A predictor of 128 symbols cannot predict bytes."""
     model = small_coconut()
     model.latent_transformer.entropy_predictor = ByteEntropyPredictor(
         vocab_size=128, hidden_size=16, num_layers=1, num_heads=2, ff_dim=16
@@ -207,51 +215,52 @@ def test_incompatible_predictor_is_a_problem():
     assert finding.level == "problem" and "128" in finding.found
 
 
-def test_thresholds_are_judged_and_the_remedy_cures():
-    """The guide's thresholds cut nearly every byte off; the numbers in the remedy must give patches of 4.5 bytes."""
+def test_thresholds_are_checked_and_the_remedy_works():
+    """The thresholds of the guide start a patch at nearly every byte. Those of the remedy give 4.5 bytes per patch."""
     model = small_coconut(encoder_config=LOCAL | {"sliding_window": 64})
-    healthy = found(doctor(model, TEXT, TOKENIZER), "thresholds")
-    assert healthy.level == "ok"
+    assert found(doctor(model, TEXT, TOKENIZER), "thresholds").level == "ok"
     model.binary_patch_module.threshold, model.binary_patch_module.relative_threshold = 0.8, 0.1
-    ill = found(doctor(model, TEXT, TOKENIZER), "thresholds")
-    assert ill.level == "warning" and float(re.search(r"have ([\d.]+) bytes", ill.found)[1]) < 1.6
-    threshold, relative = re.findall(r"= ([\d.]+\d)", ill.remedy)
+    wrong = found(doctor(model, TEXT, TOKENIZER), "thresholds")
+    assert wrong.level == "warning" and float(re.search(r"have ([\d.]+) bytes", wrong.found)[1]) < 1.6
+    threshold, relative = re.findall(r"= ([\d.]+\d)", wrong.remedy)
     model.binary_patch_module.threshold = float(threshold)
     model.binary_patch_module.relative_threshold = float(relative)
-    cured = found(doctor(model, TEXT, TOKENIZER), "thresholds")
-    assert cured.level == "ok"
-    assert float(re.search(r"have ([\d.]+) bytes", cured.found)[1]) == pytest.approx(4.5, abs=0.2)
+    fixed = found(doctor(model, TEXT, TOKENIZER), "thresholds")
+    assert fixed.level == "ok"
+    assert float(re.search(r"have ([\d.]+) bytes", fixed.found)[1]) == pytest.approx(4.5, abs=0.2)
 
 
-def test_patches_are_counted_as_the_model_makes_them():
-    """Special tokens among the one-byte patches, or the rule of another model."""
+def test_patches_are_those_of_the_model():
+    """Fails if special tokens count as patches of one byte, or if the model's rule is ignored."""
     model = small_coconut(patch_rule="stride", max_patch_length=4)
     rows = Dataset.from_dict({"text": ["x" * 9] * 60})
     finding = found(doctor(model, rows, TOKENIZER), "thresholds")
     assert (
-        finding.found == "Patches have 3.0 bytes on average, 33% have one, the longest has 4."
+        finding.found == "Patches have 3.0 bytes on average. 33% have one byte, and the longest has 4."
         and finding.level == "ok"
     )
     assert "entropy predictor" not in levels(doctor(model, rows, TOKENIZER))
-    ill = found(doctor(small_coconut(patch_rule="stride", max_patch_length=1), rows, TOKENIZER), "thresholds")
-    assert ill.level == "warning" and "max_patch_length" in ill.remedy
+    bad = found(doctor(small_coconut(patch_rule="stride", max_patch_length=1), rows, TOKENIZER), "thresholds")
+    assert bad.level == "warning" and "max_patch_length" in bad.remedy
 
 
 def test_many_patches_of_one_byte_are_a_warning():
-    """Their mean is as usual, because the others are long."""
+    """The mean alone is not enough: it is usual here, because the other patches are long."""
     rows = Dataset.from_dict({"text": [f"\n\n\n{'x' * 15}\n"] * 60})
     finding = found(doctor(small_coconut(patch_rule="stride", max_patch_length=16), rows, TOKENIZER), "thresholds")
-    assert finding.level == "warning" and finding.found.startswith("Patches have 4.8 bytes on average, 75% have one")
+    assert finding.level == "warning" and finding.found.startswith(
+        "Patches have 4.8 bytes on average. 75% have one byte"
+    )
 
 
 def test_few_bytes_are_not_judged():
-    """Thresholds that are called wrong because of three bytes."""
+    """Two bytes per row do not make the thresholds look wrong."""
     rows = Dataset.from_dict({"text": ["ab"] * 60})
     assert found(doctor(small_coconut(), rows, TOKENIZER), "thresholds").level == "ok"
 
 
 def test_patches_longer_than_the_encoder_sees_are_a_warning():
-    """In a long patch the first bytes are lost: its end does not look so far back."""
+    """The encoder's window at the end of a long patch does not reach the first bytes of the patch."""
     model = small_coconut(patch_rule="stride", max_patch_length=6, encoder_config=LOCAL | {"sliding_window": 5})
     finding = found(doctor(model, TEXT, TOKENIZER), "thresholds")
     assert finding.level == "warning" and "max_patch_length" in finding.remedy
@@ -260,7 +269,7 @@ def test_patches_longer_than_the_encoder_sees_are_a_warning():
 
 
 def test_lora_on_the_predictor_is_a_problem(tmp_path):
-    """The remedy of the finding, and CrowTrainer, keep it off."""
+    """Both the remedy and `CrowTrainer` exclude the predictor from the adapter."""
     lora = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 2}
     before = found(doctor(small_coconut(), TEXT, TOKENIZER), "LoRA")
     assert before.level == "ok"
@@ -269,8 +278,8 @@ def test_lora_on_the_predictor_is_a_problem(tmp_path):
     assert problem.level == "problem"
     assert re.search(r"(\d+) layers", problem.found)[1] == re.search(r"(\d+) linear layers", before.found)[1]
     pattern = eval(re.search(r"exclude_modules=('.*?')`", problem.remedy)[1])
-    cured = get_peft_model(small_coconut(), LoraConfig(**lora, exclude_modules=pattern))
-    assert found(doctor(cured, TEXT, TOKENIZER), "LoRA").level == "ok"
+    excluded = get_peft_model(small_coconut(), LoraConfig(**lora, exclude_modules=pattern))
+    assert found(doctor(excluded, TEXT, TOKENIZER), "LoRA").level == "ok"
     trainer = CrowTrainer(
         small_coconut(), crow_args(tmp_path), TEXT, processing_class=TOKENIZER, peft_config=LoraConfig(**lora)
     )
@@ -278,6 +287,7 @@ def test_lora_on_the_predictor_is_a_problem(tmp_path):
 
 
 def test_a_predictor_that_is_not_frozen_is_a_warning():
+    """A frozen predictor has no such finding."""
     model = small_coconut()
     assert "frozen parts" not in levels(doctor(model, TEXT, TOKENIZER))
     model.latent_transformer.entropy_predictor.requires_grad_(True)
@@ -288,6 +298,7 @@ def test_a_predictor_that_is_not_frozen_is_a_warning():
 
 
 def test_tokenizer_is_needed_for_text_only():
+    """Without a tokenizer, text is a problem and token ids are not. A Coconut has a tokenizer by default."""
     assert found(doctor(tiny_llama(), TEXT), "tokenizer").level == "problem"
     assert found(doctor(tiny_llama(), ROWS), "tokenizer").level == "ok"
     assert found(doctor(tiny_llama()), "tokenizer").level == "warning"
@@ -295,14 +306,15 @@ def test_tokenizer_is_needed_for_text_only():
     assert found(bytes_instead, "tokenizer").level == "warning" and "objective" in levels(bytes_instead)
 
 
-def test_tokenizer_without_an_end_is_a_warning():
+def test_tokenizer_without_an_end_token_is_a_warning():
+    """Such rows do not teach the model where to stop."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.eos_token = None
     assert found(doctor(tiny_llama(), TEXT, tokenizer), "tokenizer").level == "warning"
 
 
 def test_ids_without_an_embedding_are_a_problem():
-    """They crash in the embedding layer; on a GPU without a word about the reason."""
+    """Such ids fail in the embedding layer, on a GPU without a readable error. The padding token counts too."""
     finding = found(doctor(tiny_llama(vocab_size=100), TEXT, BYTES), "vocabulary")
     assert finding.level == "problem" and "100 embeddings" in finding.found
     padded = ByT5Tokenizer(extra_ids=0)
@@ -326,6 +338,7 @@ def test_ids_without_an_embedding_are_a_problem():
     ],
 )
 def test_rows(rows, level, said):
+    """The finding tells what is wrong. The objective is checked unless the rows are unusable."""
     findings = doctor(tiny_llama(), Dataset.from_dict(rows), BYTES)
     finding = found(findings, "rows")
     assert finding.level == level and said in finding.found
@@ -333,7 +346,7 @@ def test_rows(rows, level, said):
 
 
 def test_long_rows_are_counted():
-    """The model has a context of 128, so that `max_length` alone would not help."""
+    """Beyond the context of 128 tokens, a larger `max_length` does not help and the remedy says so."""
     rows = Dataset.from_list([{"input_ids": [5] * length} for length in [*[10] * 58, 100, 129]])
     finding = found(doctor(tiny_llama(), rows), "context")
     assert finding.level == "warning" and finding.found.startswith("1 of 60 rows are longer than 128")
@@ -343,6 +356,7 @@ def test_long_rows_are_counted():
 
 
 def test_streams_are_read_as_datasets_are():
+    """The findings do not depend on the type of the dataset."""
     assert doctor(tiny_llama(), TEXT.to_iterable_dataset(), BYTES) == doctor(tiny_llama(), TEXT, BYTES)
 
 
@@ -351,7 +365,7 @@ def test_streams_are_read_as_datasets_are():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with its tokenizer."""
+    """A saved tiny model with its tokenizer."""
     path = tmp_path_factory.mktemp("saved") / "model"
     tiny_llama().save_pretrained(path)
     BYTES.save_pretrained(path)
@@ -360,7 +374,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy_of(folder, tmp_path):
-    """A copy to spoil."""
+    """A copy of the saved model that a test may damage."""
     target = tmp_path / "model"
     target.mkdir()
     for file in folder.iterdir():
@@ -369,6 +383,7 @@ def copy_of(folder, tmp_path):
 
 
 def test_a_healthy_folder(folder):
+    """A path may be a string or a `Path`. Files, remote code and tokenizer are in order."""
     findings = doctor(str(folder), TEXT)
     assert findings[:2] == doctor(folder)[:2]
     assert "problem" not in levels(findings).values()
@@ -376,12 +391,13 @@ def test_a_healthy_folder(folder):
 
 
 def test_half_precision_on_disk_is_trained_in_float32(copy_of):
-    """The trainer loads in float32: a warning about the files' precision would be wrong."""
+    """The trainer loads weights in float32, so the precision of the files is no reason for a warning."""
     LlamaForCausalLM.from_pretrained(copy_of, dtype=torch.bfloat16).save_pretrained(copy_of)
     assert found(doctor(copy_of, TEXT), "precision").level == "ok"
 
 
 def test_pickles(copy_of):
+    """Pickles beside safetensors are a warning. Pickles alone, or no weights at all, are a problem."""
     torch.save({}, copy_of / "optimizer.pt")
     finding = found(doctor(copy_of), "files")
     assert finding.level == "warning" and "optimizer.pt" in finding.found
@@ -393,7 +409,7 @@ def test_pickles(copy_of):
 
 
 def test_remote_code_is_named_and_never_run(copy_of, tmp_path):
-    """The module writes a file when it is imported."""
+    """Importing the remote code would write a file."""
     (copy_of / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
     config = json.loads((copy_of / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
@@ -408,12 +424,14 @@ def test_remote_code_is_named_and_never_run(copy_of, tmp_path):
 
 
 def test_remote_code_that_runs_already_is_a_warning():
+    """A loaded model may be an instance of a class from its own remote code."""
     remote = type("Remote", (LlamaForCausalLM,), {"__module__": "transformers_modules.suspect.modeling"})
     model = remote(tiny_llama().config)
     assert found(doctor(model, ROWS), "remote code").level == "warning"
 
 
 def test_weights_that_cannot_be_read(copy_of):
+    """A truncated file is the last finding, in one line."""
     weights = (copy_of / "model.safetensors").read_bytes()
     (copy_of / "model.safetensors").write_bytes(weights[:1000])
     findings = doctor(copy_of, TEXT)
@@ -422,7 +440,7 @@ def test_weights_that_cannot_be_read(copy_of):
 
 
 def test_an_adapter_is_loaded_on_its_base(folder, tmp_path):
-    """An adapter that is loaded for inference: nothing could be trained."""
+    """Fails if the adapter is loaded for inference, where nothing is trainable."""
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
         tmp_path / "adapter"
     )
@@ -436,7 +454,7 @@ def test_an_adapter_is_loaded_on_its_base(folder, tmp_path):
 
 
 def test_command_prints_every_finding_and_exits_with_its_verdict(tmp_path, capsys, monkeypatch):
-    """A remedy that is cut off by a narrow terminal, markup that eats brackets, a problem that exits with 0."""
+    """Fails if a narrow terminal cuts a remedy, if brackets vanish as markup, or if a problem exits with 0."""
     monkeypatch.setenv("COLUMNS", "50")
     model = tmp_path / "model"
     small_coconut().save_pretrained(model)
@@ -458,9 +476,10 @@ def test_command_prints_every_finding_and_exits_with_its_verdict(tmp_path, capsy
     captured = capsys.readouterr()
     assert "[red].pt" in captured.out
     (line,) = [line for line in captured.err.splitlines() if "crow-hf" in line]
-    assert line == "crow-hf doctor: there is a problem with files: see above for the remedy."
+    assert line == "crow-hf doctor: there is a problem with files: see the remedy above."
 
 
-def test_command_says_what_it_cannot_read(folder, capsys):
+def test_command_names_a_file_that_is_missing(folder, capsys):
+    """The error is one line."""
     assert main(["doctor", "--model", str(folder), "--dataset", "nothing.jsonl"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("crow-hf doctor: There is no file nothing.jsonl")

@@ -1,4 +1,4 @@
-"""The guide's one-call API: the same as CrowTrainer, in a folder that is gone afterwards, with metrics for JSON."""
+"""Tests of the calls of the guide: they run `CrowTrainer`, write no files, and return metrics that JSON can hold."""
 
 import copy
 import inspect
@@ -43,7 +43,7 @@ def silence(monkeypatch):
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
-    """An empty folder to work in, whose own temporary files are seen too."""
+    """An empty working folder. Temporary files are created inside it, so that the tests see them."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
@@ -54,11 +54,11 @@ def files_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.name != "temporary")
 
 
-# What it does
+# Training
 
 
 def test_names_and_defaults_are_the_guides():
-    """A default that drifts from the table in the guide."""
+    """The names and the defaults are those of the table in the guide."""
     for call in (CROWBackdoorElimination, apply_crow_to_coconut):
         defaults = {name: one.default for name, one in inspect.signature(call).parameters.items()}
         assert (defaults["epsilon"], defaults["alpha"], defaults["learning_rate"]) == (0.1, 5.5, 2e-5)
@@ -90,7 +90,7 @@ def test_names_and_defaults_are_the_guides():
 
 
 def test_it_is_the_trainer_to_the_bit(rows, tmp_path):
-    """An argument that does not arrive, or another loss under the same name."""
+    """Fails if an argument is ignored, or if the loss differs from that of `CrowTrainer`."""
     settings = {"epsilon": 0.05, "alpha": 3.0, "learning_rate": 1e-2}
     model, twin = tiny_llama(), tiny_llama()
     metrics = CROWBackdoorElimination(model, **settings, num_epochs=2, per_device_train_batch_size=4).train(rows)
@@ -102,7 +102,7 @@ def test_it_is_the_trainer_to_the_bit(rows, tmp_path):
 
 
 def test_coconut_gets_redpajama_in_its_own_patches(tmp_path, monkeypatch):
-    """The guide's thresholds, or another predictor, instead of the model's: patches that the model would not make."""
+    """Fails if the rows are cut by other thresholds, another rule or another predictor than those of the model."""
     model = small_coconut()
     model.binary_patch_module.threshold, model.binary_patch_module.relative_threshold = 5.0, 0.7
     model.config.patch_rule, model.config.max_patch_length = "running_minimum", 5
@@ -141,7 +141,7 @@ def test_coconut_gets_redpajama_in_its_own_patches(tmp_path, monkeypatch):
 
 
 def test_coconut_takes_shards_and_ready_rows(tmp_path):
-    """A source that is accepted and not read: rows of text, and a local shard, give different models."""
+    """Fails if a source is accepted but not read: different sources must give different models."""
     shard = tmp_path / "shard.jsonl"
     shard.write_text(json.dumps({"text": "Rows of a shard, read from the disk.", "meta": {}}) + "\n")
     models = []
@@ -153,6 +153,7 @@ def test_coconut_takes_shards_and_ready_rows(tmp_path):
 
 
 def test_any_causal_lm_learns_from_text(byte_tokenizer):
+    """GPT-2 is trained on rows with prompts and answers."""
     model = tiny_gpt2(0.1)
     before = weights_of(model)
     metrics = CROWBackdoorElimination(model, num_epochs=1, processing_class=byte_tokenizer).train(TEXT)
@@ -161,7 +162,7 @@ def test_any_causal_lm_learns_from_text(byte_tokenizer):
 
 
 def test_an_adapter_is_trained_alone(rows):
-    """Weights of the base that move under a `PeftModel`."""
+    """The weights below the adapter of a `PeftModel` do not change."""
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], r=2))
     before = weights_of(model)
     CROWBackdoorElimination(model, learning_rate=1e-2).train(rows)
@@ -170,12 +171,12 @@ def test_an_adapter_is_trained_alone(rows):
 
 
 def test_streams_are_taken(rows):
-    """`num_rows` of something without a length."""
+    """A stream has no length, so `num_rows` is `None`."""
     metrics = CROWBackdoorElimination(tiny_llama(), max_steps=2).train(rows.to_iterable_dataset())
     assert metrics["summary"]["num_rows"] is None and metrics["summary"]["num_steps"] == 2
 
 
-# What it leaves
+# Side effects
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -184,8 +185,8 @@ def test_streams_are_taken(rows):
     [(torch.float32, {}), (torch.float32, {"bf16": True, "use_cpu": True}), (torch.bfloat16, {}), (torch.float16, {})],
     ids=["float32", "mixed", "bfloat16", "float16"],
 )
-def test_the_model_stays_as_it_was_but_for_its_weights(rows, training, dtype, options, disk):
-    """Autocast that stays in the forward pass, a mode that is the Trainer's, weights in another precision."""
+def test_only_the_weights_of_the_model_change(rows, training, dtype, options, disk):
+    """Fails if autocast stays in the forward pass, or if the mode, the dtypes or the config of the model change."""
     model = tiny_llama().to(dtype).train(training)
     model.model.layers[0].requires_grad_(False)
     before = {name: (p.dtype, p.device, p.requires_grad) for name, p in model.named_parameters()}
@@ -196,14 +197,14 @@ def test_the_model_stays_as_it_was_but_for_its_weights(rows, training, dtype, op
     assert model.forward == forward
     seen = []
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *args: seen.append(args[2].dtype))
-    # A forward that lost its decorators knows no `return_dict`.
+    # A `forward` without its decorators does not accept `return_dict`.
     assert model(torch.tensor([[5, 6, 7]]), return_dict=False)[0].dtype == dtype and seen == [dtype]
     assert all(p.grad is None for p in model.parameters())
     assert files_in(disk) == []
 
 
-def test_a_failure_leaves_the_mode_and_no_files(rows, disk):
-    """A step that raises, halfway through."""
+def test_a_failure_restores_the_mode_and_leaves_no_files(rows, disk):
+    """An optimizer step raises."""
     model = tiny_llama().eval()
     model.lm_head.weight.data[:] = 1e38
     with pytest.raises(FloatingPointError, match="loss_lm"):
@@ -212,14 +213,14 @@ def test_a_failure_leaves_the_mode_and_no_files(rows, disk):
     assert files_in(disk) == []
 
 
-def test_weights_that_overflow_in_the_last_step_are_said(rows):
-    """The loss of the last step is that of the weights before it."""
+def test_weights_that_overflow_in_the_last_step_are_an_error(rows):
+    """The loss of the last step does not show it, because it is computed before the update."""
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         CROWBackdoorElimination(tiny_llama(), learning_rate=1e38, max_steps=1).train(rows)
 
 
 def test_metrics_are_plain_json(rows):
-    """What `json.dumps` refuses, a number that JSON has no sign for, a name that changed."""
+    """Fails if `json.dumps` refuses the metrics, if a key changes, or if `CrowConfig` refuses the settings."""
     metrics = CROWBackdoorElimination(
         tiny_llama(), num_epochs=2, per_device_train_batch_size=4, weight_decay=0.1
     ).train(rows)
@@ -241,13 +242,14 @@ def test_metrics_are_plain_json(rows):
 
 
 def test_metrics_of_the_control_have_no_perturbation(rows):
+    """With `alpha=0` the loss is that of the language model."""
     metrics = CROWBackdoorElimination(tiny_llama(), alpha=0).train(rows)
     assert "consistency_perturbed" not in metrics["summary"]
     assert metrics["summary"]["loss"] == pytest.approx(metrics["summary"]["loss_lm"], rel=1e-4)
 
 
 def test_numbers_that_are_not_finite_become_none(rows):
-    """A norm that overflows while losses and weights are finite; `json.dumps` would write `Infinity`, which is no JSON."""
+    """The gradient norm overflows while losses and weights are finite. `Infinity` is not valid JSON."""
     model = tiny_llama()
     with torch.no_grad():
         model.model.norm.weight.mul_(1e-22)
@@ -257,12 +259,7 @@ def test_numbers_that_are_not_finite_become_none(rows):
     json.dumps(metrics, allow_nan=False)
 
 
-def test_plain_reaches_into_lists_and_leaves_the_rest():
-    values = {"a": [math.nan, {"b": -math.inf}], "c": 1.5, "d": "nan", "e": 3}
-    assert guide._plain(values) == {"a": [None, {"b": None}], "c": 1.5, "d": "nan", "e": 3}
-
-
-# What it refuses
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -275,7 +272,7 @@ def test_plain_reaches_into_lists_and_leaves_the_rest():
     ],
 )
 def test_a_missing_component_is_named(holder, name, disk):
-    """An AttributeError from deep inside, or the wrong name."""
+    """Fails with an AttributeError from inside the model, or if the wrong component is named."""
     model = small_coconut()
     delattr(model.get_submodule(holder), name)
     path = f"latent_transformer.{name}" if name == "entropy_predictor" else name
@@ -284,7 +281,8 @@ def test_a_missing_component_is_named(holder, name, disk):
     assert files_in(disk) == []
 
 
-def test_a_model_without_patches_is_sent_elsewhere():
+def test_a_model_without_patches_is_refused():
+    """The error names the call for other models."""
     with pytest.raises(ValueError, match="LlamaForCausalLM has no `latent_transformer`.*CROWBackdoorElimination"):
         apply_crow_to_coconut(tiny_llama(), offline_sample=True)
 
@@ -306,6 +304,7 @@ def test_a_model_without_patches_is_sent_elsewhere():
     ],
 )
 def test_bad_settings_are_refused_before_data_is_read(settings, said, disk, monkeypatch):
+    """Both calls name the setting. Settings that write files name `CrowTrainer` too."""
     monkeypatch.setattr(guide, "get_redpajama_binary_dataset", lambda *args, **kwargs: pytest.fail("it was read"))
     model = small_coconut()
     with pytest.raises(ValueError, match=said):
@@ -315,7 +314,8 @@ def test_bad_settings_are_refused_before_data_is_read(settings, said, disk, monk
     assert files_in(disk) == []
 
 
-def test_two_sources_are_one_too_many():
+def test_two_sources_are_refused():
+    """The call does not silently ignore one of them."""
     with pytest.raises(ValueError, match="pass one of them"):
         apply_crow_to_coconut(small_coconut(), dataset=TEXT, data_files="shard.jsonl")
     with pytest.raises(ValueError, match="pass one of them"):
@@ -323,6 +323,7 @@ def test_two_sources_are_one_too_many():
 
 
 def test_paths_and_rows_without_a_tokenizer_are_refused():
+    """The errors name what to pass instead."""
     with pytest.raises(ValueError, match="load_causal_lm"):
         CROWBackdoorElimination("suspect")
     with pytest.raises(ValueError, match="processing_class"):
@@ -342,7 +343,7 @@ def metrics_of(steps=3, **changes):
 
 
 def test_plot_shows_each_term_with_its_unit(tmp_path):
-    """Lines that are swapped, an axis without a label, colours alone that tell the lines apart."""
+    """Fails if lines are swapped, if an axis has no label, or if only their colours distinguish the lines."""
     figure = plot_crow_training_progress(metrics_of(), tmp_path / "plot.png")
     loss, consistency = figure.axes
     (line,) = loss.get_lines()
@@ -363,7 +364,7 @@ def test_plot_shows_each_term_with_its_unit(tmp_path):
 
 
 def test_plot_takes_what_the_guide_returns(rows, disk):
-    """Also after JSON, where what was not finite is None; without a path nothing is written."""
+    """Metrics may come from JSON and contain `None`. Without a path nothing is written."""
     metrics = CROWBackdoorElimination(tiny_llama()).train(rows)
     figure = plot_crow_training_progress(json.loads(json.dumps(metrics)))
     assert len(figure.axes[0].get_lines()[0].get_xdata()) == metrics["summary"]["num_steps"]
@@ -378,11 +379,13 @@ def test_plot_takes_what_the_guide_returns(rows, disk):
 
 @pytest.mark.parametrize("metrics", [[], {}, {"history": []}, {"history": [{"eval_loss": 1.0}]}])
 def test_plot_of_nothing_is_refused(metrics):
-    with pytest.raises(ValueError, match="metrics|no step"):
+    """The error names the missing history or the missing steps."""
+    with pytest.raises(ValueError, match="metrics|no optimizer step"):
         plot_crow_training_progress(metrics)
 
 
-def test_plot_without_matplotlib_is_one_sentence(monkeypatch):
+def test_plot_without_matplotlib_is_refused(monkeypatch):
+    """The error says how to install it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"^Plots need matplotlib: `pip install crow-hf\[plots\]`\.$"):
