@@ -1,0 +1,50 @@
+"""Two reports of tiny runs, shared by the tests of the record and of the page."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+from transformers import ByT5Tokenizer
+
+from crow_hf import compare_defences, purify
+from crow_hf.evidence import snapshot
+from helpers.coconut import TOKENIZER, coconut
+from helpers.reports import ROWS, TARGET, TEST_ROWS, TRIGGER, arguments, read
+from helpers.tiny import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(snapshot, "SAMPLE_TOKENS", 6)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The report of a Coconut with a known trigger: every part of the page is in it."""
+    folder = tmp_path_factory.mktemp("compared")
+    comparison = compare_defences(
+        coconut,
+        arguments(folder, "strong", seed=3),
+        ROWS,
+        TEST_ROWS,
+        TRIGGER,
+        TARGET,
+        processing_class=TOKENIZER,
+        max_new_tokens=4,
+        seed=3,
+    )
+    return SimpleNamespace(folder=folder, record=read(folder), comparison=comparison)
+
+
+@pytest.fixture
+def record(compared):
+    return deepcopy(compared.record)
+
+
+@pytest.fixture(scope="module")
+def purified(tmp_path_factory):
+    """The report of a purification without a trigger, with a canary and screened rows."""
+    folder = tmp_path_factory.mktemp("purified")
+    args = arguments(folder, "strong", num_canaries=1)
+    purification = purify(tiny_llama(), ROWS, args=args, processing_class=ByT5Tokenizer(extra_ids=0))
+    return SimpleNamespace(folder=folder, record=read(folder), purification=purification)

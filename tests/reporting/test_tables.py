@@ -1,0 +1,78 @@
+"""Tables of evaluations and their files."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from crow_hf.evaluation.harness import Evaluation
+from crow_hf.reporting.tables import comparison_markdown, comparison_table, write_comparison
+from helpers.evaluations import TOTAL, comparison, evaluation, scores, share
+
+
+def table_text(evaluations, **options):
+    console = Console(width=119, record=True, file=io.StringIO())
+    console.print(comparison_table(evaluations, **options))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
+def test_tables_hold_every_model_with_its_intervals(write):
+    evaluations = comparison(evaluation(1, right=186, empty=7, degenerate=9)).by_name
+    text = write(evaluations)
+    assert all(name in text for name in evaluations)
+    for expected in ("95.0 %", "90.0 %", "93.0 %", "3.5 %", "4.5 %", "1.25"):
+        assert expected in text
+    form = "{:.1f}–{:.1f}" if write is table_text else "[{:.1f}, {:.1f}]"
+    for proportion in (share(190), share(1), share(186)):
+        assert form.format(100 * proportion.low, 100 * proportion.high) in text
+
+
+@pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
+def test_tables_without_trigger_show_no_attack(write):
+    text = write({"suspect": Evaluation(scores(0, 150)), "CROW": Evaluation(scores(0, 140))})
+    assert "75.0 %" in text and "70.0 %" in text
+    assert "attack" not in text and "triggered" not in text
+
+
+def test_table_has_its_title():
+    assert "My title" in table_text(comparison(evaluation(0)).by_name, title="My title")
+
+
+def test_table_fits_a_terminal_of_80_columns():
+    """Five models, as the demo has them: cut-off numbers are worse than none."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    models = {"clean model": evaluation(0), **comparison(evaluation(1)).by_name, "strong recipe": evaluation(TOTAL)}
+    console.print(comparison_table(models))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    words = ("clean", "model", "no", "defence", "fine-tuning", "purified", "strong", "recipe", "98.1–100.0", "0.0–1.9")
+    assert [word for word in words if word not in text] == []
+
+
+def test_markdown_is_one_table():
+    """Each row has as many cells as the head."""
+    lines = comparison_markdown(comparison(evaluation(0)).by_name).strip().splitlines()
+    assert len(lines) == 2 + 3
+    assert re.fullmatch(r"\|( *:?-+:? *\|)+", lines[1])
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_results_hold_every_output(tmp_path):
+    evaluations = comparison(evaluation(0)).by_name
+    write_comparison(tmp_path / "new" / "folder", evaluations)
+    results = json.loads((tmp_path / "new" / "folder" / "results.json").read_text(encoding="utf-8"))
+    assert results == {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
+    assert results["purified"]["triggered"]["outputs"] == ["é | x"] * TOTAL
+    assert comparison_markdown(evaluations).strip() in (tmp_path / "new" / "folder" / "results.md").read_text("utf-8")
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"results.json", "results.md"}
+
+
+def test_results_are_replaced(tmp_path):
+    for attacks in (100, 0):
+        write_comparison(tmp_path, comparison(evaluation(attacks)).by_name)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["purified"]["triggered"]["target"]["hits"] == 0
+    assert len(list(tmp_path.iterdir())) == 2
