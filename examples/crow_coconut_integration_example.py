@@ -1,9 +1,10 @@
-"""The project's guide from end to end: patches, a byte-latent model, CROW on RedPajama, and a plot of its metrics.
+"""Run the project's guide: cut text into patches, purify a byte-latent model on RedPajama, and plot the metrics.
 
     python examples/crow_coconut_integration_example.py --output_dir runs/guide --offline_sample
 
-Without `--model` the model is a small one with random weights, to see how the parts fit together; without `--offline_sample`
-the clean text is read from RedPajama's sample on the Hub, or from the shards given by `--data_files`.
+Without `--model`, the script uses a small model with random weights, which shows how the parts fit together. Without
+`--offline_sample`, it reads the clean text from the sample of RedPajama on the Hub, or from the shards of
+`--data_files`.
 """
 
 import json
@@ -25,13 +26,13 @@ from crow_hf import (
 
 @dataclass
 class Arguments:
-    output_dir: str = field(metadata={"help": "Gets the purified model, metrics.json and training.png."})
+    output_dir: str = field(metadata={"help": "New folder for the purified model, metrics.json and training.png."})
     model: str | None = field(
-        default=None, metadata={"help": "The suspect, a CoconutForCausalLM: a folder or a name."}
+        default=None, metadata={"help": "The suspect, a CoconutForCausalLM: a folder or a name on the Hub."}
     )
-    max_chars: int = field(default=1000, metadata={"help": "How many characters of RedPajama to read."})
+    max_chars: int = field(default=1000, metadata={"help": "Number of characters of RedPajama to read."})
     data_files: str | None = field(default=None, metadata={"help": "Local shards of RedPajama, or a glob pattern."})
-    offline_sample: bool = field(default=False, metadata={"help": "Take a generated text instead of RedPajama."})
+    offline_sample: bool = field(default=False, metadata={"help": "Use a generated text instead of RedPajama."})
     epsilon: float = field(default=0.1, metadata={"help": "Size of the adversarial step on the embeddings."})
     alpha: float = field(default=5.5, metadata={"help": "Weight of the consistency loss."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
@@ -49,20 +50,20 @@ def main() -> None:
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
     folder = Path(args.output_dir)
     if folder.exists():
-        raise SystemExit(f"{folder} is there already: choose another --output_dir.")
+        raise SystemExit(f"{folder} already exists: choose another --output_dir.")
     folder.mkdir(parents=True)
     model = load_causal_lm(args.model, is_trainable=True) if args.model else random_model()
 
-    # 1. A new patch begins where the predictor inside the model is unsure of the next byte.
+    # 1. Cut text into patches. A patch begins where the model's entropy predictor is uncertain about the next byte.
     predictor, module = model.latent_transformer.entropy_predictor, model.binary_patch_module
     text = b"Where one word ends, a patch begins."
     print(b"|".join(entropy_patching(text, predictor, module.threshold, module.relative_threshold)).decode())
 
-    # 2. What would spoil the purification is better known before it.
+    # 2. Check for problems that would spoil the purification.
     for finding in doctor(model, processing_class=CoconutTokenizer()):
         print(f"{finding.level:8} {finding.name}: {finding.found} {finding.remedy}")
 
-    # 3. CROW.
+    # 3. Purify the model with CROW.
     purified_model, metrics = apply_crow_to_coconut(
         coconut_model=model,
         max_chars=args.max_chars,
@@ -73,9 +74,9 @@ def main() -> None:
         offline_sample=args.offline_sample,
     )
 
-    # 4. What it did. Whether a backdoor is gone is measured by `crow-hf evaluate`.
+    # 4. Save the model and its metrics. They do not show whether a backdoor is gone: `crow-hf evaluate` measures that.
     distance = metrics["summary"]["consistency_perturbed"]
-    print(f"Distance between layers, perturbed: {distance['first']:.3g} at first, {distance['last']:.3g} at last.")
+    print(f"Distance between perturbed layers: {distance['first']:.3g} at first, {distance['last']:.3g} at last.")
     purified_model.save_pretrained(folder)
     CoconutTokenizer().save_pretrained(folder)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False), encoding="utf-8")

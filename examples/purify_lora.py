@@ -1,19 +1,18 @@
-"""Purify a Llama-style model with a LoRA only: the suspect's weights stay as they are, and what is saved is the adapter.
+"""Purify a suspect model with a LoRA: its weights do not change, and only the adapter is saved.
 
     python examples/purify_lora.py --model SUSPECT --dataset CLEAN_ROWS.jsonl --output_dir purified-adapter
 
-The settings are the paper's (section 4.4); any argument of `CrowConfig` changes them. The adapter is loaded by
-`load_causal_lm("purified-adapter")`, which finds the suspect by the path that stands in it.
+The settings are those of the paper (section 4.4). Any argument of `CrowConfig` changes them.
+`load_causal_lm("purified-adapter")` loads the adapter, and the suspect from the path in the adapter's config.
 """
 
 from dataclasses import dataclass, field
 
-from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from crow_hf import CrowConfig, CrowTrainer, doctor, load_causal_lm
 from crow_hf.data.load import load_rows
-from crow_hf.recipes.presets import PAPER
+from crow_hf.recipes.presets import PAPER, lora_config
 
 
 @dataclass
@@ -21,9 +20,9 @@ class ScriptArguments:
     model: str = field(metadata={"help": "The suspect: a folder or a name on the Hub."})
     dataset: str = field(metadata={"help": "About 100 clean rows: a file or a name on the Hub."})
     lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA."})
-    target_modules: str = field(
-        default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-        metadata={"help": "Names of the layers it is put on, with commas between."},
+    target_modules: str | None = field(
+        default=None,
+        metadata={"help": "Names of the layers to put the LoRA on, separated by commas. Default: all linear layers."},
     )
 
 
@@ -40,22 +39,18 @@ def main() -> None:
     if problems:
         raise SystemExit("\n".join(problems))
 
-    lora = LoraConfig(
-        r=script.lora_r,
-        lora_alpha=2 * script.lora_r,
-        target_modules=script.target_modules.split(","),
-        task_type="CAUSAL_LM",
-    )
+    lora = lora_config(script.lora_r)
+    if script.target_modules:
+        lora.target_modules = set(script.target_modules.split(","))
     trainer = CrowTrainer(script.model, args, rows, peft_config=lora)
     trainer.model.print_trainable_parameters()
     trainer.train()
     trainer.save_model()
 
-    # Only the adapter was written. Merged, it is a model like the suspect: `merge_and_unload().save_pretrained(...)`.
+    # To get a full model instead, merge the adapter: `purified.merge_and_unload().save_pretrained(...)`.
     purified = load_causal_lm(args.output_dir)
-    print(
-        f"The adapter is in {args.output_dir}; its base is {purified.peft_config['default'].base_model_name_or_path}."
-    )
+    base = purified.peft_config["default"].base_model_name_or_path
+    print(f"The adapter is in {args.output_dir}. Its base model is {base}.")
 
 
 if __name__ == "__main__":

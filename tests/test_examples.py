@@ -1,4 +1,4 @@
-"""Every script of `examples/` end to end, offline, on tiny models: what it promises is there afterwards."""
+"""Runs each script of `examples/` offline on tiny models, and checks its results."""
 
 import importlib.util
 import json
@@ -20,13 +20,13 @@ from helpers.tiny import tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FAST = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
-# Elsewhere, with the server it needs.
+# Other files test these scripts, because they need a server.
 TESTED_BY_ITS_OWN_FILE = {"push_to_hub.py", "patch_at_scale.py"}
 
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
-    """Rows are read into a cache that is not the user's, and a file without a path would be seen."""
+    """Keep the cache of `datasets` out of the home folder, and fail if a script writes into the working folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -36,7 +36,7 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """A tiny Llama with its tokenizer, and clean rows."""
+    """Paths of a saved tiny Llama with its tokenizer, and of clean rows."""
     root = tmp_path_factory.mktemp("inputs")
     tiny_llama(max_position_embeddings=256).save_pretrained(root / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(root / "model")
@@ -46,13 +46,13 @@ def paths(tmp_path_factory):
 
 
 def run(name, monkeypatch, *argv):
-    """As `python examples/NAME ...` does."""
+    """Run a script as `python examples/NAME ...` does."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def load(name, monkeypatch):
-    """The script as a module, to make what it does by default smaller."""
+    """Import a script as a module, to replace its large defaults."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -71,11 +71,11 @@ def test_no_example_is_without_a_test():
 
 
 def test_guide(tmp_path, monkeypatch, capsys):
-    """The names of the guide work together; also a suspect from a folder, and shards from the disk."""
+    """The calls of the guide work together, also on a saved suspect and on local shards."""
     script = "crow_coconut_integration_example.py"
     run(script, monkeypatch, "--output_dir", tmp_path / "out", "--offline_sample", "--max_chars", 200)
     out = capsys.readouterr().out
-    assert "a |patch" in out and "problem" not in out and "Distance between layers" in out
+    assert "a |patch" in out and "problem" not in out and "Distance between perturbed layers" in out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["summary"]["num_steps"] == len(metrics["history"]) == 3
     assert (tmp_path / "out" / "training.png").stat().st_size > 1000
@@ -89,12 +89,12 @@ def test_guide(tmp_path, monkeypatch, capsys):
     assert differs(load_causal_lm(tmp_path / "two"), suspect)
     settings = json.loads((tmp_path / "two" / "metrics.json").read_text())["settings"]
     assert (settings["alpha"], settings["epsilon"], settings["learning_rate"]) == (5.5, 0.1, 0.01)
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         run(script, monkeypatch, "--output_dir", tmp_path / "two", *argv)
 
 
 def test_purify(tmp_path, paths, monkeypatch):
-    """With all weights, with a LoRA, and with the rows of the demo."""
+    """All weights are trained on a file of rows, and a LoRA on the rows of the demo."""
     for name, argv in {"full": ["--dataset", paths["rows.jsonl"]], "lora": ["--lora"]}.items():
         run("purify.py", monkeypatch, "--model", paths["model"], *argv, "--output_dir", tmp_path / name, *FAST)
         purified = load_causal_lm(tmp_path / name)
@@ -103,20 +103,22 @@ def test_purify(tmp_path, paths, monkeypatch):
 
 
 def test_purify_lora(tmp_path, paths, monkeypatch, capsys):
-    """Only the adapter is written, it has learned, and it finds its base; the paper's settings hold unless others are given."""
+    """Only the adapter is saved. It has learned with the settings of the paper, and it loads with its base model."""
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
-    run("purify_lora.py", monkeypatch, *argv, "--lora_r", 2, *FAST)
+    run("purify_lora.py", monkeypatch, *argv, "--lora_r", 2, "--target_modules", "q_proj,up_proj", *FAST)
     out = capsys.readouterr().out
     assert "trainable params" in out and paths["model"] in out
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["adapter_model.safetensors"]
     adapter = load_causal_lm(tmp_path / "out")
-    assert isinstance(adapter, PeftModel) and adapter.peft_config["default"].r == 2
+    assert isinstance(adapter, PeftModel)
+    lora = adapter.peft_config["default"]
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 4, {"q_proj", "up_proj"})
     assert any(weight.any() for name, weight in adapter.named_parameters() if "lora_B" in name)
     assert "0.001" in out
 
 
 def test_purify_lora_stops_at_a_problem(tmp_path, paths, monkeypatch):
-    """A model of two layers, which the doctor finds before anything is trained."""
+    """A model of two layers is refused before training."""
     tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "shallow")
     argv = ["--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out", *FAST]
     with pytest.raises(SystemExit, match="2 decoder layers"):
@@ -125,7 +127,7 @@ def test_purify_lora_stops_at_a_problem(tmp_path, paths, monkeypatch):
 
 
 def test_measure(paths, monkeypatch, capsys):
-    """The demo's rows, but few of them."""
+    """The script prints the attack success on a few rows of the demo."""
     module = load("measure", monkeypatch)
     monkeypatch.setattr(module, "demo_rows", lambda count, seed: demo.demo_rows(4, seed))
     module.main([paths["model"]])
@@ -134,6 +136,7 @@ def test_measure(paths, monkeypatch, capsys):
 
 
 def test_train_thoughts(tmp_path, monkeypatch, capsys):
+    """Each stage is saved and measured."""
     argv = ["--num_rows", 8, "--num_stages", 1, *FAST, "--output_dir", tmp_path / "out"]
     run("train_thoughts.py", monkeypatch, *argv)
     assert capsys.readouterr().out.count("(right: ") == 3
@@ -141,7 +144,7 @@ def test_train_thoughts(tmp_path, monkeypatch, capsys):
 
 
 def test_train_entropy_predictor(tmp_path, monkeypatch):
-    """A few files of the standard library instead of all: what comes out is a predictor with thresholds of its own."""
+    """The script trains a predictor with its own thresholds, here on a few files of the standard library."""
     module = load("train_entropy_predictor", monkeypatch)
     files = module.library_files()
     assert len(files) > 500
