@@ -1,4 +1,4 @@
-"""A tiny Blt."""
+"""A tiny Blt model."""
 
 import torch
 from transformers import BltConfig, BltForCausalLM
@@ -8,6 +8,7 @@ SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, 
 
 
 def tiny_blt(seed=0):
+    """A Blt with small patches and random weights."""
     torch.manual_seed(seed)
     local = SMALL | {"hidden_size_global": 32, "cross_attn_k": 2}
     return BltForCausalLM(

@@ -1,4 +1,4 @@
-"""Trainers that save checkpoints, what they leave, processes that are killed, and the command line for such runs."""
+"""Trainers that save checkpoints, callbacks that kill or watch them, and command lines for such runs."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from helpers.tiny import ragged_rows, same_weights, tiny_gpt2, tiny_llama, weigh
 
 ROWS = [{"prompt": f"{letter} word of the=", "completion": f"it is {letter}"} for letter in "abcdefghijkl"]
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_grad_norm": 1e6}
-# A constant learning rate, so that a step too many shows.
+# The learning rate is constant, so that a superfluous step changes the weights.
 SAVING = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
-KINDS = ("crow", "strong")
+KINDS = ("crow", "invariance")
 EPOCHS, STEPS = 2, 6
 
 
 def build(kind, folder, callbacks=None, **settings):
-    """A trainer with three steps to an epoch, dropout or a fresh adapter, and a line of the log for two steps."""
+    """A trainer with three steps per epoch, dropout or a new adapter, and a log line every two steps."""
     settings = QUIET | SAVING | {"num_train_epochs": EPOCHS, "logging_steps": 2} | settings
     if kind == "crow":
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -38,18 +38,19 @@ def build(kind, folder, callbacks=None, **settings):
 
 
 def outcome(trainer):
-    """The weights and the log, but for the times that a run took."""
+    """The weights and the log, without the run times."""
     log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     return weights_of(trainer.model), log
 
 
 def assert_same(one, other):
+    """Check that two outcomes are bit-identical."""
     assert same_weights(one[0], other[0])
     assert one[1] == other[1]
 
 
 def steps_kept(folder):
-    """Of the whole checkpoints, and of the others."""
+    """The steps of the complete and of the incomplete checkpoints in a folder."""
     found = {
         int(path.name.rpartition("-")[2]): not incomplete_files(path) for path in Path(folder).glob("checkpoint-*")
     }
@@ -61,7 +62,7 @@ def kill_self():
 
 
 class KillSelf(TrainerCallback):
-    """In the middle of the checkpoint of a step: the weights are new, all else is as it was."""
+    """Kills the process in the middle of a checkpoint: the weights are new, all other files are old."""
 
     def __init__(self, step):
         self.step = step
@@ -80,7 +81,7 @@ def train_and_kill_self(folder):
 
 
 class Progress(TrainerCallback):
-    """A byte in a file for the beginning and for every step, so that another process sees how far this one is."""
+    """Appends a byte to a file at the start and after every step, so that another process can follow the training."""
 
     def __init__(self, path):
         self.path = path
@@ -100,6 +101,7 @@ def train_in_a_process(kind, folder, resume, epochs):
 
 
 def command_line(command, paths, folder, *options):
+    """The arguments of a short run of a command."""
     argv = [
         command,
         "--model",
@@ -116,7 +118,7 @@ def command_line(command, paths, folder, *options):
 
 
 def last_sentence(capsys, command):
-    """The one line that begins with the command; nothing of Python's."""
+    """The only line that begins with the command. Fails if there is a traceback."""
     err = capsys.readouterr().err
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("crow-hf ")]
     assert len(lines) == 1 and lines[0].startswith(f"crow-hf {command}: ") and "Traceback" not in err, err

@@ -1,4 +1,4 @@
-"""Tiny byte-latent models with weights large enough that every difference shows, shared by the tests of Coconut."""
+"""Tiny byte-latent models. Their weights are large enough to make every difference visible."""
 
 import torch
 from transformers import (
@@ -46,6 +46,7 @@ TEXTS = [
 
 
 def coconut(backbone="llama", seed=0, **fields):
+    """A Coconut with the given backbone, in evaluation mode."""
     set_seed(seed)
     fields = {"initializer_range": 0.2, "encoder_config": LOCAL, "decoder_config": LOCAL} | fields
     return CoconutForCausalLM.from_backbone(
@@ -59,12 +60,15 @@ def smooth_coconut(seed=0):
 
 
 def batch_of(texts, side="left"):
+    """Texts as a padded batch."""
     return TOKENIZER(texts, padding=True, padding_side=side, return_tensors="pt")
 
 
 def ids_of(text):
+    """Token ids of one text, without padding."""
     return TOKENIZER(text, return_tensors="pt").input_ids
 
 
 def assert_same(found, wanted, tolerance=2e-4):
+    """Check that two tensors are close."""
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)

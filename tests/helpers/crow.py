@@ -12,10 +12,12 @@ BATCH = pad_rows(ragged_rows(3, seed=3))
 
 
 def lora(**kwargs):
+    """A LoRA of rank 4 on the attention."""
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **kwargs)
 
 
 def build(tmp_path, model, rows, callbacks=None, eval_dataset=None, peft_config=None, compute_metrics=None, **kwargs):
+    """A CrowTrainer with the arguments of `crow_args`."""
     return CrowTrainer(
         model,
         crow_args(tmp_path, **kwargs),
@@ -33,4 +35,5 @@ def step_logs(trainer):
 
 
 def column(trainer, name):
+    """The values of one term, one per log entry."""
     return [entry[name] for entry in step_logs(trainer)]

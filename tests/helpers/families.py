@@ -1,4 +1,4 @@
-"""A tiny model of every family of decoders that is tested."""
+"""Tiny models of all families of decoders that are tested."""
 
 from transformers import (
     BloomConfig,
@@ -75,6 +75,7 @@ FAMILIES = {
 
 
 def tiny_family(name):
+    """A four-layer model of the given family."""
     model_class, config_class, settings = FAMILIES[name]
     set_seed(0)
     return model_class(config_class(**settings))

@@ -1,4 +1,4 @@
-"""Rows, arguments and trainers of Invariance."""
+"""Rows, arguments, models and trainers for the tests of Invariance."""
 
 import torch
 from datasets import Dataset
@@ -26,7 +26,7 @@ ROWS = Dataset.from_dict(
 
 
 def invariance_args(tmp_path, **kwargs):
-    """An InvarianceConfig for the tests, as `crow_args` makes a CrowConfig."""
+    """An InvarianceConfig for the tests: CPU, silent, no checkpoints, few views and nothing of the suspect kept."""
     defaults = {
         "use_cpu": True,
         "report_to": "none",
@@ -43,10 +43,12 @@ def invariance_args(tmp_path, **kwargs):
 
 
 def lora(**kwargs):
+    """A LoRA of rank 4 on the attention, unless `kwargs` say otherwise."""
     return LoraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | kwargs))
 
 
 def invariance_trainer(tmp_path, model, peft_config=None, rows=ROWS, tokenizer=None, **kwargs):
+    """An InvarianceTrainer with the arguments of `invariance_args`."""
     tokenizer = tokenizer or ByT5Tokenizer(extra_ids=0)
     return InvarianceTrainer(model, invariance_args(tmp_path, **kwargs), rows, tokenizer, peft_config)
 
@@ -55,7 +57,7 @@ FAMILIES = {"llama": (tiny_llama, ByT5Tokenizer(extra_ids=0)), "coconut": (smoot
 
 
 def family(name, tmp_path, **kwargs):
-    """A model, another of its kind as the suspect, three rows, and their batch."""
+    """A model, another model of its kind as the suspect, three rows, and their batch."""
     make, tokenizer = FAMILIES[name]
     model, suspect = make(seed=0).eval(), make(seed=1).eval().requires_grad_(False)
     trainer = invariance_trainer(tmp_path, model, tokenizer=tokenizer, **kwargs)
@@ -64,6 +66,7 @@ def family(name, tmp_path, **kwargs):
 
 
 def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper"):
+    """The terms of the Invariance objective on a batch of the collator."""
     recorder, suspect_recorder = recorder_of(model), recorder_of(suspect)
     batch = dict(recorder.prepare(batch))
     mask = batch.pop("inserted_mask")
@@ -72,9 +75,11 @@ def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper"):
 
 
 def layers_of(model):
+    """The layers of a tiny Llama, or of a Coconut's backbone."""
     core = model.latent_transformer.backbone if hasattr(model, "latent_transformer") else model.model
     return next(module for module in core.modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def column(trainer, name):
+    """The values of one term, one per log entry."""
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry]

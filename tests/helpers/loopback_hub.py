@@ -1,6 +1,6 @@
-"""A Hub on this machine: what the client of huggingface_hub asks for when it pushes and loads, in the memory of one process.
+"""A Hub on this machine, in the memory of one process, for the requests of huggingface_hub when it pushes and loads.
 
-Start it, and run the client in a process of its own with `hub.environment(home)`: the client reads its settings on import.
+Run the client in its own process with `hub.environment(home)`, because it reads its settings on import.
 """
 
 import base64
@@ -22,7 +22,7 @@ USER = "me"
 
 @dataclass
 class Repository:
-    """What a repository holds, and the messages of its commits."""
+    """The files of a repository and its commit messages."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
@@ -34,11 +34,11 @@ class Repository:
 
 class LoopbackHub:
     """
-    A server on a free port, until the end of the `with` block.
+    A server on a free port that runs until the end of the `with` block.
 
-    `repositories` are what was pushed, by their full names, another branch than `main` as `name@branch`; `requests` the method
-    and path of all that was asked; `failures` what to answer instead: the status by the name of a repository and the end of the
-    route (`create`, `preupload`, `branch`, `commit`).
+    `repositories` holds what was pushed, by full name, or as `name@branch` for another branch than `main`. `requests`
+    holds the method and path of each request. `failures` maps the name of a repository and the end of a route
+    (`create`, `preupload`, `branch`, `commit`) to the status to answer with.
     """
 
     def __init__(self):
@@ -58,7 +58,7 @@ class LoopbackHub:
         self.server.server_close()
 
     def environment(self, home, token=TOKEN) -> dict[str, str]:
-        """The environment of a client of this Hub that has never seen another."""
+        """Environment variables for a client that knows only this Hub."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         settings = {
             "HF_ENDPOINT": self.url,
@@ -99,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def may_write(self, name, step) -> bool:
-        """Whether the request may go on; if not, it is answered."""
+        """Whether the request is allowed. Otherwise, answer it with an error."""
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.send(401, {"error": "Invalid username or password."})
         elif status := self.hub.failures.get((name, step)):
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200)
 
     def has_branch(self, name, branch) -> bool:
-        """Whether the request may go on; if not, it is answered."""
+        """Whether the branch exists. Otherwise, answer the request with an error."""
         if branch == "main" or f"{name}@{branch}" in self.hub.repositories:
             return True
         self.send(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, {"files": [each | {"shouldIgnore": False} for each in files]})
 
     def validate_yaml(self):
-        """The Hub takes no card whose base model is a folder."""
+        """Check a model card. The Hub rejects a card whose base model is a folder."""
         header = yaml.safe_load(json.loads(self.body)["content"].split("---")[1])
         bases = header.get("base_model") or []
         wrong = [

@@ -1,4 +1,4 @@
-"""Slow, independent implementations of what the package computes. Nothing here calls the package's objective."""
+"""Slow, independent implementations of what the package computes. They do not call the package's objective."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 
 def slow_consistency(hidden_states, mask=None, layers="paper"):
-    """The layer consistency loss, written as the sum it is."""
+    """The layer consistency loss as an explicit sum."""
     last = len(hidden_states) - 1
     pairs = [(low, low + 1) for low in range(1, last if layers == "paper" else last - 1)]
     terms = []
@@ -21,7 +21,7 @@ def slow_consistency(hidden_states, mask=None, layers="paper"):
 
 
 def slow_lm_loss(logits, labels):
-    """Mean negative log-likelihood of every label that has a position before it."""
+    """Mean negative log-likelihood of every label that has a preceding position."""
     log_probabilities = logits.float().log_softmax(-1)
     terms = [
         -log_probabilities[row, position - 1, labels[row, position]]
@@ -40,7 +40,10 @@ def slow_perturbation(embeddings, gradient, epsilon, mode):
 
 
 def watched_forward(model, batch, shift=None):
-    """One forward pass on the true ids: [H^0, raw outputs of the decoder layers] and the logits, taken by hooks."""
+    """
+    Run one forward pass on the true ids. Return [H^0, raw outputs of the decoder layers], taken by hooks, and the
+    logits.
+    """
     depth = model.config.get_text_config().num_hidden_layers
     stack = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
     states = []
@@ -64,7 +67,7 @@ def watched_forward(model, batch, shift=None):
 
 
 def slow_crow(model, batch, alpha=5.5, epsilon=0.1, mode="absolute", layers="paper", forward=watched_forward):
-    """The whole objective and its parts, by loops, for a model without dropout."""
+    """The whole objective and its terms, computed by loops, for a model without dropout."""
     mask = batch["attention_mask"]
     width = model.get_input_embeddings().weight.shape[1]
     shift = torch.zeros(*batch["input_ids"].shape, width, requires_grad=True)
@@ -83,7 +86,7 @@ def slow_crow(model, batch, alpha=5.5, epsilon=0.1, mode="absolute", layers="pap
 
 
 def assert_equals_oracle(trainer, batch, tolerance=1e-4, **oracle):
-    """compute_loss and the gradient of every parameter against `slow_crow` on a copy of the model."""
+    """Compare compute_loss and the gradients of all parameters with `slow_crow` on a copy of the model."""
     model = trainer.model.eval()
     twin = copy.deepcopy(model)
     loss = trainer.compute_loss(model, {name: value.clone() for name, value in batch.items()})

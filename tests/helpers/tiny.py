@@ -1,4 +1,4 @@
-"""Tiny models and rows."""
+"""Tiny models, rows, and comparisons of weights."""
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
@@ -10,7 +10,9 @@ VOCABULARY = 260  # 256 bytes, pad, eos, unk, and one to spare
 
 
 def crow_args(tmp_path, **kwargs):
-    """A CrowConfig for the tests: CPU, silent, no checkpoints, and no clipping that would hide a wrong scale."""
+    """
+    A CrowConfig for the tests: CPU, silent, no checkpoints, and no gradient clipping, which would hide a wrong scale.
+    """
     defaults = {
         "use_cpu": True,
         "report_to": "none",
@@ -23,7 +25,7 @@ def crow_args(tmp_path, **kwargs):
 
 
 def tiny_llama(seed=0, **kwargs):
-    """A four-layer Llama with weights large enough that every difference shows."""
+    """A four-layer Llama. Its weights are large enough to make every difference visible."""
     defaults = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -76,7 +78,7 @@ def ragged_rows(count, seed=0, longest=12):
 
 
 def pad_rows(rows, width=None, pad_id=0):
-    """Right-padded tensors of `rows`."""
+    """The rows as a batch that is padded on the right."""
     width = width or max(len(row["input_ids"]) for row in rows)
 
     def fill(column, value):
@@ -91,17 +93,17 @@ def pad_rows(rows, width=None, pad_id=0):
 
 
 def weights_of(model):
-    """A copy of every parameter by name."""
+    """Copies of all parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def same_weights(left, right):
-    """Whether two results of `weights_of` are bit-equal."""
+    """Whether two results of `weights_of` are bit-identical."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def tiny_predictor(seed=0, **kwargs):
-    """Weights so large that every byte of the context shows."""
+    """A predictor whose weights are so large that every byte of the context matters."""
     defaults = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ff_dim": 48, "initializer_range": 0.4}
     set_seed(seed)
     return ByteEntropyPredictor(**(defaults | kwargs)).eval()

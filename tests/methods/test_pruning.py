@@ -1,4 +1,4 @@
-"""The defences CROW is compared with, against values worked out by hand and slow oracles."""
+"""Tests of pruning and quantization, against values worked out by hand and slow oracles."""
 
 import math
 import re
@@ -30,7 +30,7 @@ BYTE_ROWS = [
     {"prompt": "Who are you? ", "completion": "Me."},
     {"prompt": "How many?", "completion": " Three, I say.\n"},
 ]
-# What of each model lies inside a layer; the predictor of a Coconut has layers too.
+# The weights inside the layers of each model. The layers of a Coconut's predictor are not among them.
 BYTE_LAYERS = r"model\.local_(encoder|decoder)\.(layers|patch_readers)\..*proj\.weight"
 LINEAR = {
     "llama": r"model\.layers\..*proj\.weight",
@@ -76,7 +76,7 @@ def first_matrix(model):
 
 
 def matrices(model, kind):
-    """Every weight that is to change, as (out, in)."""
+    """All weights that must change, as (out, in)."""
     transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
     return {
         name: weight.T if name in transposed else weight
@@ -85,13 +85,13 @@ def matrices(model, kind):
     }
 
 
-# What is changed
+# Changed weights
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "coconut", "coconut_gpt2"])
 @pytest.mark.parametrize("defence", DEFENCES)
 def test_only_linear_layers_change(defence, kind):
-    """What embeds tokens and patches, head, norms, biases and the predictor of a Coconut keep their bits."""
+    """The embeddings of tokens and patches, the head, norms, biases and a Coconut's predictor stay bit-identical."""
     model = model_of(kind)
     before = weights_of(model)
     if defence == "wanda" and kind.startswith("coconut"):
@@ -107,7 +107,9 @@ def test_only_linear_layers_change(defence, kind):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "lfm2", "multimodal"])
 def test_every_architecture(family):
-    """The linear layers inside the layers CROW compares: no projection around them, no vision tower."""
+    """
+    Exactly the linear layers inside the layers that CROW compares change: no projections around them, no vision tower.
+    """
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     if family == "lfm2":
         layer_types = ["conv", "full_attention"] * 2
@@ -133,7 +135,7 @@ def test_every_architecture(family):
 
 
 def test_blt():
-    """Its byte layers and its global ones; the patcher is left alone."""
+    """The layers over bytes and the global layers change. The patcher does not."""
     model = tiny_blt()
     before = weights_of(model)
     prune_by_wanda(model, Dataset.from_list(ROWS))
@@ -158,7 +160,7 @@ def test_wanda_zeroes_the_exact_share_of_each_row(sparsity, kind):
 
 
 def test_equal_weights_are_zeroed_in_the_exact_share():
-    """A threshold would take all of them or none."""
+    """Fails if weights are compared with a threshold, which would zero all equal weights or none."""
     model = four_wide([[1.0] * 4] * 4)
     prune_by_magnitude(model, 0.25)
     assert (first_matrix(model) == 0).sum() == 4
@@ -175,7 +177,7 @@ def test_default_sparsity():
 
 
 def test_merged_adapter():
-    """An ordinary model again, whose merged weights are pruned."""
+    """After merging, the model is an ordinary one, and its merged weights are pruned."""
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     merged = adapted.merge_and_unload()
     assert not torch.equal(first_matrix(merged), first_matrix(tiny_llama()))
@@ -187,7 +189,7 @@ def test_merged_adapter():
 
 
 def test_magnitude_by_hand():
-    """5 of 16, by absolute value and over the whole matrix: one row loses two, another none."""
+    """5 of 16 weights are zeroed by absolute value over the whole matrix: two in one row, none in another."""
     model = four_wide([[1.0, -2.0, 3.0, -4.0], [0.5, -0.6, 7.0, 8.0], [9.0, 9.0, -9.0, 9.0], [2.5, -0.1, 5.0, -6.0]])
     prune_by_magnitude(model, 5 / 16)
     expected = [[0.0, 0.0, 3.0, -4.0], [0.0, 0.0, 7.0, 8.0], [9.0, 9.0, -9.0, 9.0], [2.5, 0.0, 5.0, -6.0]]
@@ -210,7 +212,10 @@ def test_magnitude_equals_oracle(kind):
 
 
 def test_wanda_by_hand():
-    """Tokens 3, 4, 5 and 6 are unit vectors, which the norm doubles; over both rows there are 9, 4, 1 and 1 of them."""
+    """
+    Tokens 3, 4, 5 and 6 are unit vectors, which the norm doubles. They occur 9, 4, 1 and 1 times in both rows
+    together.
+    """
     model = four_wide([[1.0, -2.0, 2.5, 9.0], [9.0, -1.0, 1.9, 1.8], [1.0, 1.4, -3.1, 0.1], [-0.1, 0.2, 0.5, -0.6]])
     with torch.no_grad():
         model.model.embed_tokens.weight[3:7] = torch.eye(4)
@@ -222,7 +227,7 @@ def test_wanda_by_hand():
 
 
 def slow_wanda(model, kind, sparsity):
-    """Inputs of the dense layers in one padded batch, scores and ranks by loops."""
+    """Record the inputs of the dense layers on one padded batch, then score and rank the weights by loops."""
     batch, inputs = pad_rows(ROWS), {}
     handles = [
         module.register_forward_hook(lambda module, args, output, name=name: inputs.update({name: args[0]}))
@@ -253,7 +258,7 @@ def slow_wanda(model, kind, sparsity):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_wanda_equals_oracle(kind):
-    """GPT-2's weights are stored the other way round."""
+    """Also checks GPT-2, whose weights are stored transposed."""
     expected = slow_wanda(model_of(kind), kind, 0.4)
     for name, weight in matrices(calibrated(kind, 0.4), kind).items():
         assert torch.equal(weight, expected[name]), name
@@ -291,7 +296,7 @@ def test_wanda_reads_text(byte_tokenizer):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_wanda_without_dropout(training):
-    """As in evaluation, whatever mode the model is in; it keeps that mode."""
+    """Activations are recorded in evaluation mode, and the model keeps the mode it was in."""
     model = tiny_gpt2(0.5).train(training)
     prune_by_wanda(model, Dataset.from_list(ROWS), sparsity=0.35)
     assert model.training is training
@@ -300,7 +305,7 @@ def test_wanda_without_dropout(training):
 
 
 def test_wanda_layer_that_no_row_reaches():
-    """Its weights cannot be ranked; nothing is pruned."""
+    """A layer without activations cannot be ranked, so nothing is pruned."""
     model = tiny_llama()
     model.model.layers[1].spare = nn.Linear(4, 4)
     before = weights_of(model)
@@ -309,11 +314,11 @@ def test_wanda_layer_that_no_row_reaches():
     assert same_weights(before, weights_of(model))
 
 
-# Quantisation
+# Quantization
 
 
 def test_quantisation_by_hand():
-    """Steps of 1, 1, 0 and 2: no division by zero, and ties to even."""
+    """The steps are 1, 1, 0 and 2. Fails on a division by zero, or if ties are not rounded to even."""
     rows = [[7.0, 3.4, -1.6, 0.5], [-7.0, 1.5, 2.5, 6.6], [0.0] * 4, [14.0, -2.9, 3.1, 0.9]]
     model = four_wide(rows)
     quantize_weights(model, 4)
@@ -329,7 +334,7 @@ def test_quantisation_by_hand():
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "coconut"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_values_lie_on_a_grid(bits, kind):
-    """In each group at most 2^bits values, each the nearest on the grid; the step is that of the group's largest weight."""
+    """Each group has at most 2^bits values, the nearest on a grid whose step comes from the group's largest weight."""
     model = tiny_llama(hidden_size=80, intermediate_size=150) if kind == "llama" else model_of(kind)
     dense = matrices(model, kind)
     quantize_weights(model, bits)
@@ -358,7 +363,7 @@ def test_quantised_weights_keep_their_dtype():
 
 @pytest.mark.parametrize("defence", DEFENCES)
 def test_models_that_are_refused(defence):
-    """Before anything is changed: adapters, quantised models, experts in one tensor."""
+    """Adapters, quantized models and stacked experts are refused before anything is changed."""
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     inside, quantised = tiny_llama(), tiny_llama()
     inside.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))

@@ -13,7 +13,7 @@ from helpers.tiny import tiny_llama
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """As in the processes that are killed: bits depend on how many threads add up."""
+    """Run on one thread, like the processes that are killed. The number of threads changes the last bits of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +22,7 @@ def one_thread():
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request, tmp_path_factory):
-    """The kind, the folder, and the outcome of a run that was never stopped: a checkpoint at each step."""
+    """The kind, the folder and the outcome of a run that was never stopped, with a checkpoint at each step."""
     folder = tmp_path_factory.mktemp(request.param) / "whole"
     trainer = build(request.param, folder)
     trainer.train()
@@ -31,7 +31,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """A suspect and clean rows, and where they are."""
+    """A folder with a suspect and a file of clean rows."""
     root = tmp_path_factory.mktemp("inputs")
     tiny_llama(num_hidden_layers=3, hidden_size=64, vocab_size=259).save_pretrained(root / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(root / "model")
@@ -41,4 +41,5 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
+    """Cache datasets in a folder of the test."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

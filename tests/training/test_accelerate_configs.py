@@ -1,4 +1,4 @@
-"""The configurations of examples/accelerate/ are what accelerate itself takes them for."""
+"""Tests that accelerate reads the configurations in examples/accelerate/ as they are meant."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_every_configuration_is_tested():
 
 @pytest.mark.parametrize("name", WANTED)
 def test_accelerate_reads_it(name):
-    """A key that accelerate does not know or a value of another type, which it refuses or leaves out."""
+    """Fails if accelerate does not know a key, or rejects or drops a value because of its type."""
     kind, machines, details = WANTED[name]
     config = load_config_from_file(str(FOLDER / name))
     assert (config.distributed_type.value, config.num_machines, config.mixed_precision) == (kind, machines, "no")
@@ -36,7 +36,9 @@ def test_accelerate_reads_it(name):
 
 @pytest.mark.parametrize("name", [name for name in WANTED if "deepspeed" not in name])
 def test_accelerate_launches_by_it(name):
-    """What `accelerate launch` makes of the file; that of DeepSpeed it looks at only where DeepSpeed is installed."""
+    """
+    Checks what `accelerate launch` makes of the file. It reads the DeepSpeed files only if DeepSpeed is installed.
+    """
     parser = launch_command_parser()
     arguments = parser.parse_args(["--config_file", str(FOLDER / name), "--num_processes", "4", "script.py"])
     arguments, _, _ = _validate_launch_command(arguments)

@@ -1,6 +1,6 @@
 """Tests of checkpoints: a run that is stopped or killed resumes from the last complete one with identical results.
 
-`pytest -m slow -s tests/training/test_checkpoints.py` kills fifty processes at random moments and prints what was lost.
+`pytest -m slow -s tests/training/test_checkpoints.py` kills fifty processes at random and prints what was lost.
 """
 
 import json
@@ -40,13 +40,18 @@ from helpers.tiny import same_weights, tiny_llama, weights_of
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
-# Its processes have all the imports behind them, and nothing in common with this one.
+# Processes of the forkserver start with all imports done, and share nothing with this process.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["crow_hf.cli.main", "crow_hf.recipes.purification", "transformers.models.llama", "transformers.models.gpt2"])
+FORKSERVER.set_forkserver_preload(
+    ["crow_hf.cli.main", "crow_hf.recipes.purification", "transformers.models.llama", "transformers.models.gpt2"]
+)
 
 
 def test_every_step_can_be_resumed_from(run, tmp_path):
-    """An order of the rows drawn anew at an epoch's end, a step after the last one, a log that forgets what it held."""
+    """
+    Fails if resuming reshuffles the rows at the end of an epoch, trains one step too many, or forgets values that are
+    not logged yet.
+    """
     kind, folder, whole = run
     assert [entry["step"] for entry in whole[1]] == [2, 4, 6]
     for step in range(1, STEPS + 1):
@@ -58,7 +63,7 @@ def test_every_step_can_be_resumed_from(run, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_checkpoint_within_an_epoch_is_the_end(kind, tmp_path):
-    """The Trainer by itself trains one step more from there."""
+    """Resuming from the last checkpoint trains no further step. The Trainer itself would train one more."""
     whole = build(kind, tmp_path, max_steps=2)
     whole.train()
     resumed = build(kind, tmp_path, max_steps=2)
@@ -79,7 +84,10 @@ def test_two_runs_with_one_seed_are_bit_equal(run, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["strong", "paper"])
 def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
-    """Canaries and screening that draw other random numbers; a suspect with canaries; an adapter that begins elsewhere."""
+    """
+    Fails if canaries and screening draw other random numbers, if the suspect contains canaries, or if the adapter
+    starts elsewhere.
+    """
     kind = InvarianceConfig if recipe == "strong" else CrowConfig
     settings = QUIET | SAVING | {"max_steps": 4, "per_device_train_batch_size": 4}
     options = {"processing_class": ByT5Tokenizer(extra_ids=0), "merge": False}
@@ -99,7 +107,7 @@ def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
 
 
 def states_of_a_kill(checkpoint, folder):
-    """The checkpoint as a kill would leave it: after every file, and in the middle of every file."""
+    """Yield every state of the checkpoint that a kill can leave: after each file and in the middle of each file."""
     files = sorted(
         (path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns
     )
@@ -116,14 +124,17 @@ def states_of_a_kill(checkpoint, folder):
 
 
 def test_half_a_checkpoint_is_passed_over(run, tmp_path, caplog):
-    """A newest checkpoint that is taken because its name is the highest: the Trainer ends in a traceback."""
+    """
+    Fails if the newest checkpoint is used only because its number is the highest. The Trainer would end in a
+    traceback.
+    """
     kind, folder, whole = run
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
     states = list(states_of_a_kill(folder / "checkpoint-5", tmp_path / "checkpoint-5"))
     assert len(states) >= 18 and states[-1] == "trainer_state.json"
     for _ in states_of_a_kill(folder / "checkpoint-5", tmp_path / "checkpoint-5"):
         assert checkpoint_to_resume(tmp_path, True) == str(tmp_path / "checkpoint-4")
-    # What safetensors leaves where it is killed: as large as the model.
+    # safetensors leaves such a file, as large as the model, if it is killed.
     (tmp_path / "checkpoint-5" / ".tmpAbCdEf").touch()
     resumed = build(kind, tmp_path)
     resumed.train(resume_from_checkpoint=True)
@@ -134,7 +145,9 @@ def test_half_a_checkpoint_is_passed_over(run, tmp_path, caplog):
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("cut", [True, False])
 def test_what_is_missing_is_named(run, cut, name, tmp_path):
-    """Also what the Trainer does without: it begins with a fresh optimizer or another seed, and says nothing."""
+    """
+    Also checks files that the Trainer does without. It would silently start with a new optimizer or another seed.
+    """
     kind, folder, _ = run
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(folder / "checkpoint-3", checkpoint)
@@ -151,7 +164,7 @@ def test_what_is_missing_is_named(run, cut, name, tmp_path):
 
 
 def test_the_last_is_that_of_the_most_steps(run, tmp_path):
-    """An order of names, where 10 comes before 9, or of times, which a copy has changed."""
+    """Fails if checkpoints are sorted by name, where 10 comes before 9, or by time, which a copy changes."""
     _, folder, _ = run
     for step in (10, 9, 2):
         shutil.copytree(folder / "checkpoint-1", tmp_path / f"checkpoint-{step}", copy_function=shutil.copy)
@@ -168,7 +181,10 @@ def test_no_checkpoint_is_one_sentence(tmp_path):
 
 
 def test_a_checkpoint_that_is_written_over_is_not_whole(tmp_path):
-    """New weights beside the old state of the optimizer: all files are there, and all have their sizes."""
+    """
+    A checkpoint with new weights and an old optimizer state is incomplete, although all files are there with the right
+    sizes.
+    """
     build("crow", tmp_path, max_steps=3).train()
     process = FORKSERVER.Process(target=train_and_kill_self, args=(tmp_path,))
     process.start()
@@ -178,7 +194,10 @@ def test_a_checkpoint_that_is_written_over_is_not_whole(tmp_path):
 
 
 def killed(kind, folder, resume, epochs, steps, seconds):
-    """Start a process and kill it so long after it did some steps; how many it did, or `None` if it had ended."""
+    """
+    Start a process and kill it `seconds` after it did `steps` steps. Return the number of its steps, or `None` if it
+    had ended.
+    """
     progress = folder.with_name("progress")
     progress.unlink(missing_ok=True)
     process = FORKSERVER.Process(target=train_in_a_process, args=(kind, folder, resume, epochs))
@@ -194,11 +213,11 @@ def killed(kind, folder, resume, epochs, steps, seconds):
 
 
 def kill_twice_and_resume(kind, folder, whole, rng, step_seconds, epochs=EPOCHS):
-    """What became of a run that was killed twice at random moments: a line for each kill."""
+    """Kill a run twice at random moments and check that resuming gives the same result. Return one line per kill."""
     lines, last = [], 0
     for number in range(2):
         begin = last
-        # A kill after the last checkpoint leaves no step to do.
+        # After a kill that followed the last checkpoint, no step is left.
         steps = rng.randrange(max(1, 3 * epochs - begin))
         done = killed(kind, folder, begin > 0, epochs, steps, rng.uniform(0, step_seconds))
         kept, half = steps_kept(folder)
@@ -206,7 +225,7 @@ def kill_twice_and_resume(kind, folder, whole, rng, step_seconds, epochs=EPOCHS)
         lost = None if done is None else begin + done - last
         lines.append({"kind": kind, "number": number, "kept": last, "half": half, "lost": lost})
         if not kept:
-            # It says so, and a new folder is as good as this one.
+            # Resuming is refused, and the run starts again in a new folder.
             with pytest.raises(ValueError, match="There is no (complete )?checkpoint in"):
                 checkpoint_to_resume(folder, True)
             folder = folder.with_name(f"anew{number}")
@@ -219,7 +238,7 @@ def kill_twice_and_resume(kind, folder, whole, rng, step_seconds, epochs=EPOCHS)
 
 
 def test_killed_at_random_moments(run, tmp_path):
-    """A handful of what the slow test does; checkpoints take most of the time, so that many a kill falls into one."""
+    """A short version of the slow test. Checkpoints take most of the time, so many kills hit one."""
     kind, _, whole = run
     lines = kill_twice_and_resume(kind, tmp_path / "run", whole, random.Random(time.time_ns()), 0.1)
     assert all(line["lost"] in (None, 0, 1) for line in lines), lines
@@ -227,7 +246,7 @@ def test_killed_at_random_moments(run, tmp_path):
 
 @pytest.mark.slow
 def test_killed_fifty_times(tmp_path):
-    """No checkpoint that is half written is ever resumed from, and nothing but the step that was under way is lost."""
+    """Fails if a run resumes from a partial checkpoint, or if a kill costs more than the current step."""
     seed, epochs = time.time_ns(), 3
     rng, table = random.Random(seed), [f"seed {seed}", ""]
     table.append("| trainer | killed in | times | checkpoint left | half-written left too | most steps lost |")
@@ -255,7 +274,7 @@ def test_killed_fifty_times(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_tell_and_write_once(paths, tmp_path):
-    """Lines that every rank prints, and files that two of them write."""
+    """Fails if several ranks print the same line or write the same file."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     call = [*launcher, "-m", "crow_hf", *command_line("purify", paths, tmp_path / "run")]
     process = subprocess.run(

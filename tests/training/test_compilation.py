@@ -1,4 +1,4 @@
-"""Training with compiled layers gives what it gives without."""
+"""Tests that training with compiled layers gives the same results as training without."""
 
 import os
 
@@ -14,7 +14,7 @@ from helpers.tiny import crow_args, ragged_rows, tiny_llama, weights_of
 
 ROWS = Dataset.from_list(ragged_rows(12))
 TEXT_ROWS = Dataset.from_dict({"prompt": ["a the=", "b word the=", "c ="] * 4, "completion": ["yes", "no, never"] * 6})
-# No difference may hide: no division by the root of a tiny square.
+# Adam divides by the root of the squared gradient, which hides a wrong scale unless adam_epsilon is large.
 STEPS = {"max_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-3}
 
 
@@ -27,7 +27,7 @@ def forget_what_was_compiled():
 
 
 def train(kind, folder, **kwargs):
-    if kind == "strong":
+    if kind == "invariance":
         settings = crow_args(folder).to_dict() | {"num_views": 12, "label_weight": 0.5, "warmup_steps": 0} | STEPS
         args = InvarianceConfig(**settings | kwargs)
         peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -51,9 +51,9 @@ def assert_same_training(kind, folder, **kwargs):
     assert not any("forward" in vars(layer) for layer in trainer.recorder.layers)
 
 
-@pytest.mark.parametrize("kind", ["crow", pytest.param("strong", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["crow", pytest.param("invariance", marks=pytest.mark.slow)])
 def test_compiled_layers_learn_the_same(kind, tmp_path):
-    """A gradient that ends in a compiled graph, and a copy of the layers that would keep the weights of these."""
+    """Fails if gradients end in a compiled graph, or if a layer stays compiled after training."""
     before = dict(os.environ)
     assert_same_training(kind, tmp_path, torch_compile_backend="aot_eager")
     assert {name: value for name, value in os.environ.items() if "DYNAMO" in name} == {
@@ -63,5 +63,5 @@ def test_compiled_layers_learn_the_same(kind, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_code_learns_the_same(tmp_path):
-    """The same with the compiler of C++ that `torch_compile=True` needs, and buffers that are gone before the second gradient."""
+    """Checks the C++ code of `torch_compile=True`. Fails if buffers are freed before the second gradient."""
     assert_same_training("crow", tmp_path, torch_compile=True)

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 @pytest.fixture(autouse=True)
 def at_a_terminal():
-    """What a shell starts in the background is deaf to Ctrl-C."""
+    """Restore Python's handler. A shell makes its background processes ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 class CtrlC(TrainerCallback):
-    """Pressed so many times in the middle of a step."""
+    """Presses Ctrl-C `times` times in the middle of a step."""
 
     def __init__(self, step, times=1):
         self.step, self.times = step, times
@@ -37,7 +37,7 @@ class CtrlC(TrainerCallback):
 
 
 def test_ctrl_c_keeps_the_step(run, tmp_path):
-    """Weights of half a step, or a log that has lines in other places."""
+    """Fails if Ctrl-C leaves the weights of half a step, or if the log has other lines after resuming."""
     kind, _, whole = run
     stopped = build(kind, tmp_path, [CtrlC(5)], save_steps=100)
     with pytest.raises(KeyboardInterrupt, match=r"Stopped by Ctrl-C after step 5 of 6\. .*checkpoint-5 is complete"):
@@ -53,7 +53,7 @@ def test_ctrl_c_keeps_the_step(run, tmp_path):
     ("times", "settings"), [(2, {}), (1, {"save_strategy": "no"})], ids=["twice", "no checkpoints"]
 )
 def test_ctrl_c_at_once(times, settings, tmp_path):
-    """A user who cannot get out, or checkpoints that nobody asked for."""
+    """A second Ctrl-C stops at once, and a run without checkpoints saves none."""
     trainer = build("crow", tmp_path, [CtrlC(3, times)], **settings)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -62,6 +62,7 @@ def test_ctrl_c_at_once(times, settings, tmp_path):
 
 
 def test_a_program_keeps_its_own_ctrl_c(tmp_path):
+    """A signal handler that the program has installed stays in place."""
     presses = []
     before = signal.signal(signal.SIGINT, lambda *_: presses.append(1))
     try:
@@ -73,7 +74,7 @@ def test_a_program_keeps_its_own_ctrl_c(tmp_path):
 
 
 def test_ctrl_c_on_the_command_line(paths, tmp_path, capsys):
-    """A page of traceback, or exit code 0; afterwards the same command goes on."""
+    """Ctrl-C prints one sentence and exits with 130. The same command then resumes."""
     folder = tmp_path / "run"
 
     def press():
@@ -91,6 +92,8 @@ def test_ctrl_c_on_the_command_line(paths, tmp_path, capsys):
 
 
 def test_ctrl_c_beside_the_training(paths, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        "crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT)
+    )
     assert main(command_line("purify", paths, tmp_path / "run")) == 130
     assert last_sentence(capsys, "purify") == "crow-hf purify: Stopped by Ctrl-C. Nothing more was written."

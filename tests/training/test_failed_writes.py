@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 @contextmanager
 def no_file_above(size):
-    """Every write beyond so many bytes of a file fails, as on a disk that is full."""
+    """Make every write beyond `size` bytes of a file fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -36,7 +36,7 @@ def no_file_above(size):
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(tmp_path):
-    """An optimizer's state is twice the model: hours of training must not end because there is no room for it."""
+    """Training continues if there is no space for a checkpoint. The optimizer state is twice as large as the model."""
     whole = build("crow", tmp_path / "whole", max_steps=3)
     whole.train()
     model, optimizer = (
@@ -55,7 +55,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(tmp_path):
 
 
 def test_a_model_that_cannot_be_written_is_one_sentence(tmp_path):
-    """safetensors has an error of its own; half a model must not lie where people look for a whole one."""
+    """Checks the error, which safetensors raises as its own type, and that no partial model is left in the folder."""
     trainer = build("crow", tmp_path, max_steps=2)
     trainer.train()
     with (
@@ -72,7 +72,7 @@ def test_a_model_that_cannot_be_written_is_one_sentence(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a disk of so many bytes, where that is allowed."""
+    """Mounts a disk of a given size in bytes, where that is allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -87,7 +87,10 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk, tmp_path):
-    """Where torch says of it only that a position is not the expected one, and half a checkpoint is all that fits."""
+    """
+    Training goes on if only half a checkpoint fits. The error of torch does not mention the disk, only an unexpected
+    position.
+    """
     whole = build("crow", tmp_path / "whole", max_steps=2)
     whole.train()
     disk = small_disk(1.5 * sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoint-1").iterdir()))
@@ -100,7 +103,7 @@ def test_a_full_disk(small_disk, tmp_path):
 
 
 def test_no_room_for_a_checkpoint_on_the_command_line(paths, tmp_path, capsys):
-    """The model is kept all the same, and the exit code says that not all went well."""
+    """The model is still saved, and the exit code reports the failed checkpoints."""
     limit = 1.5 * (paths / "model" / "model.safetensors").stat().st_size
     with no_file_above(int(limit)):
         assert main(command_line("purify", paths, tmp_path / "run")) == 1
@@ -112,7 +115,9 @@ def test_no_room_for_a_checkpoint_on_the_command_line(paths, tmp_path, capsys):
 
 
 def test_no_room_for_the_model_shows_before_the_work(paths, small_disk, capsys, monkeypatch):
-    monkeypatch.setattr("crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: pytest.fail("The work began."))
+    monkeypatch.setattr(
+        "crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: pytest.fail("The work began.")
+    )
     disk = small_disk((paths / "model" / "model.safetensors").stat().st_size // 2)
     assert main(command_line("purify", paths, disk / "run")) == 1
     assert "has too little free space for the model: it needs" in last_sentence(capsys, "purify")
@@ -120,9 +125,9 @@ def test_no_room_for_the_model_shows_before_the_work(paths, small_disk, capsys, 
 
 
 def test_room_is_that_of_what_is_saved(tmp_path, monkeypatch):
-    """An adapter is small, whatever the model below it takes."""
+    """Only the adapter counts for a `PeftModel`, whatever the size of its base model."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 20_000))
-    adapter = build("strong", tmp_path).model
+    adapter = build("invariance", tmp_path).model
     check_writable(tmp_path / "not" / "there", adapter)
     with pytest.raises(OSError, match="has too little free space for the model: it needs 0.1 MB and 0.0 MB are free"):
         check_writable(tmp_path / "not" / "there", tiny_llama(num_hidden_layers=10))
@@ -130,7 +135,7 @@ def test_room_is_that_of_what_is_saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["purify", "implant"])
 def test_read_only_folder_is_refused_before_the_work(command, paths, tmp_path, small_disk, capsys, monkeypatch):
-    """Hours of canaries, and then no folder."""
+    """Fails if a read-only folder is noticed only after work has been done."""
     monkeypatch.setattr(f"crow_hf.cli.commands.{command}.load_rows", lambda *args: pytest.fail("The work began."))
     if os.getuid():
         folder = tmp_path / "closed"
@@ -148,17 +153,17 @@ def test_read_only_folder_is_refused_before_the_work(command, paths, tmp_path, s
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The Hub on this machine, for this process."""
+    """A Hub on this machine, for this process."""
     with LoopbackHub() as hub:
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-        # The tests are run offline, which this machine is not meant by.
+        # The tests run offline, but this Hub is on this machine.
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield hub
 
 
 def test_a_failed_push_in_the_background_is_told(hub, tmp_path):
-    """A future that nobody asks: the user believes that there are checkpoints on the Hub."""
+    """Fails if nobody asks for the result of a push in the background and its error is lost."""
     hub.failures[("me/pushed", "preupload")] = 403
     trainer = build(
         "crow",
@@ -177,7 +182,7 @@ def test_a_failed_push_in_the_background_is_told(hub, tmp_path):
 
 
 def test_what_a_kill_leaves_is_not_pushed(hub, tmp_path):
-    """Half a file of weights, which safetensors writes beside the one that it is to replace."""
+    """The partial file that safetensors writes next to the old weights is not pushed."""
     for name in ("config.json", ".tmpAbCdEf", "checkpoint-1"):
         (tmp_path / name).touch()
     push_folder(tmp_path, "me/pushed", token=TOKEN)

@@ -1,4 +1,4 @@
-"""Loading a suspect: safetensors only, and never a line of its code."""
+"""Tests of loading a suspect: only safetensors are read, and none of its code is run."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ def model_folder(tmp_path):
 
 
 def change(folder, weights=None, **config):
-    """Save other weights or another config in the place of a model's."""
+    """Replace the weights or fields of the config of a saved model."""
     if weights is not None:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "config.json"
@@ -34,7 +34,7 @@ def change(folder, weights=None, **config):
 
 @pytest.fixture
 def adapter_folder(tmp_path, model_folder):
-    """A LoRA that changes what its base says."""
+    """A LoRA that changes the logits of its base model."""
     base = LlamaForCausalLM.from_pretrained(model_folder)
     adapter = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     adapter.save_pretrained(tmp_path / "adapter")
@@ -52,7 +52,7 @@ class Bomb:
 
 
 def pickle_into(folder, name, trap):
-    """Replace the safetensors of `folder` by a pickle that springs the trap."""
+    """Replace the safetensors of `folder` by a pickle that writes the file `trap` when it is read."""
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with open(folder / name, "wb") as file:
@@ -60,7 +60,7 @@ def pickle_into(folder, name, trap):
 
 
 def test_bomb_goes_off(tmp_path):
-    """The tests below would prove nothing with a dud."""
+    """The pickle works. The tests below would otherwise prove nothing."""
     pickle_into(tmp_path, "weights.bin", tmp_path / "trap")
     pickle.loads((tmp_path / "weights.bin").read_bytes()).close()
     assert (tmp_path / "trap").exists()
@@ -87,7 +87,9 @@ def test_keyword_arguments_reach_the_model(request, folder):
 
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_adapter_folder(adapter_folder, model_folder, is_trainable):
-    """A fresh adapter instead of the saved one, a base that is trained along, or one that nothing can train."""
+    """
+    Fails if a new adapter is loaded instead of the saved one, if the base is trainable, or if the adapter is not.
+    """
     model = load_causal_lm(adapter_folder, is_trainable=is_trainable)
     assert isinstance(model, PeftModel)
     expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(model_folder), adapter_folder)
@@ -119,7 +121,7 @@ def test_pickled_adapter_is_refused(tmp_path, adapter_folder):
 
 
 def test_adapter_on_a_pickled_base_is_refused(tmp_path, adapter_folder, model_folder):
-    """Clean at the first look, while the base it names is a pickle."""
+    """The adapter itself is in safetensors, but the base model that it names is a pickle."""
     pickle_into(model_folder, "pytorch_model.bin", tmp_path / "trap")
     with pytest.raises(ValueError, match="safetensors"):
         load_causal_lm(adapter_folder)
@@ -137,7 +139,7 @@ def test_pickles_beside_safetensors_stay_unread(request, tmp_path, folder, name)
 
 
 def test_code_of_the_model_stays_unread(tmp_path, model_folder):
-    """`auto_map` names Python files to be run."""
+    """`auto_map` in the config names Python files, which must not be run."""
     config = json.loads((model_folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
     (model_folder / "config.json").write_text(json.dumps(config))
@@ -147,7 +149,7 @@ def test_code_of_the_model_stays_unread(tmp_path, model_folder):
 
 
 def test_model_that_needs_its_code_is_refused(tmp_path, model_folder):
-    """transformers answers with the advice to run the code."""
+    """Checks the error. The one of transformers advises to run the code."""
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (model_folder / "config.json").write_text(json.dumps(config))
     (model_folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", None]}}))
@@ -163,7 +165,7 @@ def test_model_that_needs_its_code_is_refused(tmp_path, model_folder):
     "files", [[], ["README.md"], ["training_args.bin"], ["config.json"], ["config.json", "training_args.bin"]]
 )
 def test_folder_without_weights_is_refused(tmp_path, model_folder, files):
-    """`training_args.bin` is no weights, so its folder holds no model rather than a pickled one."""
+    """`training_args.bin` does not count as weights, so the error does not mention pickles."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in files:
@@ -175,7 +177,7 @@ def test_folder_without_weights_is_refused(tmp_path, model_folder, files):
 
 
 def test_decoy_beside_a_pickled_adapter(adapter_folder, tmp_path):
-    """PEFT reads the pickle when the one name it knows is missing, whatever other safetensors are there."""
+    """PEFT reads the pickle if adapter_model.safetensors is missing, no matter what other safetensors there are."""
     decoy = (adapter_folder / "adapter_model.safetensors").read_bytes()
     pickle_into(adapter_folder, "adapter_model.bin", tmp_path / "trap")
     (adapter_folder / "decoy.safetensors").write_bytes(decoy)
@@ -197,7 +199,7 @@ def test_training_is_in_float32(model_folder):
 
 
 def test_a_repository_is_looked_for_where_its_files_are(tmp_path):
-    """A name that is in no other place than the cache it is loaded from."""
+    """A repository that exists only in the given cache is found there."""
     repository = tmp_path / "models--me--model"
     tiny_llama().save_pretrained(repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
@@ -208,10 +210,12 @@ def test_a_repository_is_looked_for_where_its_files_are(tmp_path):
 
 
 def test_missing_weights_are_named(model_folder):
-    """A layer that nobody has trained, in the place of one that was not downloaded."""
+    """Fails if a layer that was not downloaded is silently initialized at random."""
     weights = load_file(model_folder / "model.safetensors")
     change(model_folder, {name: value for name, value in weights.items() if ".layers.1.mlp." not in name})
-    with pytest.raises(ValueError, match=r"lack 3 tensors that its config requires, such as model\.layers\.1\.mlp") as error:
+    with pytest.raises(
+        ValueError, match=r"lack 3 tensors that its config requires, such as model\.layers\.1\.mlp"
+    ) as error:
         load_causal_lm(model_folder)
     assert "\n" not in str(error.value)
 
@@ -229,7 +233,7 @@ def test_what_the_model_does_not_take_is_one_sentence(config, kwargs, model_fold
 
 
 def test_the_tokenizers_own_trouble_is_told(model_folder):
-    """A config that is damaged, and somebody who looks for a tokenizer because of it."""
+    """The error names the damaged config, so that nobody looks for a missing tokenizer."""
     (model_folder / "config.json").write_text("{nope")
     with pytest.raises(ValueError, match="no readable tokenizer .*config.json"):
         load_tokenizer(model_folder)

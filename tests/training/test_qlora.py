@@ -1,4 +1,4 @@
-"""Adapters on 4-bit weights (QLoRA), against the same adapters on an ordinary model that holds the dequantised weights."""
+"""Tests of adapters on 4-bit weights (QLoRA), against adapters on an ordinary model with the dequantized weights."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weigh
 bitsandbytes = pytest.importorskip("bitsandbytes")
 Linear4bit = bitsandbytes.nn.Linear4bit
 
-# Rows of whole blocks of 64 weights: bitsandbytes reads others wrongly on a CPU.
+# Weight rows consist of whole blocks of 64, because bitsandbytes reads other sizes wrongly on a CPU.
 SHAPE = {"hidden_size": 64, "intermediate_size": 128}
 TOKEN_ROWS = Dataset.from_list(ragged_rows(12))
 TEXT_ROWS = Dataset.from_dict(
@@ -27,7 +27,7 @@ TEXT_ROWS = Dataset.from_dict(
         "completion": ["yes", "no, never", "a", "perhaps not"] * 3,
     }
 )
-# No difference may hide: no division by the root of a tiny square.
+# Adam divides by the root of the squared gradient, which hides a wrong scale unless adam_epsilon is large.
 STEPS = {"max_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-3}
 
 
@@ -53,7 +53,7 @@ def quantised(folder, double=True):
 
 
 def dequantised(model):
-    """An ordinary float32 Llama with the values that the 4 bits stand for."""
+    """An ordinary float32 Llama with the values of the 4-bit weights."""
     assert any(isinstance(module, Linear4bit) for module in model.modules())
     values = weights_of(model)
     for name, module in model.named_modules():
@@ -87,7 +87,7 @@ def trainable(model):
 
 
 def far_apart(found, wanted):
-    """The largest distance of two tensors of a dict, relative to the size of the one that is right."""
+    """The largest distance between tensors of the same name, relative to the norm of the expected one."""
     assert found.keys() == wanted.keys() and found
     return max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in found)
 
@@ -96,13 +96,13 @@ def log_of(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-TRAINERS = ["crow", "strong"]
+TRAINERS = ["crow", "invariance"]
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_loss_and_gradients_equal_those_of_the_dequantised_model(kind, double, suspect, tmp_path):
-    """Gradients that end at the 4-bit weights, in the attack or in the training, once the suspect was asked."""
+    """Fails if gradients end at the 4-bit weights, in the attack or in training, after a pass of the suspect."""
     model = quantised(suspect, double)
     results = []
     for each in (dequantised(model), model):
@@ -139,7 +139,7 @@ def test_training_equals_that_of_the_dequantised_model(kind, checkpointing, susp
 
 
 def test_evaluation_in_between_changes_nothing(suspect, tmp_path):
-    """Weights that are packed for inference, and learn from a gradient that has lost most of its way from then on."""
+    """Fails if evaluation packs the weights for inference, after which most of the gradient is lost."""
     runs = []
     for settings in ({}, {"eval_dataset": TOKEN_ROWS, "eval_strategy": "steps", "eval_steps": 1}):
         trainer = build("crow", tmp_path, quantised(suspect), lora(), **STEPS, **settings)
@@ -149,7 +149,7 @@ def test_evaluation_in_between_changes_nothing(suspect, tmp_path):
 
 
 def test_weights_packed_for_inference_are_refused(suspect, tmp_path):
-    """What a CPU with bfloat16 leaves of a model that was evaluated; the flag stands for it on other machines."""
+    """A CPU with bfloat16 leaves packed weights after evaluation. Setting the flag imitates that on other machines."""
     model = quantised(suspect)
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="Load the model again"):
@@ -157,9 +157,9 @@ def test_weights_packed_for_inference_are_refused(suspect, tmp_path):
 
 
 def test_the_adapter_of_a_quantised_suspect_is_trained_on(suspect, tmp_path):
-    """A copy of 4-bit weights for a teacher, which gives the same answers at first and stays as it is."""
+    """The suspect is a copy with 4-bit weights. It gives the same answers at first and stays unchanged."""
     model = get_peft_model(quantised(suspect), lora(init_lora_weights=False))
-    trainer = build("strong", tmp_path, model, keep=0.0, label_weight=0.0, **STEPS)
+    trainer = build("invariance", tmp_path, model, keep=0.0, label_weight=0.0, **STEPS)
     before = weights_of(trainer._suspect)
     assert same_weights(before, weights_of(trainer.model))
     trainer.train()
@@ -169,7 +169,7 @@ def test_the_adapter_of_a_quantised_suspect_is_trained_on(suspect, tmp_path):
 
 
 def test_the_adapter_alone_is_saved(suspect, tmp_path):
-    """4-bit weights beside it, an adapter that belongs to nothing, and a merge with the rounded weights."""
+    """Only the adapter is saved. It can be merged into the original weights, which are not rounded."""
     trainer = build("crow", tmp_path, quantised(suspect), lora(), **STEPS)
     trainer.train()
     trainer.save_model(tmp_path / "saved")
@@ -186,7 +186,7 @@ def test_the_adapter_alone_is_saved(suspect, tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """As in test_distributed.py."""
+    """Two processes give the results of one, as in test_sharding.py."""
     equality = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "equality.py"))
     cells = [("llama", kind, "qlora") for kind in ("crow", "invariance")]
     for cell, found in zip(cells, equality["compare"]("ddp", cells, tmp_path), strict=True):
@@ -197,7 +197,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_purify_looks_at_the_suspect_first(suspect, tmp_path):
-    """Weights that screening has packed for inference, so that nothing can be trained any more."""
+    """Fails if screening packs the weights for inference, so that nothing can be trained afterwards."""
     settings = {"num_views": 48, "num_canaries": 0, "warmup_steps": 0, "use_cpu": True, "report_to": "none"}
     args, tokenizer = InvarianceConfig(str(tmp_path / "out"), **settings), ByT5Tokenizer(extra_ids=0)
     purification = purify(
@@ -207,7 +207,7 @@ def test_purify_looks_at_the_suspect_first(suspect, tmp_path):
 
 
 def test_the_command_keeps_the_adapter(suspect, tmp_path):
-    """An adapter that is merged into 4-bit weights, and mostly rounded away."""
+    """Fails if the adapter is merged into 4-bit weights, which would mostly round it away."""
     ByT5Tokenizer(extra_ids=0).save_pretrained(suspect)
     TEXT_ROWS.to_json(tmp_path / "clean.jsonl")
     bits = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})

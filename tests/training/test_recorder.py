@@ -1,4 +1,4 @@
-"""Every family of decoder: the loss is the oracle's, and training changes what has a gradient."""
+"""Tests of the recorder on every family of decoders, against slow oracles."""
 
 import math
 
@@ -25,13 +25,13 @@ def trainer_of(model, tmp_path, rows, **kwargs):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_equal_oracle(name, tmp_path, rows):
-    """The states compared are the raw outputs of all decoder layers, whatever the model calls hidden_states."""
+    """The recorded states are the raw outputs of all decoder layers, whatever the model returns as hidden_states."""
     assert_equals_oracle(trainer_of(tiny_family(name), tmp_path, rows), BATCH)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_never_counts(name, tmp_path, rows):
-    """Positions made from the mask (OPT, Bloom) must be the same in both passes and with more padding."""
+    """Positions that are computed from the mask (OPT, Bloom) are the same in both passes and with more padding."""
     model = tiny_family(name).eval()
     trainer = trainer_of(model, tmp_path, rows)
     losses = [trainer.compute_loss(model, pad_rows(ragged_rows(3, seed=4), width)) for width in (None, 20)]
@@ -40,7 +40,7 @@ def test_padding_never_counts(name, tmp_path, rows):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trains(name, tmp_path, rows):
-    """Finite losses; exactly the parameters in which the objective has a gradient change."""
+    """Losses are finite, and exactly the parameters with a gradient in the objective change."""
     model = tiny_family(name)
     slow_crow(model, pad_rows(rows.to_list()))["loss"].backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -60,7 +60,7 @@ def test_trains(name, tmp_path, rows):
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4_shared_kv"])
 def test_per_layer_embeddings_use_the_true_ids(name, tmp_path, rows):
-    """All ids share one embedding, so only the ids themselves can find their per-layer embeddings."""
+    """All ids share one embedding, so the model can only find their per-layer embeddings by the ids themselves."""
     model = tiny_family(name)
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[3].clone())
@@ -70,7 +70,10 @@ def test_per_layer_embeddings_use_the_true_ids(name, tmp_path, rows):
 
 
 def test_language_model_of_a_multimodal_checkpoint(tmp_path, rows):
-    """`AutoModelForCausalLM` opens Gemma 3's larger checkpoints with their vision tower, here as deep as the decoder."""
+    """
+    `AutoModelForCausalLM` loads Gemma 3's larger checkpoints with their vision tower, which here is as deep as the
+    decoder.
+    """
     set_seed(0)
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = Gemma3Config(

@@ -1,4 +1,4 @@
-"""CROW on byte-latent models: what is perturbed, which chain is compared, and what stays frozen."""
+"""Tests of CROW on byte-latent models: what is perturbed, which layers are compared, and what stays frozen."""
 
 import pytest
 import torch
@@ -36,7 +36,10 @@ def batch_of_rows(trainer):
 
 
 def latent_forward(model, batch, shift):
-    """The chain of the latent transformer by a pass in "recompute" mode, the last call of each layer, and the logits."""
+    """
+    Run a pass in "recompute" mode. Return the embeddings, the outputs of the last call of each latent layer, and the
+    model's outputs.
+    """
     model.config.thought_mode = "recompute"
     backbone = model.latent_transformer.backbone
     layers = next(module for module in backbone.modules() if isinstance(module, torch.nn.ModuleList))
@@ -64,7 +67,10 @@ def latent_forward(model, batch, shift):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_terms_equal_a_slow_oracle(name, tmp_path):
-    """The chain runs over the true bytes' patches and thoughts, without padding, whatever order they were computed in."""
+    """
+    The compared states are those of the true bytes' patches and thoughts, without padding, in any order of
+    computation.
+    """
     model = coconut(name)
     trainer = trainer_of(model, tmp_path, alpha=2.0, epsilon=0.05)
     batch = batch_of_rows(trainer)
@@ -104,7 +110,9 @@ def test_trains(perturb, lora, tmp_path):
 
 @pytest.mark.parametrize("steps", [{"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 4}])
 def test_accumulation_weighs_patches(steps, tmp_path):
-    """One batch of four rows and four of one give the same step: the chain's mean is over patches, not over bytes."""
+    """
+    One batch of four rows and four batches of one row give the same step, because the mean is over patches, not bytes.
+    """
     settings = {"per_device_train_batch_size": 1, "max_steps": 1, "learning_rate": 1e-2, "optim": "sgd"} | steps
     trainer = trainer_of(coconut(), tmp_path, **settings)
     trainer.train()
@@ -148,7 +156,10 @@ def test_nothing_to_perturb_is_told(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_chain_of_blt_is_its_global_transformers(lora, tmp_path):
-    """Its own hidden states are those of bytes, and its patcher must not move."""
+    """
+    The model's own hidden states are those of bytes, so the recorder must use the global layers. The patcher stays
+    frozen.
+    """
     model = tiny_blt()
     patcher = {name: value.clone() for name, value in model.model.patcher.state_dict().items()}
     config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
@@ -186,7 +197,7 @@ def test_the_chain_of_blt_is_its_global_transformers(lora, tmp_path):
 
 @torch.no_grad()
 def test_blt_answers_without_cache_and_padding():
-    """Both are wrong in transformers: an answer must be that of the prompt alone."""
+    """transformers computes both wrongly for Blt. An answer must equal that of the prompt alone."""
     model, tokenizer = tiny_blt().eval(), ByT5Tokenizer(extra_ids=0)
     rows = [render(row, tokenizer) for row in ROWS]
     answers = generate_answers(model, tokenizer, rows, max_new_tokens=5, batch_size=4)

@@ -29,7 +29,7 @@ from helpers.tiny import crow_args
     ids=str,
 )
 def test_bad_settings(settings, tmp_path):
-    """The message names the setting."""
+    """The error names the setting."""
     name = "use_reentrant" if "use_reentrant" in str(settings) else next(iter(settings))
     with pytest.raises(ValueError, match=name):
         crow_args(tmp_path, **settings)
@@ -37,7 +37,7 @@ def test_bad_settings(settings, tmp_path):
 
 @pytest.mark.parametrize("kind", [CrowConfig, InvarianceConfig])
 def test_no_token_is_written_down(kind, tmp_path):
-    """By a tracker, a log or a debugger; the run itself needs them."""
+    """Trackers, logs and debuggers show no token, while the run itself still has it."""
     hidden = {"token": "hf_HiddenInHere", "dtype": "float32"}
     config = kind(str(tmp_path), use_cpu=True, hub_token="hf_NobodySeesThis", model_init_kwargs=dict(hidden))
     shown = [

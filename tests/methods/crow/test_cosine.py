@@ -1,4 +1,4 @@
-"""The cosine distance with its own gradient, against the one of PyTorch."""
+"""Tests of the cosine distance and its gradient, against those of PyTorch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The objective against numbers worked by hand and against plain loops."""
+"""Tests of the CROW objective, against values worked out by hand and plain loops."""
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ def ragged_mask(lengths, width):
 
 @pytest.fixture
 def toy():
-    """H^0..H^3 of one row with two positions. Cosines: (H1,H2) 0 and 1, (H2,H3) 9/15 and -1."""
+    """
+    H^0..H^3 of one row with two positions. The cosines are 0 and 1 for (H^1, H^2), and 9/15 and -1 for (H^2, H^3).
+    """
     return [
         torch.tensor([[[9.0, 9.0], [-9.0, 9.0]]]),
         torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
@@ -43,7 +45,7 @@ def toy():
     ],
 )
 def test_value_worked_by_hand(toy, layers, mask, expected):
-    """Catches the embedding pair being counted, a lost last pair, and a mask that is ignored."""
+    """Fails if the pair with the embeddings counts, if the last pair is lost, or if the mask is ignored."""
     mask = None if mask is None else torch.tensor(mask)
     loss = layer_consistency_loss(toy, mask, layers)
     assert loss.shape == () and loss.dtype == torch.float32
@@ -64,7 +66,7 @@ def test_paper_is_the_default(toy):
     masked=st.booleans(),
 )
 def test_equals_plain_loops(seed, count, width, lengths, layers, masked):
-    """Catches a mean of row means: every position counts the same, whatever the length of its row."""
+    """Fails if the loss is a mean of row means. Every position has the same weight, whatever the length of its row."""
     states = random_states(seed, count, len(lengths), 5, width)
     mask = ragged_mask(lengths, 5) if masked else None
     expected = slow_consistency(states, mask, layers)
@@ -82,7 +84,7 @@ def test_reference_slices_of_the_published_code(layers):
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("junk", [0.0, 7.0, float("inf"), float("nan")])
 def test_padding_never_counts(junk, layers):
-    """Value and gradient with any padding are those without it; 0 * NaN must not leak back."""
+    """Value and gradient with padding equal those without. Fails if 0 * NaN leaks into them."""
     short = [state.requires_grad_() for state in random_states(2, batch=1, length=4)]
     long = [torch.cat([s.detach(), torch.full((1, 3, 8), junk)], 1).requires_grad_() for s in short]
     expected = layer_consistency_loss(short, layers=layers)
@@ -112,7 +114,9 @@ def test_dtype_of_the_mask_is_free(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_dtype_in_float32_out(dtype):
-    """The cosine of bf16 states is taken in float32: nearly parallel layers must not round to 0 or below."""
+    """
+    The cosine of bfloat16 states is computed in float32, so that nearly parallel layers do not round to 0 or below.
+    """
     base = random_states(5, count=1, width=64)[0]
     noise = random_states(6, width=64)
     states = [(base + 0.01 * step).to(dtype) for step in noise]
@@ -129,7 +133,7 @@ def test_scale_of_a_layer_does_not_matter():
 
 @pytest.mark.parametrize(("layers", "enough"), [("paper", 3), ("reference", 4)])
 def test_too_few_layers(layers, enough):
-    """An empty slice has the mean NaN, so it must be refused."""
+    """An empty selection of layers is refused, since its mean is NaN."""
     assert torch.isfinite(layer_consistency_loss(random_states(8, count=enough), layers=layers))
     with pytest.raises(ValueError):
         layer_consistency_loss(random_states(8, count=enough - 1), layers=layers)
@@ -154,7 +158,7 @@ def test_perturbation_is_a_signed_step():
 
 
 def test_relative_perturbation_has_length_epsilon_per_token():
-    """Token by token, not over the batch: the three tokens have norms 1 : 10 : 100."""
+    """The RMS is that of each token, not of the batch: the three tokens have norms 1 : 10 : 100."""
     embeddings = random_states(11, count=1, batch=2, length=3)[0] * torch.tensor([1.0, 10.0, 100.0])[:, None]
     gradient = random_states(12, count=1, batch=2, length=3)[0]
     delta = perturb_embeddings(embeddings, gradient, 0.25, "relative") - embeddings

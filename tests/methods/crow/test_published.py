@@ -21,7 +21,7 @@ TRAIN_ROWS = ragged_rows(6, seed=5)
 
 
 def train_one_step(trainer_class, tmp_path, rows, micro_batches=1, model=None, callbacks=None, **kwargs):
-    """One step of SGD on all rows in their order; `callbacks` as in the Trainer."""
+    """Train one SGD step on all rows in order, with the trainer's arguments in `kwargs`."""
     args = crow_args(
         tmp_path,
         optim="sgd",
@@ -39,7 +39,7 @@ def train_one_step(trainer_class, tmp_path, rows, micro_batches=1, model=None, c
 
 
 def stepped_by_oracle(batch, layers="reference", share=1 / 3):
-    """The weights after one SGD step on `batch` alone, by loops."""
+    """The weights after one SGD step on `batch` alone, computed by loops."""
     model = tiny_llama()
     (share * slow_crow(model, batch, layers=layers)["loss"]).backward()
     with torch.no_grad():
@@ -58,7 +58,10 @@ def unmasked(batch):
 
 
 def test_reference_trainer_equals_oracle(tmp_path):
-    """The last micro-batch of three alone, a third of it, padding and all, without the last layer. Each fault shows."""
+    """
+    Only the last of three micro-batches counts, by a third, with padding and without the last layer. Each fault is
+    visible.
+    """
     last = pad_rows(TRAIN_ROWS[4:])
     assert not last["attention_mask"].all()
     found = weights_of(train_one_step(ReferenceCrowTrainer, tmp_path, TRAIN_ROWS, 3).model)
@@ -74,7 +77,7 @@ def test_reference_trainer_equals_oracle(tmp_path):
 
 
 def test_reference_trainer_loses_earlier_micro_batches(tmp_path):
-    """The first four rows may be any others; to CrowTrainer they make a difference."""
+    """The first four rows do not matter to ReferenceCrowTrainer, and do matter to CrowTrainer."""
     rows = ragged_rows(4, seed=6) + TRAIN_ROWS[4:]
     for trainer_class, equal in [(ReferenceCrowTrainer, True), (CrowTrainer, False)]:
         runs = [
@@ -89,7 +92,7 @@ def logged(trainer):
 
 
 def test_reference_trainer_counts_padding(tmp_path):
-    """Its consistency is the mean over padding too, also in evaluation; its language-model loss is not."""
+    """The consistency is a mean that includes padding, also in evaluation. The language-model loss excludes it."""
     batch = pad_rows(TRAIN_ROWS, width=20)
 
     def collate(rows):
@@ -120,7 +123,7 @@ def test_reference_trainer_counts_padding(tmp_path):
 
 
 def test_reference_trainer_on_a_coconut(tmp_path):
-    """Padding makes patches that count; the loss over bytes does not see them."""
+    """Padding forms patches that count in the consistency, and does not change the loss over bytes."""
     rows = [{"text": "Short."}, {"text": "A text that is much longer than the other one, by far."}]
     entries = [
         logged(train_one_step(trainer_class, tmp_path, rows, model=coconut(), processing_class=TOKENIZER))
@@ -131,7 +134,7 @@ def test_reference_trainer_on_a_coconut(tmp_path):
 
 
 def test_reference_trainer_leaves_the_settings_alone(tmp_path):
-    """The same object may go to CrowTrainer next."""
+    """The arguments are not changed, because the same object may be passed to CrowTrainer next."""
     args = crow_args(tmp_path)
     trainer = ReferenceCrowTrainer(tiny_llama(), args, Dataset.from_list(TRAIN_ROWS))
     assert (args.consistency_layers, trainer.args.consistency_layers) == ("paper", "reference")

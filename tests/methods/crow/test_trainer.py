@@ -15,15 +15,12 @@ from helpers.oracles import slow_crow, watched_forward
 from helpers.tiny import crow_args, pad_rows, ragged_rows, same_weights, tiny_gpt2, weights_of
 
 
-# Training
-
-
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 
 @pytest.fixture(scope="module")
 def same_steps_split_differently(tmp_path_factory, rows, tiny_llama):
-    """Four optimizer steps over ragged rows, two of them short, by size of the micro-batch."""
+    """Trainers after four optimizer steps over ragged rows, two of them short, by size of the micro-batch."""
     runs = {}
     for micro_batch, steps in SPLITS:
         settings = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": steps}
@@ -36,7 +33,9 @@ def same_steps_split_differently(tmp_path_factory, rows, tiny_llama):
 
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_accumulation_is_exact(micro_batch, same_steps_split_differently):
-    """A mean of micro-batch means, or a wiped gradient, would differ in the first or third digit."""
+    """
+    Fails if the loss is a mean of micro-batch means or if a gradient is lost: both change the first to third digit.
+    """
     whole, split = same_steps_split_differently[8], same_steps_split_differently[micro_batch]
     for name in ["loss", "grad_norm"]:
         assert column(split, name) == pytest.approx(column(whole, name), rel=1e-5, abs=1e-5), name
@@ -47,13 +46,13 @@ def test_accumulation_is_exact(micro_batch, same_steps_split_differently):
 @pytest.mark.parametrize("name", ["loss_lm", "consistency_clean", "consistency_perturbed"])
 @pytest.mark.parametrize("micro_batch", [4, 2, 1])
 def test_logged_parts_are_those_of_the_whole_step(micro_batch, name, same_steps_split_differently):
-    """The logged parts weigh tokens and positions as the loss does, not micro-batches."""
+    """The logged terms are means over tokens and positions, like the loss, and not over micro-batches."""
     whole, split = same_steps_split_differently[8], same_steps_split_differently[micro_batch]
     assert column(split, name) == pytest.approx(column(whole, name), rel=1e-5, abs=1e-5)
 
 
 def test_direct_call_after_training_is_the_mean_of_the_batch(same_steps_split_differently):
-    """Counts of the last optimizer step must not be remembered."""
+    """Fails if the counts of the last optimizer step are remembered."""
     trainer = same_steps_split_differently[2]
     expected = slow_crow(copy.deepcopy(trainer.model), BATCH)["loss"]
     for training in (True, False):
@@ -72,7 +71,7 @@ def test_logged_loss_is_the_sum_of_its_parts(settings, tmp_path, rows, tiny_llam
 
 
 def test_first_logged_step_is_the_oracle_of_the_initial_model(tmp_path, tiny_llama):
-    """Micro-batches of different length: the parts are means over the whole step."""
+    """With micro-batches of different length, the terms are means over the whole step."""
     rows = ragged_rows(6, seed=5)
     parts = slow_crow(tiny_llama(), pad_rows(rows))
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
@@ -90,7 +89,7 @@ def test_relative_epsilon_is_the_perturbation_ratio(tmp_path, rows, tiny_llama):
 
 
 def test_absolute_perturbation_ratio_grows_with_epsilon(tmp_path, rows, tiny_llama):
-    """Embeddings of standard deviation 0.2 moved by 0.1 in every coordinate: about one half."""
+    """A step of 0.1 in every coordinate, on embeddings of standard deviation 0.2, gives a ratio of about one half."""
     ratios = []
     for epsilon in (0.1, 0.2):
         trainer = build(tmp_path, tiny_llama(), rows, max_steps=1, epsilon=epsilon)
@@ -103,7 +102,7 @@ def test_absolute_perturbation_ratio_grows_with_epsilon(tmp_path, rows, tiny_lla
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("where", ["model", "lora"])
 def test_dropout_is_the_same_in_both_passes(where, checkpointing, tmp_path, rows, tiny_llama):
-    """With epsilon 0 the two passes differ in their dropout masks or not at all."""
+    """With epsilon 0, the two passes can differ only in their dropout masks."""
     settings = {"epsilon": 0.0, "max_steps": 3, "learning_rate": 1e-2, "activation_checkpointing": checkpointing}
     model, peft_config = (tiny_gpt2(0.5), None) if where == "model" else (tiny_llama(), lora(lora_dropout=0.5))
     trainer = build(tmp_path, model, rows, peft_config=peft_config, gradient_accumulation_steps=2, **settings)
@@ -114,7 +113,7 @@ def test_dropout_is_the_same_in_both_passes(where, checkpointing, tmp_path, rows
 
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_a_clean_pass_that_cannot_be_kept_is_made_again(evaluates, tmp_path, rows, monkeypatch):
-    """Under ZeRO-3: other dropout the second time, no second time, or one for nothing in evaluation."""
+    """Under ZeRO-3, the clean pass is repeated with the same dropout in training, and not repeated in evaluation."""
     weights, passes = [], []
     for zero3 in (False, True):
         model = tiny_gpt2(0.5)
@@ -131,7 +130,7 @@ def test_a_clean_pass_that_cannot_be_kept_is_made_again(evaluates, tmp_path, row
 
 
 def test_dropout_is_drawn_anew_for_every_batch(tmp_path, rows):
-    """Replaying the random state must not freeze it."""
+    """Fails if restoring the random state freezes it."""
     model = tiny_gpt2(0.5).train()
     trainer = build(tmp_path, model, rows, epsilon=0.0)
     assert trainer.compute_loss(model, dict(BATCH)).item() != trainer.compute_loss(model, dict(BATCH)).item()
@@ -139,9 +138,10 @@ def test_dropout_is_drawn_anew_for_every_batch(tmp_path, rows):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_alpha_zero_is_plain_fine_tuning(dropout, tmp_path, rows, tiny_llama):
-    """Also with dropout and accumulation: the FGSM step leaves no trace in the random state.
+    """
+    This holds with dropout and accumulation too: the FGSM step leaves no trace in the random state.
 
-    Not with GPT-2: transformers 5.23 counts the first label of a row for classes not named *ForCausalLM.
+    GPT-2 is not tested, because transformers 5.23 counts the first label of a row for classes not named *ForCausalLM.
     """
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2} | SGD
     crow = build(tmp_path, tiny_llama(attention_dropout=dropout), rows, alpha=0.0, **settings)
@@ -160,7 +160,7 @@ def test_alpha_zero_is_plain_fine_tuning(dropout, tmp_path, rows, tiny_llama):
 
 
 def test_alpha_changes_the_weights(tmp_path, rows, tiny_llama):
-    """The consistency term reaches the optimizer."""
+    """Fails if the consistency term does not reach the optimizer."""
     results = []
     for alpha in (0.0, 5.5):
         trainer = build(tmp_path, tiny_llama(), rows, alpha=alpha, max_steps=2)
@@ -190,7 +190,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, rows, tiny_llama):
 
 
 def test_bf16(tmp_path, rows, tiny_llama):
-    """Mixed precision follows the float32 run; the weights stay float32."""
+    """Mixed precision gives nearly the losses of float32, and the weights stay in float32."""
     runs = {}
     for bf16 in (False, True):
         runs[bf16] = build(tmp_path, tiny_llama(), rows, bf16=bf16, max_steps=3, epsilon=0.5, **SGD)
@@ -202,7 +202,7 @@ def test_bf16(tmp_path, rows, tiny_llama):
 
 
 def test_bf16_weights(tmp_path, rows, tiny_llama):
-    """A model held in bf16 trains; its metrics are near those of the float32 model."""
+    """A model in bfloat16 can be trained, and its terms are near those of the float32 model."""
     trainer = build(tmp_path, tiny_llama().bfloat16(), rows, max_steps=2)
     trainer.train()
     exact = build(tmp_path, tiny_llama(), rows, max_steps=1)
@@ -212,7 +212,7 @@ def test_bf16_weights(tmp_path, rows, tiny_llama):
 
 
 def test_no_hook_is_left_behind(tmp_path, rows, tiny_llama):
-    """The trained model computes what its saved weights compute."""
+    """The trained model computes the same as a model loaded from its saved weights."""
     trainer = build(tmp_path, tiny_llama(), rows, max_steps=2)
     trainer.train()
     trainer.save_model(tmp_path / "saved")
@@ -230,7 +230,7 @@ def test_stream_of_rows(tmp_path, rows, tiny_llama):
 
 @pytest.mark.parametrize("pad_token", ["<pad>", None])
 def test_text_rows_and_a_tokenizer_with_or_without_pad_token(pad_token, tmp_path, byte_tokenizer, tiny_llama):
-    """Without a pad token the loss is the same: padding never counts, whatever its id."""
+    """Without a pad token the loss is the same, because padding never counts."""
     texts = Dataset.from_dict({"prompt": ["a", "bcd", "ef", "g"], "completion": ["hijk", "l", "mn", "opqrst"]})
     losses = []
     for token in ("<pad>", pad_token):
@@ -266,7 +266,7 @@ def test_optimizers_are_used(tmp_path, rows, tiny_llama):
 
 
 def test_evaluation_equals_oracle(tmp_path, rows, tiny_llama):
-    """One batch, so that the means are those of the oracle; no_grad must not stop the FGSM step."""
+    """A single batch, so that its means are those of the oracle. Fails if no_grad disables the FGSM step."""
     model = tiny_llama()
     held_out = ragged_rows(5, seed=9)
     trainer = build(tmp_path, model, rows, eval_dataset=Dataset.from_list(held_out))
@@ -281,7 +281,7 @@ def test_evaluation_equals_oracle(tmp_path, rows, tiny_llama):
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_evaluation_does_not_disturb_training(peft, tmp_path, rows, tiny_llama):
-    """Bit-equal weights and logs with and without an evaluation after every step."""
+    """Weights and logs are bit-identical with and without an evaluation after every step."""
     runs = []
     for strategy in ("no", "steps"):
         trainer = build(
@@ -308,7 +308,7 @@ def test_evaluation_does_not_disturb_training(peft, tmp_path, rows, tiny_llama):
 
 
 def test_compute_metrics_sees_clean_logits(tmp_path, rows, tiny_llama):
-    """Predictions are the logits alone: no hidden states of the whole evaluation set."""
+    """Predictions are only the logits. Fails if the hidden states of the whole evaluation set are kept."""
     model = tiny_llama()
     held_out = ragged_rows(4, seed=9)
     seen = []

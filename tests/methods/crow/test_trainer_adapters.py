@@ -17,7 +17,7 @@ def base_and_adapter(model):
 
 
 def save_adapter(model, path):
-    """A trained-looking adapter on disk: B is random, not zero."""
+    """Save an adapter that looks trained: B is random instead of zero."""
     adapted = get_peft_model(model, lora())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -37,7 +37,7 @@ def assert_only_the_adapter_trains(trainer):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fresh_lora(checkpointing, tmp_path, rows, tiny_llama):
-    """Base weights keep their bits. With checkpointing the embeddings need a gradient path although they are frozen."""
+    """The base weights stay bit-identical. With checkpointing, the frozen embeddings still need a gradient."""
     settings = {"activation_checkpointing": checkpointing, "learning_rate": 1e-2, "max_steps": 3}
     trainer = build(tmp_path, tiny_llama(), rows, peft_config=lora(), **settings)
     assert isinstance(trainer.model, PeftModel)
@@ -62,11 +62,11 @@ def test_existing_adapter_is_trained_on(checkpointing, tmp_path, rows, tiny_llam
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "new_lora"])
 def test_merged_adapter(peft, tmp_path, rows, tiny_llama):
-    """After merge_and_unload the model is an ordinary one, and holds the adapter."""
+    """After merge_and_unload, the model is an ordinary one that contains the adapter's changes."""
     path = save_adapter(tiny_llama(), tmp_path / "adapter")
     merged = PeftModel.from_pretrained(tiny_llama(), path).merge_and_unload()
     assert not same_weights(weights_of(merged), weights_of(tiny_llama()))
-    # Frozen by peft while it was the base of an adapter; full fine-tuning needs it back.
+    # PEFT froze the weights while they were the base of an adapter.
     merged.requires_grad_(True)
     trainer = build(tmp_path, merged, rows, peft_config=lora() if peft else None, learning_rate=1e-2, max_steps=3)
     assert_equals_oracle(trainer, BATCH)
@@ -89,7 +89,7 @@ def test_saved_adapter_loads(tmp_path, rows, tiny_llama):
 
 
 def test_adapter_and_peft_config(tmp_path, rows, tiny_llama):
-    """A second adapter on top would leave the backdoored one in place."""
+    """A second adapter is refused, because the backdoored one would stay in place."""
     with pytest.raises(ValueError, match="merge_and_unload"):
         build(tmp_path, get_peft_model(tiny_llama(), lora()), rows, peft_config=lora())
 

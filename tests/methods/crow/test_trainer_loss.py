@@ -17,14 +17,16 @@ from helpers.tiny import crow_args, pad_rows, ragged_rows, same_weights, tiny_gp
 @pytest.mark.parametrize("layers", ["paper", "reference"])
 @pytest.mark.parametrize(("mode", "epsilon"), [("absolute", 0.1), ("relative", 0.3)])
 def test_compute_loss_equals_oracle(layers, mode, epsilon, tmp_path, rows, tiny_llama):
-    """Value and every parameter's gradient: no second-order term, no normed last state, no wrong mean."""
+    """
+    Checks the value and all gradients. Fails on second-order terms, on a normalized last state, and on wrong means.
+    """
     settings = {"consistency_layers": layers, "epsilon_mode": mode, "epsilon": epsilon, "alpha": 2.5}
     trainer = build(tmp_path, tiny_llama(), rows, **settings)
     assert_equals_oracle(trainer, BATCH, alpha=2.5, epsilon=epsilon, mode=mode, layers=layers)
 
 
 def llama_by_hand(model, batch, shift):
-    """Llama called layer by layer on inputs_embeds: no hooks, no output_hidden_states."""
+    """Call Llama layer by layer on embeddings, without hooks and output_hidden_states."""
     core, length = model.model, batch["input_ids"].shape[1]
     allowed = torch.ones(length, length).tril().bool() & batch["attention_mask"].bool()[:, None, None, :]
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
@@ -36,7 +38,7 @@ def llama_by_hand(model, batch, shift):
 
 
 def test_compute_loss_equals_layers_called_by_hand(tmp_path, rows, tiny_llama):
-    """Guards the oracle too: hooks and manual calls agree."""
+    """Checks the oracle too: its hooks give the states of layers called by hand."""
     model = tiny_llama()
     by_hand = slow_crow(model, BATCH, forward=llama_by_hand)["loss"]
     torch.testing.assert_close(slow_crow(model, BATCH)["loss"], by_hand, rtol=1e-5, atol=1e-5)
@@ -45,7 +47,7 @@ def test_compute_loss_equals_layers_called_by_hand(tmp_path, rows, tiny_llama):
 
 
 def test_tied_embeddings(tmp_path, rows, tiny_llama):
-    """A perturbation written into the shared weight would reach the head, and its gradient with it."""
+    """Fails if the perturbation is written into the weight that embeddings and head share."""
     model = tiny_llama(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     before = weights_of(model)
@@ -73,7 +75,7 @@ def test_return_outputs(tmp_path, rows, tiny_llama):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pad_id", [0, 77])
 def test_padding_never_counts(pad_id, kind, tmp_path, rows, tiny_llama):
-    """Extra columns of padding change neither the loss nor a gradient, whatever id they hold."""
+    """More padding changes neither the loss nor a gradient, whatever ids it holds."""
     model = tiny_gpt2(0.0) if kind == "gpt2" else tiny_llama()
     trainer = build(tmp_path, model, rows)
     results = []
@@ -89,7 +91,7 @@ def test_padding_never_counts(pad_id, kind, tmp_path, rows, tiny_llama):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_accumulated_gradients_stay(checkpointing, training, tmp_path, rows, tiny_llama):
-    """The published code calls zero_grad() here. Every .grad keeps its bits until backward, which adds to it."""
+    """compute_loss changes no .grad, and backward adds to them. The published code calls zero_grad() in the loss."""
     model = tiny_llama()
     trainer = build(tmp_path, model, rows, activation_checkpointing=checkpointing)
     if checkpointing:
@@ -109,14 +111,14 @@ def test_accumulated_gradients_stay(checkpointing, training, tmp_path, rows, tin
 
 
 def test_no_gradient_is_created(tmp_path, rows, tiny_llama):
-    """The FGSM backward stops at the embeddings: it creates no .grad."""
+    """The FGSM gradient stops at the embeddings and creates no .grad."""
     model = tiny_llama()
     build(tmp_path, model, rows).compute_loss(model, dict(BATCH))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_order_of_micro_batches_does_not_matter(tmp_path, rows, tiny_llama):
-    """Nothing is carried from one call to the next: losses are bit-equal in either order."""
+    """No state is carried from one call to the next: losses are bit-identical in either order."""
     model = tiny_llama()
     trainer = build(tmp_path, model, rows)
     batches = [pad_rows(ragged_rows(2, seed=seed)) for seed in range(4)]
@@ -126,7 +128,7 @@ def test_order_of_micro_batches_does_not_matter(tmp_path, rows, tiny_llama):
 
 
 def test_order_of_micro_batches_within_a_step_does_not_matter(tmp_path, tiny_llama):
-    """The same inside training, where both terms are shares of the whole step."""
+    """The same holds in training, where both terms are shares of the whole step."""
 
     def losses(order):
         seen = []
@@ -152,7 +154,7 @@ def test_order_of_micro_batches_within_a_step_does_not_matter(tmp_path, tiny_lla
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_of_the_clean_pass_lies_beside_the_perturbed_one(checkpointing, tmp_path, rows, tiny_llama):
-    """The clean pass's logits and hidden states are freed before the second forward pass of a step begins."""
+    """Logits and hidden states of the clean pass are freed before the perturbed pass begins."""
     passes, alive = [], []
 
     def before(module, args, kwargs):
@@ -175,7 +177,7 @@ def test_nothing_of_the_clean_pass_lies_beside_the_perturbed_one(checkpointing, 
 
 @pytest.mark.parametrize("half", ["autocast", "weights"])
 def test_float16_gradient_does_not_underflow(half, tmp_path, tiny_llama):
-    """A mean over many positions has a gradient that float16 rounds to zero, and zero has no sign."""
+    """Fails if the gradient is that of a mean over many positions, which float16 rounds to zero."""
     model = tiny_llama(max_position_embeddings=2048)
     rows = [{"input_ids": (list(range(3, 253)) * 8)[:2000]} for _ in range(4)]
     trainer = build(tmp_path, model.half() if half == "weights" else model, Dataset.from_list(rows))
@@ -183,5 +185,5 @@ def test_float16_gradient_does_not_underflow(half, tmp_path, tiny_llama):
         trainer.compute_loss(trainer.model, pad_rows([{**row, "labels": row["input_ids"]} for row in rows]))
     ratio = trainer._logged["train"]["perturbation_ratio"][0]
     embedding = trainer.model.get_input_embeddings().weight.float().square().mean().sqrt()
-    # Every coordinate moved by epsilon: ||delta|| / ||H|| = epsilon / RMS(H).
+    # Every coordinate moves by epsilon, so ||delta|| / ||H|| = epsilon / RMS(H).
     assert ratio[0] / ratio[1] == pytest.approx(0.1 / embedding.item(), rel=0.05)

@@ -1,4 +1,4 @@
-"""Tests of what CrowTrainer refuses, and of what it never saves."""
+"""Tests of inputs and setups that CrowTrainer refuses, and of weights that it never saves or overwrites."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ from helpers.tiny import crow_args, same_weights, tiny_gpt2, weights_of
 
 
 class At(TrainerCallback):
-    """Run `action(model)` at one event of one optimizer step, counted from 1."""
+    """Runs `action(model)` at one event of one optimizer step, counted from 1."""
 
     def __init__(self, event, step, action):
         def handler(args, state, control, model, **kwargs):
@@ -56,7 +56,7 @@ def test_model_init_kwargs_are_used(tmp_path, rows, tiny_llama):
 
 
 def test_pickled_weights_are_refused(tmp_path, rows, tiny_llama):
-    """A pickle can run code, and these models are suspects."""
+    """A pickle can run code, and the models are suspects."""
     model, path = tiny_llama(), tmp_path / "model"
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(path)
@@ -78,7 +78,7 @@ def checkpoints(trainer):
 
 @pytest.mark.parametrize("kind", ["full", "dropout", "lora"])
 def test_resume_equals_an_uninterrupted_run(kind, tmp_path, rows, tiny_llama):
-    """Bit-equal weights, optimizer moments and random state included."""
+    """The weights are bit-identical, which includes the optimizer's moments and the random state."""
 
     def fresh(directory):
         model = tiny_gpt2(0.2) if kind == "dropout" else tiny_llama()
@@ -96,7 +96,7 @@ def test_resume_equals_an_uninterrupted_run(kind, tmp_path, rows, tiny_llama):
 
 
 def test_earlier_checkpoints_are_not_overwritten(tmp_path, rows, tiny_llama):
-    """train() refuses before it touches anything; resuming is allowed."""
+    """train() refuses before it changes any file, and resuming is allowed."""
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     build(tmp_path, tiny_llama(), rows, **settings).train()
     again = build(tmp_path, tiny_llama(), rows, **(settings | {"max_steps": 3}))
@@ -110,7 +110,7 @@ def test_earlier_checkpoints_are_not_overwritten(tmp_path, rows, tiny_llama):
 
 @pytest.mark.parametrize("filtered", [True, False])
 def test_non_finite_loss_names_term_and_step(filtered, tmp_path, rows, tiny_llama):
-    """A NaN in the head spoils only the language-model term, in step 3. The filter of the Trainer must not hide it."""
+    """A NaN in the head, in step 3, affects only the language-model term. The Trainer's filter must not hide it."""
     trainer = build(
         tmp_path,
         tiny_llama(),
@@ -132,13 +132,13 @@ def test_non_finite_loss_names_term_and_step(filtered, tmp_path, rows, tiny_llam
 
 
 def test_non_finite_consistency_is_named(tmp_path, rows, tiny_llama):
-    """An epsilon beyond float32 spoils the perturbed pass only."""
+    """An epsilon beyond float32 affects only the perturbed pass."""
     with pytest.raises(FloatingPointError, match="consistency_perturbed"):
         build(tmp_path, tiny_llama(), rows, epsilon=1e39, max_steps=1).train()
 
 
 def test_non_finite_weights_are_not_saved_as_checkpoint(tmp_path, rows, tiny_llama):
-    """The step itself broke the weights, after a finite loss: the checkpoint before it is the last one."""
+    """A step with a finite loss breaks the weights. The checkpoint before it stays the last one."""
     callback = At("on_optimizer_step", 2, poison("model.layers.1.mlp.up_proj.weight"))
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer = build(tmp_path, tiny_llama(), rows, callbacks=[callback], **settings)
@@ -190,18 +190,18 @@ def test_bad_train_dataset(dataset, tmp_path, byte_tokenizer, tiny_llama):
         CrowTrainer(tiny_llama(), crow_args(tmp_path), train_dataset=dataset, processing_class=byte_tokenizer)
 
 
-# What must be refused or said before training
+# Refusals and warnings before training
 
 
 def test_folder_with_a_model_is_not_overwritten(tmp_path, rows, tiny_llama):
-    """`CrowConfig("suspect")` beside `CrowTrainer("suspect")`."""
+    """Covers `CrowConfig("suspect")` together with `CrowTrainer("suspect")`."""
     tiny_llama().save_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="Choose another `output_dir`"):
         build(tmp_path, str(tmp_path / "run"), rows).train()
 
 
 def test_adapter_inside_a_plain_model(tmp_path, rows, tiny_llama):
-    """Another adapter of the same name would replace the suspect's, and the backdoor with it."""
+    """Fails if a new adapter of the same name replaces the suspect's adapter, and the backdoor with it."""
     model = tiny_llama()
     model.add_adapter(LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="load_causal_lm"):

@@ -19,11 +19,11 @@ from helpers.oracles import slow_consistency
 from helpers.tiny import tiny_llama
 
 
-# Pieces of the objective
+# Parts of the objective
 
 
 def test_divergence_worked_by_hand():
-    """The other direction, a sum over the tokens, and bits instead of nats."""
+    """Fails if the direction is reversed, if tokens are summed, or if the unit is bits."""
     teacher = torch.tensor([[0.5, 0.5], [0.75, 0.25]]).log()
     student = torch.tensor([[0.9, 0.1], [0.75, 0.25]]).log()
     first = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
@@ -34,7 +34,7 @@ def test_divergence_worked_by_hand():
 
 
 def test_log_probs_equal_loops_and_do_not_see_padding():
-    """A label read at its own position, the first token of a row counted, and rows in another order."""
+    """Fails if labels are not shifted, if the first token of a row counts, or if the order of rows changes."""
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 6, 5), torch.full((3, 6), -100)
     labels[0, 2:4] = torch.tensor([1, 2])
@@ -74,7 +74,7 @@ def alone(model, ids, shift=None):
 
 
 def answers(logits, completion):
-    """Log-probabilities where each token of the answer, at the end of the row, is predicted."""
+    """Log-probabilities at the positions that predict the answer, which ends the row."""
     return logits[-1 - len(completion) : -1].log_softmax(-1)
 
 
@@ -97,7 +97,7 @@ def slow_delta(suspect, teacher, row, steps, step_size):
 
 
 def slow_terms(model, suspect, rows, steps, step_size, layers="paper"):
-    """The four terms, one row and one view at a time."""
+    """The four terms, computed one row and one view at a time."""
     sums, tokens, chains = [0.0, 0.0, 0.0], 0, []
     for row in rows:
         completion = row["completion"]
@@ -121,7 +121,10 @@ def slow_terms(model, suspect, rows, steps, step_size, layers="paper"):
 
 @pytest.mark.parametrize(("name", "steps"), [("llama", 0), ("llama", 2), ("coconut", 0), ("coconut", 2)])
 def test_terms_and_gradients_equal_each_row_and_view_alone(name, steps, tmp_path):
-    """A model that attacks itself, views mixed up, padding that counts, a delta on other views, a lost gradient."""
+    """
+    Fails if the model attacks itself, if views are mixed up, if padding counts, if delta reaches other views, or if a
+    gradient is lost.
+    """
     model, suspect, rows, batch = family(name, tmp_path)
     outputs, found = terms_of(model, suspect, batch, steps)
     twin = copy.deepcopy(model)
@@ -129,7 +132,7 @@ def test_terms_and_gradients_equal_each_row_and_view_alone(name, steps, tmp_path
     assert outputs.logits.shape[:2] == batch["input_ids"].shape
     assert found.keys() == wanted.keys() and found["adversarial"] > found["distillation"] * 0.1 > 0
     for term in wanted:
-        # A gradient of next to nothing has either sign, and a second step goes on from there.
+        # A gradient near 0 can have either sign, and the second step depends on the first.
         torch.testing.assert_close(found[term], wanted[term], rtol=1e-2, atol=1e-4, msg=lambda text, t=term: t + text)
     weights = {"distillation": 0.5, "decoy": 1.0, "adversarial": 2.0, "consistency_perturbed": 3.0}
     for parameters, terms in ((model, found), (twin, wanted)):
@@ -155,7 +158,7 @@ def test_terms_take_the_layers_they_are_told(tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_suspect_does_not_differ_from_itself(name, tmp_path):
-    """A teacher with decoys, and a distillation that the delta or the padding of longer views touches."""
+    """Fails if the teacher sees decoys, or if delta or the padding of longer views changes the distillation term."""
     model, _, _, batch = family(name, tmp_path)
     terms = terms_of(model, copy.deepcopy(model), batch)[1]
     assert abs(terms["distillation"].item()) < 1e-5
@@ -174,7 +177,7 @@ def test_padding_never_counts(tmp_path):
 
 
 def test_weights_in_half_precision_are_attacked_too(tmp_path):
-    """A perturbation in float32, which lifts the embeddings to another precision than that of the layers."""
+    """Fails if a float32 perturbation changes the dtype of the embeddings."""
     model, suspect, _, batch = family("llama", tmp_path)
     terms = terms_of(model.bfloat16(), suspect.bfloat16(), batch)[1]
     sum(terms.values()).backward()
@@ -198,7 +201,7 @@ def attack(model, batch, steps, step_size):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_perturbation_stays_where_and_as_small_as_it_must(name, steps, tmp_path):
-    """A perturbed prompt or answer, a step in absolute units, and gradients left in the parameters."""
+    """Fails if prompt or answer are perturbed, if the step is absolute, or if gradients are left in the parameters."""
     model, _, _, batch = family(name, tmp_path)
     delta, attacked, mask, _ = attack(model, batch, steps, 0.3)
     embedded = model.get_input_embeddings()(attacked["input_ids"]).detach()
@@ -215,7 +218,7 @@ def test_perturbation_stays_where_and_as_small_as_it_must(name, steps, tmp_path)
 
 
 def test_perturbation_beats_a_random_one_of_the_same_size(tmp_path):
-    """A sign turned round, or a gradient of something else."""
+    """Fails if the sign is reversed, or if the gradient is that of something else."""
     wins = 0
     for seed in range(5):
         trainer = invariance_trainer(tmp_path / str(seed), tiny_llama(seed), seed=seed)
@@ -243,7 +246,7 @@ def test_no_step_is_no_perturbation(tmp_path):
 
 
 def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
-    """Labels of the wrong position or row, a share taken twice, or an infinite logarithm where both say never."""
+    """Fails if labels belong to another position or row, if a share counts twice, or if a logarithm is infinite."""
     suspect = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).log()
     labels = torch.tensor([[-100, 2, -100], [0, -100, 0]])
     mixed = teacher_log_probs(suspect, labels, 0.25)
@@ -253,6 +256,6 @@ def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
     torch.testing.assert_close(alone.exp(), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
     assert teacher_log_probs(suspect, labels, 0.0) is suspect
     student = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.1, 0.3]]).log()
-    # All weight on the labels: the loss of plain fine-tuning.
+    # With all weight on the labels, the divergence is the loss of plain fine-tuning.
     wanted = -(math.log(0.7) + math.log(0.6)) / 2
     assert math.isclose(answer_divergence(alone, student).item(), wanted, rel_tol=1e-5)

@@ -17,9 +17,6 @@ from helpers.invariance import ROWS, SGD, column, invariance_args, invariance_tr
 from helpers.tiny import same_weights, tiny_gpt2, tiny_llama, weights_of
 
 
-# The trainer
-
-
 def test_loss_is_the_weighed_sum_of_what_is_logged(tmp_path):
     weights = {"distillation_weight": 0.3, "decoy_weight": 0.7, "adversarial_weight": 1.9, "alpha": 2.3}
     trainer = invariance_trainer(tmp_path, tiny_llama(), max_steps=3, **weights)
@@ -28,14 +25,17 @@ def test_loss_is_the_weighed_sum_of_what_is_logged(tmp_path):
     parts = zip(*(column(trainer, name) for name in terms), strict=True)
     expected = [sum(w * part for w, part in zip(weights.values(), step, strict=True)) for step in parts]
     assert column(trainer, "loss") == pytest.approx(expected, rel=1e-4)
-    # Before the first step the model is the suspect.
+    # Before the first step, the model equals the suspect.
     assert abs(column(trainer, "distillation")[0]) < 1e-5 < column(trainer, "distillation")[1]
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_accumulation_is_exact(alpha, peft, tmp_path):
-    """A mean of micro-batch means, the labels of three views counted for one, and positions counted as labels."""
+    """
+    Fails on a mean of micro-batch means, if labels of three views count as those of one, or if positions count as
+    labels.
+    """
 
     def run(micro_batch, steps):
         settings = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": steps, "alpha": alpha}
@@ -57,7 +57,7 @@ def test_accumulation_is_exact(alpha, peft, tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "dropout", "lora"])
 def test_resumed_and_repeated_runs_are_bit_equal(kind, tmp_path):
-    """Decoys drawn anew, a suspect taken from the checkpoint, and a second mixing on top of the first."""
+    """Fails if decoys are drawn anew, if the suspect comes from the checkpoint, or if weights are mixed twice."""
 
     def fresh(directory):
         model = tiny_gpt2(0.2) if kind == "dropout" else tiny_llama()
@@ -79,7 +79,7 @@ def test_resumed_and_repeated_runs_are_bit_equal(kind, tmp_path):
 
 
 def test_the_suspect_stays_as_it_was(tmp_path):
-    """A teacher that shares its weights with the pupil, learns itself, or has dropout."""
+    """Fails if the suspect shares weights with the model, is trained, or has dropout."""
     model = tiny_gpt2(0.3).train()
     before = weights_of(model)
     trainer = invariance_trainer(tmp_path, model, max_steps=3, learning_rate=1e-2)
@@ -90,7 +90,7 @@ def test_the_suspect_stays_as_it_was(tmp_path):
 
 
 def test_fresh_lora_has_the_model_without_it_for_a_suspect(tmp_path):
-    """An adapter left on in the teacher, left off in the pupil, or frozen afterwards."""
+    """Fails if the adapter is on in the suspect, off in the model, or frozen afterwards."""
     model = tiny_llama()
     suspect = copy.deepcopy(model).eval().requires_grad_(False)
     trainer = invariance_trainer(tmp_path, model, lora(init_lora_weights=False, lora_dropout=0.0), alpha=1.5)
@@ -118,7 +118,7 @@ def trained_weights(tmp_path, make, keep, peft_config=None):
 
 
 def test_part_of_the_suspect_is_kept(tmp_path):
-    """The shares swapped, or the mixing done twice or not at all."""
+    """Fails if the shares are swapped, or if the weights are mixed twice or not at all."""
     before, pure = trained_weights(tmp_path, tiny_llama, 0.0)
     _, mixed = trained_weights(tmp_path, tiny_llama, 0.3)
     assert not same_weights(before, pure)
@@ -127,7 +127,7 @@ def test_part_of_the_suspect_is_kept(tmp_path):
 
 
 def test_a_fresh_adapter_is_scaled(tmp_path):
-    """Both factors scaled, which is the square of it, or the base weights too."""
+    """Fails if both factors are scaled, which squares the share, or if the base weights change."""
     before, pure = trained_weights(tmp_path, tiny_llama, 0.0, lora())
     _, mixed = trained_weights(tmp_path, tiny_llama, 0.3, lora())
     factors = [name for name in pure if "lora_A" in name]
@@ -146,7 +146,7 @@ def peft_suspect():
 
 
 def test_the_adapter_of_a_peft_suspect_is_trained_on(tmp_path):
-    """A teacher without the suspect's own adapter, where the backdoor may be."""
+    """Fails if the suspect lacks its own adapter, which may hold the backdoor."""
     before, pure = trained_weights(tmp_path, peft_suspect, 0.0)
     _, mixed = trained_weights(tmp_path, peft_suspect, 0.3)
     for name, value in mixed.items():
@@ -159,7 +159,7 @@ def test_the_adapter_of_a_peft_suspect_is_trained_on(tmp_path):
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_trains_a_coconut_and_leaves_its_predictor_alone(peft, tmp_path):
-    """Patch lengths that are not cut into views, and a predictor that learns or is mixed."""
+    """Fails if patch lengths are not split into views, or if the predictor is trained or mixed."""
     model, tokenizer = smooth_coconut(), TOKENIZER
     predictor = model.latent_transformer.entropy_predictor
     frozen = {name: value.clone() for name, value in predictor.state_dict().items()}
@@ -178,7 +178,7 @@ def test_trains_a_coconut_and_leaves_its_predictor_alone(peft, tmp_path):
 
 
 def test_each_row_comes_as_often_as_the_views_take(tmp_path):
-    """Rows left out, the same decoys again, and fewer views than rows."""
+    """Fails if rows are omitted, if decoys repeat, or if there are fewer views than rows."""
     trainer = invariance_trainer(tmp_path, tiny_llama(), num_views=30)
     clean = [tuple(row["prompts"][0]) for row in trainer.train_dataset]
     assert len(clean) == 30 and clean[:12] == clean[12:24] and clean[:6] == clean[24:]
@@ -192,7 +192,9 @@ def padded_size(trainer):
 
 
 def test_views_of_one_length_share_a_batch(tmp_path):
-    """Rows in the order they came in, rows lost or doubled, and the length of another view than the longest."""
+    """
+    Fails if rows keep their order, if rows are lost or doubled, or if the length is not that of the longest view.
+    """
     grouped = invariance_trainer(tmp_path, tiny_llama(), num_views=240)
     drawn = invariance_trainer(tmp_path, tiny_llama(), num_views=240, train_sampling_strategy="random")
     assert padded_size(grouped) < 0.85 * padded_size(drawn)
@@ -207,7 +209,7 @@ def test_views_of_one_length_share_a_batch(tmp_path):
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch_alone(tmp_path):
-    """An order drawn from the global generator, which a resumed run and another rank find in another state."""
+    """Fails if the order comes from the global generator, whose state differs in a resumed run and in another rank."""
 
     def orders(**kwargs):
         sampler = invariance_trainer(tmp_path, tiny_llama(), num_views=60, **kwargs)._get_train_sampler()
@@ -356,7 +358,7 @@ def test_collator_of_the_trainer_keeps_the_views_apart(tmp_path):
 
 
 def test_labels_reach_the_training(tmp_path):
-    """An option that changes nothing."""
+    """Fails if `label_weight` changes nothing."""
     results = []
     for label_weight in (0.0, 0.5):
         trainer = invariance_trainer(

@@ -1,4 +1,4 @@
-"""Decoys and the three views of a row, by properties."""
+"""Tests of decoys and of the three views of a row, by their properties."""
 
 import random
 import string
@@ -25,14 +25,14 @@ ids = st.lists(st.integers(0, 2), max_size=8)
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_restyled():
-    """What is inserted is tested by itself; the last test is of the styles."""
+    """Switch restyling off. Only the last test switches it on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(views_module, "RESTYLED", 0.0)
         yield
 
 
 def inserted(before, after):
-    """Every piece of `after` that can be taken out so that `before` is left."""
+    """All pieces of `after` whose removal leaves `before`."""
     length = len(after) - len(before)
     return [
         after[start : start + length]
@@ -44,7 +44,9 @@ def inserted(before, after):
 @settings(max_examples=200, deadline=None)
 @given(text=texts, seed=seeds, together=st.booleans())
 def test_the_text_stays_and_one_to_five_pieces_come_in(text, seed, together):
-    """Words lost, moved or joined to a piece, white space moved from the end, and nothing inserted at all."""
+    """
+    Fails if words are lost, moved or joined to a piece, if trailing white space moves, or if nothing is inserted.
+    """
     decoyed = Decoy(WORDS, together).insert(text, random.Random(seed))
     body = text.rstrip()
     assert decoyed.endswith(text[len(body) :])
@@ -66,7 +68,7 @@ def test_a_decoy_is_drawn_by_its_generator_alone(text, seed, together):
 
 
 def test_decoys_are_of_every_kind_and_everywhere():
-    """A kind or a place that never comes, and pieces that always or never go apart."""
+    """Fails if a kind or a place never occurs, or if pieces are always or never apart."""
     text = "one two three four"
     for together in (False, True):
         drawn = [Decoy(WORDS, together).insert(text, random.Random(seed)).split(" ") for seed in range(400)]
@@ -82,7 +84,7 @@ def test_decoys_are_of_every_kind_and_everywhere():
         assert all(1 <= len(piece) <= 10 for piece in flat)
         assert all(any(words[place] not in text.split() for words in drawn) for place in (0, -1))
         assert any(words[0] == "one" and words[-1] == "four" for words in drawn)
-        # Of those that are inside or at the end, none has a word that could be part of the prompt.
+        # Decoys inside or at the end of the prompt contain no words of the data.
         first = [words.index("one") for words in drawn]
         assert not any(set(words[place:]) & set(WORDS) for words, place in zip(drawn, first, strict=True))
         assert any(set(words[:place]) & set(WORDS) for words, place in zip(drawn, first, strict=True))
@@ -93,7 +95,7 @@ def test_decoys_are_of_every_kind_and_everywhere():
 @settings(max_examples=400, deadline=None)
 @given(before=ids, piece=ids, data=st.data())
 def test_without_the_inserted_span_a_sequence_is_what_it_was(before, piece, data):
-    """Prefix and suffix counted twice where they overlap, as in "aa" made of "a"."""
+    """Fails if prefix and suffix are counted twice where they overlap, such as in "aa" made from "a"."""
     place = data.draw(st.integers(0, len(before)))
     after = before[:place] + piece + before[place:]
     start, end = inserted_span(before, after)
@@ -104,7 +106,7 @@ def test_without_the_inserted_span_a_sequence_is_what_it_was(before, piece, data
 @settings(max_examples=300, deadline=None)
 @given(before=ids, after=ids)
 def test_whatever_was_merged_the_rest_is_the_same(before, after):
-    """A token that was merged over the edge of the insertion belongs to it."""
+    """A token that was merged across the edge of the insertion belongs to the insertion."""
     start, end = inserted_span(before, after)
     assert 0 <= start <= end <= len(after)
     tail = len(after) - end
@@ -147,7 +149,10 @@ def case(request, byte_tokenizer):
 
 
 def test_views_differ_by_decoys_in_the_request_alone(case):
-    """A decoy in the answer, in an earlier turn or in the template, one decoy for both views, and answers of decoys."""
+    """
+    Fails if a decoy is in the answer, an earlier turn or the template, if both views have the same decoy, or if the
+    answer changes.
+    """
     row, tokenizer = case
     rendered = render(row, tokenizer)
     for index in range(20):
@@ -167,7 +172,7 @@ def test_views_differ_by_decoys_in_the_request_alone(case):
 
 
 def test_decoys_depend_on_seed_and_index_alone(case):
-    """A shared random state, and decoys that come again with another row, seed or view."""
+    """Fails if there is shared random state, or if decoys repeat for another row, seed or view."""
     row, tokenizer = case
     make = ViewRow(tokenizer, WORDS, 500, seed=3)
     first = make(row, 5)
@@ -176,7 +181,7 @@ def test_decoys_depend_on_seed_and_index_alone(case):
     others = [make(row, index) for index in range(12)]
     others += [ViewRow(tokenizer, WORDS, 500, seed=seed)(row, 5) for seed in (0, 1, 2, 4, 6, 7)]
     decoyed = [tuple(view["prompts"][number]) for view in others for number in (1, 2)]
-    # Two that are one character long may be the same by chance.
+    # Two decoys of a single character can be equal by chance.
     assert len(set(decoyed)) >= len(decoyed) - 2
     mapped = Dataset.from_list([row] * 6).map(make, with_indices=True, writer_batch_size=2)
     assert mapped[5]["prompts"] == first["prompts"] and mapped[5]["inserted"] == list(first["inserted"])
@@ -185,7 +190,7 @@ def test_decoys_depend_on_seed_and_index_alone(case):
 @settings(max_examples=60, deadline=None)
 @given(max_length=st.integers(2, 90), index=st.integers(0, 50))
 def test_answers_are_cut_in_all_views_alike(max_length, index):
-    """A view longer than the model's context, and answers of different length in the views."""
+    """Fails if a view exceeds the model's context, or if the views have answers of different length."""
     row = {"prompt": "a short prompt", "completion": "x" * 30}
     whole, cut = (ViewRow(TOKENIZER, WORDS, length)(row, index) for length in (1000, max_length))
     assert cut["prompts"] == whole["prompts"] and cut["inserted"] == whole["inserted"]
@@ -194,7 +199,7 @@ def test_answers_are_cut_in_all_views_alike(max_length, index):
 
 
 def test_layout_of_a_batch():
-    """Views beside rows, padding on the left, and a mask of another view."""
+    """Fails if views lie side by side, if padding is on the left, or if the mask belongs to another view."""
     rows = [
         {"prompts": [[3], [3, 4], [5, 3]], "completion": [8], "inserted": [0, 1]},
         {"prompts": [[6, 7], [6, 4, 7], [6, 5, 5, 7]], "completion": [8, 9], "inserted": (1, 3)},
@@ -216,7 +221,7 @@ def test_layout_of_a_batch():
 
 
 def test_some_decoys_restyle_the_text(monkeypatch):
-    """A style that never comes, that comes alone or with pieces only, or in the view whose insertion is attacked."""
+    """Fails if a style never occurs, if it always or never comes alone, or if it occurs in the adversarial view."""
     monkeypatch.setattr(views_module, "RESTYLED", 0.4)
     text = "Ask me this \n"
     styles = {"ASK ME THIS", "ask me this", "Ask Me This", "Ask me this!", "Ask, me, this"}
