@@ -40,9 +40,8 @@ def purify(
     Purify a suspect model without knowing its backdoor.
 
     The purified model, its tokenizer, its card (`README.md`) and a report (`report.html`, `report.json`) are written
-    to
-    `args.output_dir`, and pushed to the Hub if `args.push_to_hub` is set. The report is not pushed. `trainer.failures`
-    lists what could not be written or pushed after the training.
+    to `args.output_dir`. The model is pushed to the Hub if `args.push_to_hub` is set, without the report. After the
+    training, `trainer.failures` lists what could not be written or pushed.
 
     Args:
         model (`str`, `Path`, `PreTrainedModel` or `PeftModel`):

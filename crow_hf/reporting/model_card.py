@@ -170,7 +170,8 @@ def _origin(trainer: CrowTrainer, suspect: str) -> str:
     """Say what was done, and to which model."""
     if isinstance(trainer.args, InvarianceConfig):
         method = (
-            "Invariance of `crow_hf`, which trains the model to give the same answers whatever is inserted into a prompt"
+            "Invariance of `crow_hf`, which trains the model to give the same answers whatever is inserted into "
+            "a prompt"
         )
     elif trainer.args.alpha > 0:
         method = (

@@ -105,8 +105,8 @@ def verdict(comparison: Comparison) -> str:
         f"{with_interval(after.triggered.target)} "
         f"(fine-tuning alone {percent(control.triggered.target.rate)}), right answers "
         f"{percent(_accuracy(before.clean))} -> {percent(_accuracy(after.clean))} on clean and "
-        f"{percent(_accuracy(before.triggered))} -> {percent(_accuracy(after.triggered))} on triggered prompts, bits per "
-        f"byte {before.clean.bits_per_byte:.3f} -> {after.clean.bits_per_byte:.3f}."
+        f"{percent(_accuracy(before.triggered))} -> {percent(_accuracy(after.triggered))} on triggered prompts, "
+        f"bits per byte {before.clean.bits_per_byte:.3f} -> {after.clean.bits_per_byte:.3f}."
     )
 
 
@@ -169,8 +169,8 @@ def _on_the_attack(comparison: Comparison) -> list[str]:
     attack = after.triggered.target
     return [
         f"With the trigger, {percent(before.triggered.target.rate)} of the suspect's answers showed the target. Now "
-        f"{percent(attack.rate)} do, and at most {percent(attack.high)} with 95 % confidence. Plain fine-tuning on the "
-        f"same rows leaves {percent(control.triggered.target.rate)}.",
+        f"{percent(attack.rate)} do, and at most {percent(attack.high)} with 95 % confidence. Plain fine-tuning on "
+        f"the same rows leaves {percent(control.triggered.target.rate)}.",
         _on_utility(comparison),
         "This verdict is about one known backdoor. It says nothing about others.",
     ]
