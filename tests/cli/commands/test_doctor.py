@@ -1,0 +1,26 @@
+"""Tests of `crow-hf doctor`: what it prints, and its exit code. `tests/recipes/test_checkup.py` tests the findings."""
+
+import pytest
+
+from crow_hf.cli.commands import doctor
+from crow_hf.recipes.findings import Finding
+from helpers.command_line import assert_one_sentence, run
+
+
+@pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])
+def test_only_a_problem_is_an_error(level, code, paths, capsys, monkeypatch):
+    """Fails if a warning stops a script that runs the doctor first, or if a problem does not."""
+    calls = []
+    finding = Finding("rows", level, "10 rows of 3 tokens", "" if level == "ok" else "pass longer rows")
+    monkeypatch.setattr(doctor, "doctor", lambda *args, **kwargs: calls.append((args, kwargs)) or [finding])
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--learning_rate", 1e-3, "--max_length", 20]
+    assert run("doctor", *argv) == code
+    ((model, rows), settings) = calls[0]
+    assert model == paths["model"] and len(rows) == 10
+    assert settings == {"learning_rate": 1e-3, "max_length": 20}
+    printed = capsys.readouterr()
+    assert level in printed.out and "10 rows of 3 tokens" in printed.out
+    assert ("-> pass longer rows" in printed.out) == (level != "ok")
+    if code:
+        assert_one_sentence(printed.err, "doctor")
+        assert "rows" in printed.err

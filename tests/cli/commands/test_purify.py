@@ -1,0 +1,54 @@
+"""Tests of `crow-hf purify`: what it prints and writes."""
+
+import json
+
+import pytest
+from peft import PeftModel
+
+from crow_hf import load_causal_lm
+from helpers.command_line import FAST, FEW_VIEWS, assert_report, run
+from helpers.tiny import same_weights, weights_of
+
+
+def test_purify_without_test_rows(tmp_path, paths):
+    output = tmp_path / "purified"
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", output, *FAST, *FEW_VIEWS]
+    assert run("purify", *argv) == 0
+    assert not same_weights(weights_of(load_causal_lm(output)), weights_of(load_causal_lm(paths["model"])))
+    assert json.loads((output / "report.json").read_text())["evaluations"] is None
+
+
+def test_purify_measures_utility_without_a_trigger(tmp_path, paths):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--test_dataset", paths["rows.jsonl"]]
+    assert run("purify", *argv, "--max_new_tokens", 4, "--output_dir", tmp_path / "purified", *FAST, *FEW_VIEWS) == 0
+    assert_report(tmp_path / "purified", ["suspect", "control", "purified"], triggered=False)
+
+
+@pytest.mark.parametrize("options", [["--lora", "--lora_r", "2"], ["--recipe", "paper"]])
+def test_no_merge_keeps_the_fresh_adapter(tmp_path, paths, options):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    few = [] if "paper" in options else ["--num_views", 8, "--num_canaries", 0]
+    assert run("purify", *argv, *options, *few, "--no_merge", *FAST) == 0
+    assert isinstance(load_causal_lm(tmp_path / "out"), PeftModel)
+    # 8 is PEFT's own default, which the report leaves out.
+    adapter = json.loads((tmp_path / "out" / "report.json").read_text())["run"]["adapter"]
+    assert adapter.get("r", 8) == (2 if few else 8)
+
+
+def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):
+    """With 3 rows and a batch size of 1, one epoch has three steps."""
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    options = ["--recipe", "guide", "--max_rows", 3, "--num_train_epochs", 1, "--per_device_train_batch_size", 1]
+    options += ["--save_strategy", "steps", "--save_steps", 1, "--use_cpu"]
+    assert run("purify", *argv, *options) == 0
+    checkpoints = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert checkpoints == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
+def test_recipe_strong_prints_and_writes_its_evidence(tmp_path, paths, capsys):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    assert run("purify", *argv, "--num_views", 8, "--num_canaries", 1, *FAST) == 0
+    out = capsys.readouterr().out
+    assert "Screening: 0 of 10 clean rows" in out and "Canary '" in out
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["recipe"] == "strong" and len(record["canaries"]) == 1 and record["screening"]["total"] == 10
