@@ -96,10 +96,10 @@ class PatchState(NamedTuple):
             the rule `"running_minimum"` uses it.
     """
 
-    previous_ids: torch.LongTensor
-    entropies: torch.FloatTensor
-    length: torch.LongTensor
-    lowest: torch.FloatTensor
+    previous_ids: torch.Tensor
+    entropies: torch.Tensor
+    length: torch.Tensor
+    lowest: torch.Tensor
 
     @classmethod
     def initial(cls, batch_size: int, device: torch.device | str | None = None) -> "PatchState":
@@ -112,9 +112,7 @@ class PatchState(NamedTuple):
         )
 
 
-def patch_starts(
-    input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule
-) -> torch.BoolTensor:
+def patch_starts(input_ids: torch.Tensor, entropies: torch.Tensor | None, rule: PatchRule) -> torch.Tensor:
     """
     Find where patches start.
 
@@ -137,8 +135,8 @@ def patch_starts(
 
 
 def continue_patches(
-    input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, rule: PatchRule, state: PatchState
-) -> tuple[torch.BoolTensor, torch.BoolTensor, PatchState]:
+    input_ids: torch.Tensor, entropies: torch.Tensor | None, rule: PatchRule, state: PatchState
+) -> tuple[torch.Tensor, torch.Tensor, PatchState]:
     """
     Find where patches start in the next bytes of rows, given the state after their earlier bytes.
 
@@ -179,9 +177,7 @@ def continue_patches(
     return expected | alone, expected, PatchState(ids[:, -2:], scores[:, -2:], length, lowest)
 
 
-def _rule_starts(
-    ids: torch.LongTensor, scores: torch.FloatTensor, ordinary: torch.BoolTensor, rule: PatchRule
-) -> torch.BoolTensor:
+def _rule_starts(ids: torch.Tensor, scores: torch.Tensor, ordinary: torch.Tensor, rule: PatchRule) -> torch.Tensor:
     """Starts by the rule alone, without forced ones. The arguments begin two positions before the result."""
     if rule.rule == "stride":
         return torch.zeros_like(ordinary[:, 2:])
@@ -195,18 +191,18 @@ def _rule_starts(
     return {"either": high | rises, "global": high, "monotonic": rises, "both": high & rises}[rule.rule]
 
 
-def _last_start(starts: torch.BoolTensor, index: torch.LongTensor, state: PatchState) -> torch.LongTensor:
+def _last_start(starts: torch.Tensor, index: torch.Tensor, state: PatchState) -> torch.Tensor:
     """Position where the patch of each byte began. Negative if it began before the first of these bytes."""
     return torch.where(starts, index, -state.length[:, None]).cummax(dim=1).values
 
 
 def _scan_running_minimum(
-    forced: torch.BoolTensor,
-    alone: torch.BoolTensor,
-    before: torch.FloatTensor,
+    forced: torch.Tensor,
+    alone: torch.Tensor,
+    before: torch.Tensor,
     rule: PatchRule,
     state: PatchState,
-) -> tuple[torch.BoolTensor, torch.LongTensor, torch.FloatTensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scan byte by byte, since a patch's end depends on its begin. Plain floats are the fastest way in Python."""
     rows, lengths, minima = [], [], []
     longest = rule.max_patch_length or float("inf")

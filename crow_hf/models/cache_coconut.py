@@ -73,7 +73,7 @@ class CoconutCache(Cache):
         self.entropy = DynamicCache(config=config.entropy_config)
         self.encoder = DynamicCache(config=config.encoder_config)
         self.decoder = DynamicCache(config=config.decoder_config)
-        self.latent = None
+        self.latent: LatentCache | None = None
 
     def begin(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
         """Set up the state before the first byte."""
@@ -93,7 +93,7 @@ class CoconutCache(Cache):
         """Number of positions so far, including padding."""
         return 0 if self.latent is None else self.real.shape[1]
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows with these indices, in this order. An index may occur several times."""
         if self.latent is None:
             return
@@ -106,7 +106,7 @@ class CoconutCache(Cache):
         for name in ("positions", "num_patches", "last_output"):
             setattr(self.latent, name, getattr(self.latent, name)[indices])
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search."""
         self.batch_select_indices(beam_idx)
 
@@ -118,7 +118,7 @@ class CoconutCache(Cache):
 
     def reset(self) -> None:
         """Return to the empty state."""
-        self.__init__(self.config)
+        CoconutCache.__init__(self, self.config)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not supported, because a closed patch cannot be opened again."""

@@ -17,11 +17,11 @@ NATS_PER_BIT = math.log(2)
 
 
 def segment_positions(
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     reset_on_newline: bool = True,
-    seen: torch.LongTensor | None = None,
-) -> torch.LongTensor:
+    seen: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Return positions that start from 0 at the first real byte and, with `reset_on_newline`, at each newline.
 
@@ -70,6 +70,7 @@ class ByteEntropyPredictor(MistralForCausalLM):
     ```
     """
 
+    config: ByteEntropyConfig
     config_class = ByteEntropyConfig
     # Flash attention has no mask that separates the segments.
     _supports_flash_attn = False
@@ -83,11 +84,11 @@ class ByteEntropyPredictor(MistralForCausalLM):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         reset_on_newline: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -137,7 +138,7 @@ class ByteEntropyPredictor(MistralForCausalLM):
             **kwargs,
         )
 
-    def _segment_mask(self, position_ids: torch.LongTensor, cache: Cache | None) -> torch.Tensor:
+    def _segment_mask(self, position_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Return a causal mask that keeps attention inside the segment and the sliding window."""
         rows, length = position_ids.shape
         seen = cache.get_seq_length() if cache is not None else 0
@@ -161,19 +162,21 @@ class ByteEntropyPredictor(MistralForCausalLM):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         kwargs["position_ids"] = segment_positions(input_ids, attention_mask, self.config.reset_on_newline)
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        kwargs["attention_mask"] = attention_mask
+        # transformers types `self` as a model with private attributes of `generate`.
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
 
     @torch.no_grad()
     def entropies(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         unit: Literal["bits", "nats"] = "bits",
         **kwargs: Any,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """
         Compute the entropy of each prediction. `entropies[:, i]` is about byte `i + 1`, given the bytes up to `i`.
 

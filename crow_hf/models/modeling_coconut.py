@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -76,13 +77,13 @@ class CoconutOutput(ModelOutput):
     """
 
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    patch_lengths: torch.LongTensor | None = None
-    patch_mask: torch.BoolTensor | None = None
-    thought_mask: torch.BoolTensor | None = None
-    entropies: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    patch_lengths: torch.Tensor | None = None
+    patch_mask: torch.Tensor | None = None
+    thought_mask: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
 
 @dataclass
@@ -95,7 +96,7 @@ class CoconutModelOutput(CoconutOutput):
             Output of the byte decoder.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 @dataclass
@@ -110,8 +111,8 @@ class CoconutCausalLMOutput(CoconutOutput):
             Logits of the next byte.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class LatentOutput(NamedTuple):
@@ -128,9 +129,9 @@ class LatentOutput(NamedTuple):
             concatenated outputs. `None` if the last call processed all patches.
     """
 
-    last_hidden_state: torch.FloatTensor
-    hidden_states: tuple[torch.FloatTensor, ...] | None
-    order: torch.LongTensor | None
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None
+    order: torch.Tensor | None
 
     def assemble(self, calls: list[torch.Tensor]) -> torch.Tensor:
         """Combine the outputs of all calls of a backbone module into `(batch_size, num_patches, ...)`."""
@@ -152,9 +153,9 @@ class _Boundaries(NamedTuple):
             The state after these bytes. `None` if the patches were passed in.
     """
 
-    patch_ids: torch.LongTensor
-    ends: torch.BoolTensor
-    entropies: torch.FloatTensor | None
+    patch_ids: torch.Tensor
+    ends: torch.Tensor
+    entropies: torch.Tensor | None
     state: PatchState | None
 
 
@@ -183,15 +184,15 @@ class _Patches(NamedTuple):
             Number of patches in each row before this pass.
     """
 
-    states: torch.FloatTensor
-    patch_ids: torch.LongTensor
-    byte_mask: torch.BoolTensor
-    complete: torch.BoolTensor
-    lengths: torch.LongTensor
-    thought_mask: torch.BoolTensor
+    states: torch.Tensor
+    patch_ids: torch.Tensor
+    byte_mask: torch.Tensor
+    complete: torch.Tensor
+    lengths: torch.Tensor
+    thought_mask: torch.Tensor
     num_thoughts: int
-    num_patches: torch.LongTensor
-    num_earlier: torch.LongTensor
+    num_patches: torch.Tensor
+    num_earlier: torch.Tensor
 
 
 class CoconutByteEmbedding(nn.Module):
@@ -216,11 +217,11 @@ class CoconutByteEmbedding(nn.Module):
             self.ngram_table = nn.Embedding(len(self.ngram_sizes) * config.hash_vocab_size, width)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """The embedding table of the bytes."""
         return self.table.weight
 
-    def forward(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed ids `(batch_size, sequence_length)` as `(batch_size, sequence_length, encoder_width)`."""
         embeddings = self.table(input_ids)
         if self.bit_projection is not None:
@@ -230,13 +231,13 @@ class CoconutByteEmbedding(nn.Module):
         return embeddings
 
     @staticmethod
-    def _bits(input_ids: torch.LongTensor) -> torch.LongTensor:
+    def _bits(input_ids: torch.Tensor) -> torch.Tensor:
         """Return bits as -1 and 1, highest bit first. Special tokens have zeros."""
         shifts = torch.arange(7, -1, -1, device=input_ids.device)
         bits = ((input_ids - BYTE_OFFSET)[..., None] >> shifts) & 1
         return (2 * bits - 1) * is_byte(input_ids)[..., None]
 
-    def _hashes(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def _hashes(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return indices `(batch_size, sequence_length, num_sizes)`. N-grams do not cross the start of a text."""
         hashed, power = torch.zeros_like(input_ids), 1
         reaches = torch.ones_like(input_ids, dtype=torch.bool)
@@ -255,16 +256,16 @@ class CoconutByteEmbedding(nn.Module):
 class CoconutByteLayers(MistralPreTrainedModel):
     """Base class of encoder and decoder: causal layers over bytes with rotary positions and a sliding window."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(MistralDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.rotary_emb = MistralRotaryEmbedding(config)
 
     def prepare(
         self,
-        hidden_states: torch.FloatTensor,
-        real: torch.BoolTensor | None,
-        position_ids: torch.LongTensor,
+        hidden_states: torch.Tensor,
+        real: torch.Tensor | None,
+        position_ids: torch.Tensor,
         cache: Cache | None,
     ) -> dict[str, Any]:
         """Return the arguments that all layers share."""
@@ -292,7 +293,7 @@ class CoconutLocalEncoder(CoconutByteLayers):
     """
 
     def __init__(self, config: CoconutConfig) -> None:
-        super().__init__(config.encoder_config)
+        super().__init__(config.encoder_config)  # type: ignore[arg-type]  # not a `dict` after `__post_init__`
         width = config.encoder_config.hidden_size
         self.num_vectors, self.num_heads = config.cross_attention_k, config.cross_attention_heads
         self.split_projection = nn.Linear(width, self.num_vectors * width, bias=False)
@@ -305,7 +306,7 @@ class CoconutLocalEncoder(CoconutByteLayers):
         self.patch_projection = nn.Linear(self.num_vectors * width, config.hidden_size, bias=False)
         self.post_init()
 
-    def forward(self, hidden_states: torch.FloatTensor, **inputs: Any) -> tuple[torch.FloatTensor, ...]:
+    def forward(self, hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, ...]:
         """Return the input and the outputs of all layers, each `(batch_size, sequence_length, encoder_width)`."""
         chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
         for layer in self.layers:
@@ -313,8 +314,8 @@ class CoconutLocalEncoder(CoconutByteLayers):
         return tuple(chain)
 
     def pool(
-        self, states: torch.FloatTensor, patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: int
-    ) -> torch.FloatTensor:
+        self, states: torch.Tensor, patch_ids: torch.Tensor, mask: torch.Tensor, num_patches: int
+    ) -> torch.Tensor:
         """
         Compute patch embeddings.
 
@@ -376,11 +377,11 @@ class CoconutPatchReader(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.FloatTensor,
-        patches: torch.FloatTensor,
-        index: torch.LongTensor,
-        has_patch: torch.BoolTensor,
-    ) -> torch.FloatTensor:
+        hidden_states: torch.Tensor,
+        patches: torch.Tensor,
+        index: torch.Tensor,
+        has_patch: torch.Tensor,
+    ) -> torch.Tensor:
         """
         Add the attention output to the byte states.
 
@@ -412,7 +413,7 @@ class CoconutLocalDecoder(CoconutByteLayers):
     """The byte decoder: combines byte states and latent outputs to predict the next byte (BLT, section 3.3)."""
 
     def __init__(self, config: CoconutConfig) -> None:
-        super().__init__(config.decoder_config)
+        super().__init__(config.decoder_config)  # type: ignore[arg-type]  # not a `dict` after `__post_init__`
         width = config.decoder_config.hidden_size
         self.num_vectors = config.cross_attention_k
         self.latent_projection = nn.Linear(config.hidden_size, self.num_vectors * width, bias=False)
@@ -422,12 +423,12 @@ class CoconutLocalDecoder(CoconutByteLayers):
 
     def forward(
         self,
-        hidden_states: torch.FloatTensor,
-        latent_outputs: torch.FloatTensor,
-        index: torch.LongTensor,
-        has_patch: torch.BoolTensor,
+        hidden_states: torch.Tensor,
+        latent_outputs: torch.Tensor,
+        index: torch.Tensor,
+        has_patch: torch.Tensor,
         **inputs: Any,
-    ) -> tuple[torch.FloatTensor, ...]:
+    ) -> tuple[torch.Tensor, ...]:
         """Return the input and the outputs of all layers. The last output is normalized."""
         chain, shared = [hidden_states], self.prepare(hidden_states, **inputs)
         patches_BPKD = self.latent_projection(latent_outputs).unflatten(-1, (self.num_vectors, -1))
@@ -479,8 +480,8 @@ class BinaryPatchModule(nn.Module):
         )
 
     def forward(
-        self, input_ids: torch.LongTensor, entropies: torch.FloatTensor | None, state: PatchState
-    ) -> tuple[torch.BoolTensor, torch.BoolTensor, PatchState]:
+        self, input_ids: torch.Tensor, entropies: torch.Tensor | None, state: PatchState
+    ) -> tuple[torch.Tensor, torch.Tensor, PatchState]:
         """
         Cut the next bytes of rows into patches.
 
@@ -507,6 +508,7 @@ class BinaryPatchModule(nn.Module):
 class CoconutPreTrainedModel(PreTrainedModel):
     """Base class for loading and saving, with the flags that transformers expects."""
 
+    config: CoconutConfig
     config_class = CoconutConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -552,12 +554,12 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
 
     def forward(
         self,
-        patch_embeds: torch.FloatTensor,
-        patch_mask: torch.BoolTensor,
-        thought_mask: torch.BoolTensor,
+        patch_embeds: torch.Tensor,
+        patch_mask: torch.Tensor,
+        thought_mask: torch.Tensor,
         num_thoughts: int,
         cache: LatentCache | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> LatentOutput:
         """
@@ -594,11 +596,11 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
 
     def _in_passes(
         self,
-        patch_embeds: torch.FloatTensor,
-        patch_mask: torch.BoolTensor,
-        thought_mask: torch.BoolTensor,
+        patch_embeds: torch.Tensor,
+        patch_mask: torch.Tensor,
+        thought_mask: torch.Tensor,
         num_thoughts: int,
-        position_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor | None,
         output_hidden_states: bool,
     ) -> LatentOutput:
         """Process all patches in one pass. With thoughts, repeat it with the thoughts of the pass before (Jacobi)."""
@@ -624,9 +626,9 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
 
     def _in_rounds(
         self,
-        patch_embeds: torch.FloatTensor,
-        patch_mask: torch.BoolTensor,
-        thought_mask: torch.BoolTensor,
+        patch_embeds: torch.Tensor,
+        patch_mask: torch.Tensor,
+        thought_mask: torch.Tensor,
         num_thoughts: int,
         cache: LatentCache,
         output_hidden_states: bool,
@@ -663,8 +665,8 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
         return LatentOutput(chain[-1], chain if output_hidden_states else None, order)
 
     def _step(
-        self, embeds: torch.FloatTensor, active: torch.BoolTensor, cache: LatentCache, output_hidden_states: bool
-    ) -> tuple[torch.FloatTensor, ...]:
+        self, embeds: torch.Tensor, active: torch.Tensor, cache: LatentCache, output_hidden_states: bool
+    ) -> tuple[torch.Tensor, ...]:
         """Run the backbone on the next patches. Return all hidden states, or a tuple of the last one only."""
         positions = cache.num_patches[:, None] + active.cumsum(dim=1) - 1
         cache.positions = torch.cat([cache.positions, torch.where(active, positions, -1)], dim=1)
@@ -685,7 +687,7 @@ class CoconutLatentTransformer(CoconutPreTrainedModel):
         return outputs.hidden_states if output_hidden_states else (outputs.last_hidden_state,)
 
     def _masks(
-        self, queries: torch.LongTensor, keys: torch.LongTensor, dtype: torch.dtype
+        self, queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return masks `(batch_size, 1, num_queries, num_keys)` that compare positions instead of columns."""
         config = self.backbone.config
@@ -736,9 +738,7 @@ class CoconutModel(CoconutPreTrainedModel):
     def set_input_embeddings(self, value: CoconutByteEmbedding) -> None:
         self.byte_embedding = value
 
-    def patch(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def patch(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """
         Cut rows into patches.
 
@@ -758,12 +758,12 @@ class CoconutModel(CoconutPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        patch_lengths: torch.LongTensor | None = None,
-        patch_ends: torch.BoolTensor | None = None,
-        patch_position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        patch_lengths: torch.Tensor | None = None,
+        patch_ends: torch.Tensor | None = None,
+        patch_position_ids: torch.Tensor | None = None,
         past_key_values: CoconutCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -841,8 +841,8 @@ class CoconutModel(CoconutPreTrainedModel):
         )
 
     def _mark_padding(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replace masked ids by the pad token. Return the ids and the mask of real positions."""
         if attention_mask is not None:
             attention_mask = attention_mask[:, -input_ids.shape[1] :].bool()
@@ -851,10 +851,10 @@ class CoconutModel(CoconutPreTrainedModel):
 
     def _assign_bytes(
         self,
-        input_ids: torch.LongTensor,
-        real: torch.BoolTensor,
-        patch_lengths: torch.LongTensor | None,
-        patch_ends: torch.BoolTensor | None,
+        input_ids: torch.Tensor,
+        real: torch.Tensor,
+        patch_lengths: torch.Tensor | None,
+        patch_ends: torch.Tensor | None,
         cache: CoconutCache | None,
     ) -> _Boundaries:
         """Assign each byte to a patch, by the given lengths or by the patch rule."""
@@ -867,8 +867,8 @@ class CoconutModel(CoconutPreTrainedModel):
         return _Boundaries(patch_ids, ends, entropies, state)
 
     def _find_boundaries(
-        self, input_ids: torch.LongTensor, cache: CoconutCache | None
-    ) -> tuple[torch.BoolTensor, torch.BoolTensor, torch.FloatTensor | None, PatchState]:
+        self, input_ids: torch.Tensor, cache: CoconutCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, PatchState]:
         """Return the starts and known ends of patches, the entropies, and the state after these bytes."""
         entropies = None
         if self.binary_patch_module.rule.needs_entropies:
@@ -888,13 +888,13 @@ class CoconutModel(CoconutPreTrainedModel):
         starts, ends, state = self.binary_patch_module(input_ids, entropies, state)
         return starts, ends, entropies, state
 
-    def _embed(self, input_ids: torch.LongTensor, cache: CoconutCache | None) -> torch.FloatTensor:
+    def _embed(self, input_ids: torch.Tensor, cache: CoconutCache | None) -> torch.Tensor:
         if cache is None:
             return self.byte_embedding(input_ids)
         return self.byte_embedding(torch.cat([cache.history, input_ids], dim=1))[:, cache.history.shape[1] :]
 
     def _byte_inputs(
-        self, real: torch.BoolTensor, position_ids: torch.LongTensor | None, cache: CoconutCache | None
+        self, real: torch.Tensor, position_ids: torch.Tensor | None, cache: CoconutCache | None
     ) -> dict[str, torch.Tensor | None]:
         """Return mask and positions of the bytes. In packed rows, positions alone separate documents."""
         if position_ids is not None:
@@ -907,11 +907,11 @@ class CoconutModel(CoconutPreTrainedModel):
 
     def _group_bytes(
         self,
-        states: torch.FloatTensor,
-        input_ids: torch.LongTensor,
-        real: torch.BoolTensor,
+        states: torch.Tensor,
+        input_ids: torch.Tensor,
+        real: torch.Tensor,
         boundaries: _Boundaries,
-        patch_position_ids: torch.LongTensor | None,
+        patch_position_ids: torch.Tensor | None,
         cache: CoconutCache | None,
     ) -> _Patches:
         """Group the bytes into patches, together with the bytes of the open patch in the cache."""
@@ -947,10 +947,10 @@ class CoconutModel(CoconutPreTrainedModel):
     def _run_latent(
         self,
         patches: _Patches,
-        patch_position_ids: torch.LongTensor | None,
+        patch_position_ids: torch.Tensor | None,
         cache: CoconutCache | None,
         output_hidden_states: bool,
-    ) -> tuple[LatentOutput | None, torch.FloatTensor]:
+    ) -> tuple[LatentOutput | None, torch.Tensor]:
         """Run the latent transformer. Column 0 of the outputs is the output before the first of these patches."""
         rows, width = patches.lengths.shape
         if cache is None:
@@ -972,8 +972,8 @@ class CoconutModel(CoconutPreTrainedModel):
 
     @staticmethod
     def _readable_patches(
-        boundaries: _Boundaries, patches: _Patches, patch_position_ids: torch.LongTensor | None
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        boundaries: _Boundaries, patches: _Patches, patch_position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the column of latent outputs that each byte reads, and whether a patch ended before."""
         index = boundaries.patch_ids + boundaries.ends
         has_patch = (index > 0) | (patches.num_earlier > 0)[:, None]
@@ -985,8 +985,8 @@ class CoconutModel(CoconutPreTrainedModel):
     @staticmethod
     def _update_cache(
         cache: CoconutCache,
-        input_ids: torch.LongTensor,
-        real: torch.BoolTensor,
+        input_ids: torch.Tensor,
+        real: torch.Tensor,
         boundaries: _Boundaries,
         patches: _Patches,
     ) -> None:
@@ -1001,10 +1001,10 @@ class CoconutModel(CoconutPreTrainedModel):
 
     def _check_arguments(
         self,
-        input_ids: torch.LongTensor,
-        patch_lengths: torch.LongTensor | None,
-        position_ids: torch.LongTensor | None,
-        patch_position_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor,
+        patch_lengths: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        patch_position_ids: torch.Tensor | None,
         cache: CoconutCache | None,
     ) -> None:
         if not input_ids.numel():
@@ -1037,7 +1037,7 @@ class CoconutModel(CoconutPreTrainedModel):
                 "text, or raise the thresholds for longer patches."
             )
 
-    def _check_patch_size(self, real: torch.BoolTensor, boundaries: _Boundaries, patches: _Patches) -> None:
+    def _check_patch_size(self, real: torch.Tensor, boundaries: _Boundaries, patches: _Patches) -> None:
         """Warn once about an unusual mean patch size. Very short patches are slow, very long ones lose information."""
         if boundaries.entropies is None or self._checked_patch_size:
             return
@@ -1119,24 +1119,26 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
             entropy_predictor = ByteEntropyPredictor.from_pretrained(
                 entropy_predictor, dtype=torch.float32, use_safetensors=True
             )
-        source = backbone
         if isinstance(backbone, (str, Path)):
-            source = AutoModelForCausalLM.from_pretrained(
+            backbone = AutoModelForCausalLM.from_pretrained(
                 backbone, dtype="auto", use_safetensors=True, trust_remote_code=False
             )
-        is_model = isinstance(source, PreTrainedModel)
+        source = backbone if isinstance(backbone, PreTrainedModel) else None
+        backbone_config = backbone if isinstance(backbone, PreTrainedConfig) else backbone.config
         config = CoconutConfig(
-            backbone_config=(source.config if is_model else source).to_dict(),
+            backbone_config=backbone_config.to_dict(),
             entropy_config=entropy_predictor.config.to_dict(),
             **kwargs,
         )
-        model = cls._from_config(config, **({"dtype": source.dtype} if is_model else {}))
+        model = cls._from_config(config, **({"dtype": source.dtype} if source is not None else {}))
         latent = model.model.latent_transformer
         latent.entropy_predictor.float().load_state_dict(entropy_predictor.state_dict())
-        if is_model:
+        if source is not None:
             vocabulary = {id(parameter) for parameter in source.get_input_embeddings().parameters()}
             decoder = source.base_model
-            weights = {name: value for name, value in decoder.named_parameters() if id(value) not in vocabulary}
+            weights: dict[str, torch.Tensor] = {
+                name: value for name, value in decoder.named_parameters() if id(value) not in vocabulary
+            }
             weights |= dict(decoder.named_buffers())
             missing = set(latent.backbone.load_state_dict(weights, strict=False).missing_keys)
             own = {name for name, _ in latent.backbone.named_parameters()} & missing
@@ -1182,14 +1184,14 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        patch_lengths: torch.LongTensor | None = None,
-        patch_ends: torch.BoolTensor | None = None,
-        patch_position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        patch_lengths: torch.Tensor | None = None,
+        patch_ends: torch.Tensor | None = None,
+        patch_position_ids: torch.Tensor | None = None,
         past_key_values: CoconutCache | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -1231,10 +1233,11 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
         outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CoconutCausalLMOutput(loss=loss, logits=logits, **outputs)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs as for any model, but without positions. The model counts its bytes itself."""
         kwargs.pop("position_ids", None)
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # transformers types `self` as a model with private attributes of `generate`.
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -1246,14 +1249,14 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = CoconutCache(self.config)
 
 
-def _take(values: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Index values `(batch_size, length, ...)` row by row with positions `(batch_size, n)`."""
     rows, length = values.shape[:2]
     flat = index + length * torch.arange(rows, device=index.device)[:, None]
     return values.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
 
 
-def _softmax_within(scores: torch.Tensor, group: torch.LongTensor, num_groups: int) -> torch.Tensor:
+def _softmax_within(scores: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Softmax of `(n, ...)` over the rows of the same group."""
     index = group.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
     highest = scores.new_full((num_groups, *scores.shape[1:]), -torch.inf).scatter_reduce(0, index, scores, "amax")
@@ -1263,15 +1266,15 @@ def _softmax_within(scores: torch.Tensor, group: torch.LongTensor, num_groups: i
     return weights / totals.index_select(0, group)
 
 
-def _lengths(patch_ids: torch.LongTensor, mask: torch.BoolTensor, num_patches: int) -> torch.LongTensor:
+def _lengths(patch_ids: torch.Tensor, mask: torch.Tensor, num_patches: int) -> torch.Tensor:
     """Number of masked-in positions of each patch."""
     lengths = torch.zeros(len(patch_ids), num_patches + 1, dtype=torch.long, device=patch_ids.device)
     return lengths.scatter_add(1, patch_ids.clamp(0, num_patches), mask.long())[:, :num_patches]
 
 
 def _from_lengths(
-    patch_lengths: torch.LongTensor, real: torch.BoolTensor, input_ids: torch.LongTensor
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    patch_lengths: torch.Tensor, real: torch.Tensor, input_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the patch of each byte, and the ends of patches as far as the lengths tell them."""
     borders = patch_lengths.cumsum(dim=1)
     after_gap = (patch_lengths[:, 1:] > 0) & (patch_lengths[:, :-1] == 0)
