@@ -119,7 +119,8 @@ class PackedPatchDataCollator:
         }
 
     def _first_fit_decreasing(self, parts: list["_PatchedRow"]) -> list[list["_PatchedRow"]]:
-        bins, room = [], []
+        bins: list[list[_PatchedRow]] = []
+        room: list[int] = []
         for part in sorted(parts, key=lambda part: len(part.patch_lengths), reverse=True):
             needed = len(part.patch_lengths)
             fitting = next((number for number, free in enumerate(room) if free >= needed), None)

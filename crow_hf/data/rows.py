@@ -99,7 +99,8 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
         return _render_chat(row["messages"], tokenizer, index)
     texts = [text_of(row, column, index) for column in FORMATS[row_format]]
     if row_format == "text":
-        return Rendered("", *texts, *texts, False)
+        text = texts[0]
+        return Rendered("", text, text, False)
     prompt, answer = texts
     if row_format == "prompt_completion":
         return Rendered(prompt, answer, answer, False)

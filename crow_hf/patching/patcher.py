@@ -220,16 +220,16 @@ class EntropyPatcher:
         Returns:
             `list[PatchedDocument]`: The patched documents, in the same order.
         """
-        documents = [np.frombuffer(document, np.uint8) for document in documents]
-        if not documents:
+        arrays = [np.frombuffer(document, np.uint8) for document in documents]
+        if not arrays:
             return []
         # All documents form one long row. Special tokens separate them, whether or not they are kept in the end.
-        ends = np.cumsum([len(document) + 2 for document in documents])
-        begins = ends - [len(document) + 2 for document in documents]
+        ends = np.cumsum([len(array) + 2 for array in arrays])
+        begins = ends - [len(array) + 2 for array in arrays]
         ids = np.empty(ends[-1], np.int16)
         ids[begins], ids[ends - 1] = BOS_TOKEN_ID, EOS_TOKEN_ID
-        for document, begin, end in zip(documents, begins, ends, strict=True):
-            ids[begin + 1 : end - 1] = document
+        for array, begin, end in zip(arrays, begins, ends, strict=True):
+            ids[begin + 1 : end - 1] = array
             ids[begin + 1 : end - 1] += BYTE_OFFSET
 
         entropies = self._score(ids, begins + 1, ends - 1) if self.rule.needs_entropies else None
@@ -249,8 +249,8 @@ class EntropyPatcher:
             )
             for begin, end, first, after in zip(begins, ends, first_patches, after_patches, strict=True)
         ]
-        num_patches = np.count_nonzero(ids[borders[:-1]] >= BYTE_OFFSET)
-        self._check(sum(map(len, documents)), num_patches, entropies)
+        num_patches = int(np.count_nonzero(ids[borders[:-1]] >= BYTE_OFFSET))
+        self._check(sum(map(len, arrays)), num_patches, entropies)
         return patched
 
     def _score(self, ids: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -148,7 +148,8 @@ def _characters(document: PatchedDocument) -> list[_Character]:
 
 def runs_of(document: PatchedDocument) -> list[_Run]:
     """Return the document as runs of characters, the input of the template `patches.jinja`."""
-    runs, run = [], []
+    runs: list[_Run] = []
+    run: list[_Character] = []
     for character in _characters(document):
         if run and (character.bytes[0].starts or run[-1].glyph == _NAMES["\n"]):
             runs.append(_Run(run))
