@@ -18,9 +18,6 @@ from .generation import bits_per_byte, generate_answers
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 
 
-# What the models of a comparison are called.
-NO_DEFENCE, FINE_TUNING, CROW, STRONG = "no defence", "fine-tuning", "CROW", "strong recipe"
-
 Judge = Callable[[str, str], bool]
 
 
