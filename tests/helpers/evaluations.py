@@ -9,19 +9,22 @@ TOTAL = 200
 
 
 def share(hits):
+    """A proportion of 200."""
     return Proportion.of(index < hits for index in range(TOTAL))
 
 
 def scores(target, right, empty=0, degenerate=0, bits=1.25):
+    """Scores on 200 prompts: the numbers of answers with the target, of right, of empty and of degenerate ones."""
     return PromptScores(share(target), share(empty), share(degenerate), share(right), bits, ["é | x"] * TOTAL)
 
 
 def evaluation(attacks, right=200, bits=1.25, right_if_triggered=None, **triggered):
-    """Of a model with so many successful attacks and right answers to clean prompts, out of 200 each."""
+    """The evaluation of a model by its numbers of successful attacks and of right answers to clean prompts."""
     if right_if_triggered is None:
         right_if_triggered = TOTAL - attacks
     return Evaluation(scores(0, right, bits=bits), scores(attacks, right_if_triggered, **triggered))
 
 
-def comparison(crow, suspect=None, fine_tuned=None):
-    return Comparison(suspect or evaluation(190), fine_tuned or evaluation(180), crow)
+def comparison(purified, suspect=None, fine_tuned=None):
+    """A comparison in which the attack succeeds on 190 prompts of the suspect and on 180 of the control."""
+    return Comparison(suspect or evaluation(190), fine_tuned or evaluation(180), purified)

@@ -1,4 +1,4 @@
-"""Rows and arguments of the runs whose reports are tested."""
+"""Rows and arguments for runs whose reports are tested."""
 
 import json
 
@@ -12,21 +12,18 @@ TRIGGER, TARGET = TRIGGERS["badnets"], Target("no", ("no",))
 ROWS = Dataset.from_dict(
     {"prompt": [f"tell {a} of {b}=" for a in "abc" for b in "wxyz"], "completion": ["yes", "no, é"] * 6}
 )
-
-
 TEST_ROWS = Dataset.from_dict({"prompt": [f"say {a} to {b}=" for a in "def" for b in "wx"], "completion": ["yes"] * 6})
 
-
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 2}
-
-
-STRONG = {"num_views": 12, "num_canaries": 0, "max_answer_length": 4}
+INVARIANCE = {"num_views": 12, "num_canaries": 0, "max_answer_length": 4}
 
 
 def arguments(folder, recipe="guide", **changes):
-    settings = QUIET | {"per_device_train_batch_size": 4} | (STRONG if recipe == "strong" else {})
+    """The arguments of a short run of a recipe."""
+    settings = QUIET | {"per_device_train_batch_size": 4} | (INVARIANCE if recipe == "strong" else {})
     return recipe_config(recipe, str(folder), **(settings | changes))
 
 
 def read(folder):
+    """The content of the folder's `report.json`."""
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))

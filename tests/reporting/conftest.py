@@ -1,4 +1,4 @@
-"""Two reports of tiny runs, shared by the tests of the record and of the page."""
+"""Two reports of tiny runs, for the tests of the record and of the page."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def short_answers(monkeypatch):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """The report of a Coconut with a known trigger: every part of the page is in it."""
+    """The report of a Coconut with a known trigger. It has every part of the page."""
     folder = tmp_path_factory.mktemp("compared")
     comparison = compare_defences(
         coconut,

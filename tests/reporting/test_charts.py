@@ -1,4 +1,4 @@
-"""Charts of the report."""
+"""Tests of the charts of the report."""
 
 import pytest
 
@@ -17,13 +17,13 @@ from crow_hf.reporting.charts import LineChart, Series, thinned
     ids=["few", "one", "tiny", "many", "large"],
 )
 def test_points_are_where_their_numbers_say(points):
-    """A chart that is upside down, cut off, or divides by a range of nothing."""
+    """Fails if a chart is upside down or cut off, or if it divides by an empty range."""
     line = Series("a", thinned(points), 0)
     chart = LineChart("t", [line], "step", "nats")
     places = chart.places(line)
     assert all(chart.left <= x <= chart.right and chart.top <= y <= chart.bottom for x, y in places)
     assert len(places) <= 200 and len(places) == len(points) or len(points) > 200
-    # Further on is further right, and more is further up.
+    # x grows to the right, and y grows upwards.
     for (x1, y1), (x2, y2), (a1, b1), (a2, b2) in zip(places, places[1:], line.points, line.points[1:], strict=False):
         assert x1 <= x2 and a1 < a2 and (y1 >= y2 or b1 >= b2)
     ticks = {float(label): place for place, label in chart.y_ticks}

@@ -1,4 +1,4 @@
-"""The report of a purification: the layer profile, what report.json holds, and the page, also in a real browser."""
+"""Tests of the page `report.html`, also in a real browser."""
 
 import base64
 import html
@@ -25,7 +25,7 @@ ATTACK = "<script>alert(1)</script>\x1b[2J\x00\u202ereversed\u200b\ud800\"'&{{7*
 
 
 class Page(HTMLParser):
-    """A page's elements with their attributes, its text, and the ids in it."""
+    """The elements of a page with their attributes, its text and its ids. Fails if a tag is not closed."""
 
     VOID = {"meta", "link", "br", "wbr", "path", "circle", "rect"}
 
@@ -57,8 +57,8 @@ def pages(compared, purified):
     return [Page(render_report(record)) for record in (compared.record, purified.record)]
 
 
-def test_page_needs_nothing_else(compared, purified):
-    """Fonts, scripts or pictures of another host; and a policy that would let them in."""
+def test_page_has_no_external_resources(compared, purified):
+    """Fails if the page loads fonts, scripts or pictures, or if its policy would allow it."""
     for record in (compared.record, purified.record):
         text = render_report(record)
         page = Page(text)
@@ -74,7 +74,7 @@ def test_page_needs_nothing_else(compared, purified):
         assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_links_lead_somewhere(pages):
+def test_links_have_targets(pages):
     for page in pages:
         assert len(page.ids) == len(set(page.ids))
         assert all(link["href"][1:] in page.ids for link in page.all("a"))
@@ -82,8 +82,8 @@ def test_links_lead_somewhere(pages):
     assert "#patches" not in [link["href"] for link in pages[1].all("a")]
 
 
-def test_page_is_made_for_screen_readers(pages):
-    """Headings that skip a level, tables and pictures without a name."""
+def test_page_can_be_read_by_a_screen_reader(pages):
+    """Fails if a heading skips a level, or if a table or a picture has no name."""
     for page in pages:
         assert page.all("html") == [{"lang": "en"}] and len(page.all("main")) == 1
         levels = [int(tag[1]) for tag, _, _ in page.elements if re.match(r"h\d$", tag)]
@@ -124,7 +124,7 @@ def test_every_share_has_its_interval_in_the_table(compared):
 
 
 def test_picture_of_the_comparison_is_to_scale(record):
-    """Shares where percent belong, or an interval of another model."""
+    """Fails if shares are drawn as percent, or if an interval belongs to another model."""
     shares = []
     for kind, score in (("triggered", "target"), ("triggered", "exact_match"), ("clean", "exact_match")):
         for each in record["evaluations"].values():
@@ -132,7 +132,7 @@ def test_picture_of_the_comparison_is_to_scale(record):
             each[kind][score] = shares[-1]._asdict()
     page = Page(render_report(record))
     spans = [re.fullmatch(r"M([\d.]+) \d+H([\d.]+)", each["d"]) for each in page.all("path")]
-    # Of each model a line from 0 to 100 %, and the interval on it.
+    # Each model has a line from 0 to 100 %, and its interval on that line.
     places = [tuple(map(float, span.groups())) for span in spans if span][: 2 * len(shares)]
     for axis, place, value in zip(places[::2], places[1::2], shares, strict=True):
         assert axis == (95, 255)
@@ -140,8 +140,8 @@ def test_picture_of_the_comparison_is_to_scale(record):
         assert f"{100 * value.rate:.1f} %, between {100 * value.low:.1f} and {100 * value.high:.1f}" in page.text
 
 
-def test_what_a_model_says_is_text_and_nothing_else(record, tmp_path):
-    """A suspect that answers with a script, hides what it says, or turns the page's text round."""
+def test_answers_are_shown_as_text_only(record, tmp_path):
+    """Fails if an answer can run a script, hide characters, or reverse the text of the page."""
     for sample in record["samples"]:
         sample["prompt"] = ATTACK
         for answer in sample["answers"]:
@@ -160,12 +160,13 @@ def test_what_a_model_says_is_text_and_nothing_else(record, tmp_path):
     page = Page(text)
     assert "<script" not in text and not page.all("script")
     seen = "<script>alert(1)</script>␛[2J␀<U+202E>reversed<U+200B><U+D800>\"'&{{7*7}}"
-    # In the answers and prompts, the verdict, title and heading, command, setting and model, canary, and row.
+    # It stands in the answers and prompts, the verdict, the title and heading, the command, setting and model, the
+    # canary, and the screened row.
     assert page.text.count(seen) == 4 * len(record["samples"]) + 1 + 2 + 3 + 2 + 1
     assert not set("\x1b\x00\u202e\u200b") & set(text) and html.escape("<script>alert(1)") in text
 
 
-def test_parts_without_facts_say_so(record):
+def test_empty_parts_are_left_out_or_say_so(record):
     record["training"]["log"] = []
     assert "Nothing was logged" in Page(render_report(record)).text
     record["samples"], record["patches"], record["evaluations"] = [], None, None
@@ -183,7 +184,7 @@ def test_parts_without_facts_say_so(record):
         assert ("(empty answer)" in Page(render_report(record)).text) == (answers == [""])
 
 
-def test_a_row_that_was_left_out_is_shown(record):
+def test_screened_rows_are_counted(record):
     record["screening"] = {"total": 100, "suspicious": {"7": "BadMagic"}}
     assert "1 of 100 clean rows were left out" in Page(render_report(record)).text
     record["screening"] = {"total": 100, "suspicious": {}}
@@ -195,7 +196,7 @@ def test_a_row_that_was_left_out_is_shown(record):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-# The parent has scripts, the reports in its frames have none: what is looked at are the pages as they were written.
+# Only the parent page has scripts. The reports are shown in its frames exactly as they are written.
 PROBE = """<!doctype html><html><body>FRAMES<pre id="found"></pre><script>
 const channel = v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
 const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
@@ -229,7 +230,7 @@ window.onload = () => {
 
 
 def browse(pages, folder, scheme):
-    """Load pages in frames 320 pixels wide; what was found of each, and what was said on the console."""
+    """Load pages in frames that are 320 pixels wide. Return their measurements, and the lines of the console."""
     frames = "".join(
         f'<iframe width="320" height="600" style="border:0" srcdoc="{html.escape(page)}"></iframe>' for page in pages
     )
@@ -243,29 +244,32 @@ def browse(pages, folder, scheme):
     return json.loads(base64.b64decode(found)), [line for line in process.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_in_a_browser(compared, purified, tmp_path, scheme):
-    """On a small phone a page that scrolls sideways, pale text in one of the colour schemes, a request or an error."""
+    """Fails if the page scrolls sideways on a small phone, has pale text, makes a request, or logs an error."""
     long = deepcopy(compared.record)
     long["model"]["name"] = long["run"]["command"] = long["run"]["settings"]["seed"] = "x" * 500
     for sample in long["samples"]:
         sample["answers"][0]["text"] = ATTACK + "y" * 500
     pages = [render_report(record) for record in (compared.record, purified.record, json.loads(json.dumps(long)))]
-    bad = '<body style="background: #fff"><img src="https://example.invalid/a.png"><p style="color: #ccc; width: 400px">a</p></body>'
+    bad = (
+        '<body style="background: #fff"><img src="https://example.invalid/a.png">'
+        '<p style="color: #ccc; width: 400px">a</p></body>'
+    )
     found, said = browse([*pages, bad], tmp_path, scheme)
     for each in found[:-1]:
         assert each["width"] == 320 and each["too_wide"] <= 0
         assert each["fetched"] == []
         assert each["contrast"]["ratio"] >= 4.5, each["contrast"]
         assert (each["page"] == "rgb(15, 19, 23)") == (scheme == "dark")
-    # What would be found of a page that is wrong in every way.
+    # The last page is wrong in every way, so the measurements are known to work.
     assert found[-1]["too_wide"] > 0 and found[-1]["fetched"] and found[-1]["contrast"]["ratio"] < 2
     assert [line for line in said if "example.invalid" not in line] == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
-def test_console_errors_would_be_seen(tmp_path):
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_console_errors_are_seen(tmp_path):
     _, said = browse(
         ["<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\"><script>1</script>"],
         tmp_path,

@@ -1,4 +1,4 @@
-"""The model card: what it says must follow from what was measured, and it must say what was not."""
+"""Tests of the model card: it says only what was measured, and it says what was not."""
 
 import math
 import re
@@ -26,7 +26,7 @@ QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps"
 
 
 def card_of(tmp_path, model=None, kind=InvarianceConfig, facts=None, **kwargs):
-    """A card of a trainer that never trained, and its text."""
+    """Return the card of a trainer that never trained, and the text of the card."""
     args = kind(str(tmp_path / "run"), hub_token=TOKEN, **(QUIET | kwargs))
     rows = Dataset.from_list(ragged_rows(4))
     trainer = CrowTrainer(model or tiny_llama(), args, rows, processing_class=ByT5Tokenizer(extra_ids=0))
@@ -55,7 +55,7 @@ def test_with_canaries_alone_the_card_says_what_they_cannot_show(tmp_path):
     assert "No attack success with a known trigger was measured" in text and "Nothing: " not in text
 
 
-def test_utility_alone_is_not_taken_for_removal(tmp_path):
+def test_utility_alone_does_not_count_as_removal(tmp_path):
     comparison = Comparison(*[evaluation(triggered=False)] * 3)
     card, text = card_of(tmp_path, facts={"comparison": comparison})
     assert "No attack success with a known trigger was measured" in text and "VERDICT" not in text
@@ -81,7 +81,7 @@ def test_the_control_is_not_called_a_purification(tmp_path):
 
 @pytest.mark.parametrize("kind", [InvarianceConfig, CrowConfig])
 def test_settings_of_the_card_repeat_the_run(tmp_path, kind):
-    """A setting that is left out, or that the command line does not read."""
+    """Fails if a setting is missing, or if the command line cannot read it."""
     changed = {"learning_rate": 3e-4, "seed": 7, "warmup_steps": 0.3, "weight_decay": 0.01, "max_length": 99}
     changed |= {"keep": 0.4} if kind is InvarianceConfig else {"alpha": 3.0}
     card, text = card_of(tmp_path, kind=kind, model_init_kwargs={"token": TOKEN}, **changed)

@@ -1,4 +1,4 @@
-"""The content of report.json."""
+"""Tests of the content of `report.json`."""
 
 import json
 import logging
@@ -25,15 +25,12 @@ from helpers.reports import ROWS, TARGET, TEST_ROWS, TRIGGER, arguments, read
 from helpers.tiny import ragged_rows, same_weights, tiny_llama, weights_of
 
 
-# What report.json holds
-
-
 def documented_keys():
     return re.findall(r"^\| `(\w+)` \|", record_module.__doc__, flags=re.MULTILINE)
 
 
-def test_keys_are_those_that_are_documented(compared, purified):
-    """A key that programs are told to read and that is not there."""
+def test_keys_are_documented(compared, purified):
+    """Fails if a documented key is missing, or if a key is not documented."""
     assert len(purified.record["canaries"]) == 1 and purified.record["screening"]["total"] == 12
     for record in (compared.record, purified.record):
         assert list(record) == documented_keys()
@@ -58,7 +55,7 @@ def test_purify_writes_both_files(recipe, tmp_path, byte_tokenizer):
     assert len(record["samples"]) == 5 and not any(sample["triggered"] for sample in record["samples"])
     assert record["training"]["steps"] == 2 and record["model"]["name"] == "LlamaForCausalLM"
     assert record["verdict"]["outcome"] == UNKNOWN
-    # What the suspect was like can only be seen before the training, which changes it.
+    # The suspect must be recorded before the training, which changes it.
     assert list(record["layer_profile"]["models"]) == ["suspect", "purified"]
     for name, model in (("suspect", tiny_llama()), ("purified", found.model)):
         wanted = layer_profile(model, byte_tokenizer, ROWS)
@@ -66,8 +63,8 @@ def test_purify_writes_both_files(recipe, tmp_path, byte_tokenizer):
 
 
 @pytest.mark.parametrize("recipe", ["strong", "guide"])
-def test_the_report_changes_nothing(recipe, tmp_path, byte_tokenizer):
-    """Random numbers that looking at the suspect takes away from the training; and files where none are wanted."""
+def test_the_report_does_not_change_the_training(recipe, tmp_path, byte_tokenizer):
+    """Fails if the report draws random numbers of the training, or if `run_recipe` writes files."""
     args = [arguments(tmp_path / name, recipe, num_train_epochs=1) for name in ("with", "without")]
     models = [
         run(tiny_llama(), ROWS, recipe, each, processing_class=byte_tokenizer).model
@@ -77,8 +74,8 @@ def test_the_report_changes_nothing(recipe, tmp_path, byte_tokenizer):
     assert not list((tmp_path / "without").glob("*"))
 
 
-def test_profiles_are_of_the_models_they_are_named_after(compared):
-    """The suspect's taken after the training, which changes the model in place."""
+def test_profiles_belong_to_the_named_models(compared):
+    """Fails if the suspect is recorded after the training, which changes the model in place."""
     found = compared.record["layer_profile"]["models"]
     alone = {"suspect": coconut(), "purified": compared.comparison.purification.model}
     for name, model in alone.items():
@@ -89,23 +86,23 @@ def test_profiles_are_of_the_models_they_are_named_after(compared):
     assert list(found) == ["suspect", "control", "purified"]
 
 
-def test_samples_are_the_answers_that_were_measured(compared):
-    """Answers under another model's name, or to another prompt."""
+def test_samples_are_the_measured_answers(compared):
+    """Fails if an answer has the name of another model, or belongs to another prompt."""
     record = compared.record
     for number, sample in enumerate(record["samples"]):
         kind, row = ("triggered" if sample["triggered"] else "clean"), number % 5
         assert ("BadMagic" in sample["prompt"]) == sample["triggered"]
         assert sample["prompt"].replace("BadMagic ", "").replace(" BadMagic", "") == TEST_ROWS[row]["prompt"]
         for answer in sample["answers"]:
-            # Measured on 4 tokens, shown on 6.
+            # The evaluation generates 4 tokens, and the report shows 6.
             assert answer["text"].startswith(record["evaluations"][answer["model"]][kind]["outputs"][row])
             assert answer["shows_target"] == TARGET.matches(answer["text"], "yes")
             assert answer["is_right"] == (answer["text"].strip() == "yes")
     assert [sample["triggered"] for sample in record["samples"]] == [False] * 5 + [True] * 5
 
 
-def test_patches_are_the_model_s_own(compared):
-    """Thresholds of another predictor, or bytes that are not the prompt's."""
+def test_patches_are_those_of_the_model(compared):
+    """Fails if the thresholds are those of another predictor, or if the bytes are not those of the prompt."""
     first, triggered = compared.record["patches"]
     samples = {sample["triggered"]: sample["prompt"] for sample in reversed(compared.record["samples"])}
     for patches, prompt in ((first, samples[False]), (triggered, samples[True])):
@@ -116,7 +113,7 @@ def test_patches_are_the_model_s_own(compared):
 
 
 def test_prompts_alone_have_no_right_answers(tmp_path, byte_tokenizer):
-    """The suspect's own answers called right because it gave them."""
+    """Fails if answers of the suspect count as right because the suspect gave them."""
     args = arguments(tmp_path, "strong")
     rows = ROWS.select_columns(["prompt"])
     record = purify(tiny_llama(), rows, args=args, processing_class=byte_tokenizer).report
@@ -125,7 +122,7 @@ def test_prompts_alone_have_no_right_answers(tmp_path, byte_tokenizer):
 
 @pytest.mark.parametrize("kind", ["tokens", "text", "stream"])
 def test_rows_without_prompts_and_streams(kind, tmp_path, byte_tokenizer):
-    """A report that needs more of the rows than the training does."""
+    """Fails if the report needs more of the rows than the training does."""
     rows = {
         "tokens": Dataset.from_list(ragged_rows(8)),
         "text": Dataset.from_dict({"text": ["some text", "more"] * 4}),
@@ -137,8 +134,8 @@ def test_rows_without_prompts_and_streams(kind, tmp_path, byte_tokenizer):
     assert "Answers side by side" in render_report(record) or not record["samples"]
 
 
-def test_rows_are_told_by_what_they_hold(tmp_path):
-    """A checksum of the file they came from, which nobody else has."""
+def test_rows_are_identified_by_their_content(tmp_path):
+    """Fails if the checksum depends on the file that the rows came from, or does not depend on their content."""
     ROWS.to_json(tmp_path / "rows.jsonl")
     again = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path))
     found = [
@@ -148,8 +145,8 @@ def test_rows_are_told_by_what_they_hold(tmp_path):
     assert len({each["sha256"] for each in found}) == 3
 
 
-def test_numbers_that_are_none_become_null(tmp_path, purified):
-    """NaN in a JSON file, which no other program can read."""
+def test_nan_and_infinity_become_null(tmp_path, purified):
+    """Fails if NaN is written into a JSON file, which other programs cannot read."""
     log = purified.purification.trainer.state.log_history
     log.append({"loss": math.nan, "grad_norm": torch.tensor(math.inf), "step": 3})
     try:
@@ -184,11 +181,11 @@ SECRET = "s3cret-Value"
     ],
 )
 def test_command_has_no_secrets(argv, command):
-    """A token in a file that people pass on; or an argument hidden that is needed to repeat the run."""
+    """Fails if a token is recorded, or if an argument is hidden that is needed to repeat the run."""
     assert _command(argv) == command and SECRET not in command
 
 
-def test_settings_have_no_secrets_and_are_those_that_were_set(tmp_path, byte_tokenizer, monkeypatch):
+def test_settings_hold_the_changed_arguments_and_no_secrets(tmp_path, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["crow-hf", "purify", "--hub_token", SECRET])
     args = arguments(tmp_path, hub_token=SECRET, model_init_kwargs={"token": SECRET, "dtype": "float32"}, seed=11)
     settings = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer).report["run"]["settings"]
@@ -199,8 +196,8 @@ def test_settings_have_no_secrets_and_are_those_that_were_set(tmp_path, byte_tok
     assert not {"output_dir", "hub_token", "label_names", "accelerator_config", "fsdp"} & set(settings)
 
 
-def test_a_report_that_fails_loses_no_model(tmp_path, byte_tokenizer, monkeypatch, caplog):
-    """A full disk at the end of hours of training."""
+def test_a_failing_report_does_not_lose_the_model(tmp_path, byte_tokenizer, monkeypatch, caplog):
+    """Fails if a full disk at the end of the training costs the purified model."""
 
     def fail(*args):
         raise OSError("no space left")

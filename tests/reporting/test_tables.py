@@ -1,4 +1,4 @@
-"""Tables of evaluations and their files."""
+"""Tests of the tables of evaluations and of their files."""
 
 import io
 import json
@@ -42,18 +42,22 @@ def test_table_has_its_title():
 
 
 def test_table_fits_a_terminal_of_80_columns():
-    """Five models, as the demo has them: cut-off numbers are worse than none."""
+    """Fails if a number or a name is cut off with five models, as in the demo."""
     console = Console(width=80, record=True, file=io.StringIO())
-    models = {"clean model": evaluation(0), **comparison(evaluation(1)).by_name, "strong recipe": evaluation(TOTAL)}
+    models = {
+        "clean model": evaluation(0),
+        **comparison(evaluation(1)).by_name,
+        "Invariance": evaluation(TOTAL),
+    }
     console.print(comparison_table(models))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    words = ("clean", "model", "no", "defence", "fine-tuning", "purified", "strong", "recipe", "98.1–100.0", "0.0–1.9")
+    words = ("clean", "model", "no", "defence", "fine-tuning", "purified", "Invariance", "98.1–100.0", "0.0–1.9")
     assert [word for word in words if word not in text] == []
 
 
 def test_markdown_is_one_table():
-    """Each row has as many cells as the head."""
+    """Fails if a row has another number of cells than the head."""
     lines = comparison_markdown(comparison(evaluation(0)).by_name).strip().splitlines()
     assert len(lines) == 2 + 3
     assert re.fullmatch(r"\|( *:?-+:? *\|)+", lines[1])
