@@ -1,4 +1,4 @@
-"""The metrics load in the `evaluate` library."""
+"""The `evaluate` module `crow_hf.evaluation.metrics.attack_success_rate.attack_success_rate`, loaded by its path."""
 
 import json
 import os
