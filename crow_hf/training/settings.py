@@ -18,9 +18,10 @@ _ALWAYS_RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "seed"),
 )
-# They say where a run was stored and shown, and change nothing in the model.
+# They say where a run was stored, shown and computed, and change nothing in the model.
 _NEVER_RECORDED = re.compile(
     r"output_dir|logging_\w+|disable_tqdm|report_to|save_\w+|push_to_hub|hub_\w+|resume_from_checkpoint"
+    r"|use_cpu|local_rank|ddp_\w+|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
 )
 
 
@@ -57,19 +58,20 @@ def recorded_settings(args: TrainingArguments) -> dict[str, Any]:
     Returns:
         `dict`: The arguments that the method itself defines, the main settings of the optimizer, and every other
         argument that differs from its default in transformers. It holds no secret, and nothing about where the run was
-        stored, logged or pushed.
+        computed, stored, logged or pushed.
     """
-    own = {
+    own = [
         name
         for kind in type(args).__mro__
         if issubclass(kind, TrainingArguments) and kind is not TrainingArguments
         for name in kind.__annotations__
-    }
+    ]
+    values = args.to_dict()
+    needed = [name for name, value in values.items() if name in _ALWAYS_RECORDED or not _is_default(name, value)]
     return {
-        name: without_secrets(value)
-        for name, value in args.to_dict().items()
-        if not _NEVER_RECORDED.fullmatch(name)
-        and (name in own or name in _ALWAYS_RECORDED or not _is_default(name, value))
+        name: without_secrets(values[name])
+        for name in dict.fromkeys([*own, *needed])
+        if name in values and not _NEVER_RECORDED.fullmatch(name)
     }
 
 
