@@ -1,4 +1,4 @@
-"""A purification beside its controls."""
+"""Tests of `compare_defences()`: a purification beside its controls."""
 
 import logging
 
@@ -10,8 +10,6 @@ from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_mo
 from crow_hf.evidence.result import Comparison
 from crow_hf.recipes import comparison as comparison_module
 from crow_hf.recipes import saving
-from crow_hf.recipes.presets import recipe_config
-from crow_hf.recipes.purification import purify
 from crow_hf.recipes.run import run_recipe
 from crow_hf.reporting.html import write_report
 from helpers.tiny import crow_args, same_weights, tiny_llama, weights_of
@@ -40,8 +38,8 @@ def settings(tmp_path, **kwargs):
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_with_alpha_0_purification_and_control_are_one(tmp_path, byte_tokenizer, options):
-    """Other rows, another order or another number of steps for the control."""
+def test_with_alpha_0_purification_and_control_are_the_same(tmp_path, byte_tokenizer, options):
+    """Fails if the control has other rows, another order of rows or another number of steps."""
     comparison = compare(settings(tmp_path, alpha=0.0), byte_tokenizer, **options)
     assert isinstance(comparison, Comparison)
     assert list(comparison.by_name) == ["no defence", "fine-tuning", "CROW"]
@@ -51,8 +49,8 @@ def test_with_alpha_0_purification_and_control_are_one(tmp_path, byte_tokenizer,
 
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_each_model_is_what_one_gets_alone(tmp_path, byte_tokenizer, options):
-    """A control that goes on from the purified model, or a purification of the fine-tuned one."""
+def test_each_model_is_trained_from_a_fresh_suspect(tmp_path, byte_tokenizer, options):
+    """Fails if the control starts from the purified model, or the purification from the control."""
     args = settings(tmp_path, alpha=5.5, seed=7)
     comparison = compare(args, byte_tokenizer, **options)
 
@@ -76,8 +74,8 @@ def test_each_model_is_what_one_gets_alone(tmp_path, byte_tokenizer, options):
     assert isinstance(comparison.purification.model, PeftModel) == bool(options)
 
 
-def test_the_paper_trains_a_lora_and_so_does_its_control(tmp_path, byte_tokenizer, monkeypatch):
-    """CROW as published beside a fine-tuning of all weights, or with all weights itself."""
+def test_recipe_paper_and_its_control_train_a_lora(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if CROW as published or its control trains all weights."""
     controls = []
 
     def record(*args, **kwargs):
@@ -99,7 +97,7 @@ def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
 
 
 def test_control_writes_nothing(tmp_path, byte_tokenizer):
-    """Checkpoints of the control in the folder of the purification, over or beside its own."""
+    """Fails if checkpoints of the control are written to the folder of the purification."""
     args = settings(tmp_path, save_strategy="steps", save_steps=2)
     trainer = compare(args, byte_tokenizer).purification.trainer
     output = tmp_path / "run"
@@ -110,7 +108,7 @@ def test_control_writes_nothing(tmp_path, byte_tokenizer):
 
 
 def test_the_report_is_written_once_beside_the_purified_model(tmp_path, byte_tokenizer, monkeypatch):
-    """Checkpoints, or a report of the control or of the purification alone before the one of both."""
+    """Fails if checkpoints are written, or a second report of the control or of the purification alone."""
     written = []
     monkeypatch.setattr(saving, "write_report", lambda *args: written.append(write_report(*args)))
     compare(settings(tmp_path), byte_tokenizer)
@@ -133,7 +131,7 @@ def test_without_trigger_only_utility_is_compared(tmp_path, byte_tokenizer):
 
 
 def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
-    """Hours of training, and then nothing to measure with."""
+    """Fails if unusable test rows are only found after hours of training."""
     loaded = []
 
     def load():
@@ -148,7 +146,7 @@ def test_unusable_test_rows_fail_before_training(tmp_path, byte_tokenizer):
 
 
 def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, monkeypatch):
-    """Utility measured on what was learned."""
+    """Fails if no warning says that utility is measured on training prompts."""
     monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     leaking = Dataset.from_list([TRAIN[0], TRAIN[1], *TEST])
     compare_defences(
@@ -161,22 +159,3 @@ def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, 
         **MEASURE,
     )
     assert "2 prompts of the clean rows are also test prompts" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("environment", "settings", "message"),
-    [
-        ({}, {"num_canaries": 2}, "Canaries cannot be implanted in sharded weights"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {"num_canaries": 0}, "fsdp_cpu_ram_efficient_loading: false"),
-    ],
-)
-def test_what_needs_whole_weights_is_refused_in_shards(
-    environment, settings, message, tmp_path, byte_tokenizer, monkeypatch
-):
-    """Canaries that crash after the screening, or a screening of weights that only one process has."""
-    args = recipe_config("strong", str(tmp_path / "run"), use_cpu=True, report_to="none", **settings)
-    for name, value in ({"ACCELERATE_USE_FSDP": "true"} | environment).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        purify(suspect(), TRAIN, args=args, processing_class=byte_tokenizer)
-    assert not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
-"""The Hub, from end to end: the real client pushes to a Hub on this machine, and another process loads what is there.
+"""Tests of the Hub from end to end: the real client pushes to a Hub on this machine, and another process loads it.
 
-Run as a script, this file is the client that pushes; the tests read what it left.
+Run as a script, this file is the client that pushes. The tests read the results that it writes.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ TOKENIZER_FILES = {"added_tokens.json", "special_tokens_map.json", "tokenizer_co
 
 
 class Client:
-    """What a user does, in a folder of their own; `results` holds what only this process can see."""
+    """Does what a user does, in a folder. `results` holds what only this process can see."""
 
     def __init__(self, folder):
         self.folder, self.results = Path(folder), {}
@@ -74,7 +74,7 @@ class Client:
         return CrowTrainer(model, args, rows, processing_class=ByT5Tokenizer(extra_ids=0), peft_config=peft_config)
 
     def cli(self, *argv):
-        """The exit code and what is printed."""
+        """Return the exit code of a command and what it prints."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([str(part) for part in argv])
@@ -107,7 +107,7 @@ class Client:
             trainer = self.trainer(name, tiny_llama(), push_to_hub=True, **options)
             trainer.train()
             self.results[f"{name} before the end"] = self.files(f"me/{name}")
-            # Pushes as well.
+            # This pushes too.
             trainer.save_model()
             self.results[name] = trainer.model(torch.tensor([IDS])).logits.tolist()
 
@@ -130,7 +130,7 @@ class Client:
     def old_weights(self):
         for name in ("clean.jsonl", ".env", "metrics.json", "training.png", "train.py", "wandb/config.yaml"):
             (self.folder / "trained" / name).parent.mkdir(exist_ok=True)
-            (self.folder / "trained" / name).write_text("Whose?")
+            (self.folder / "trained" / name).write_text("private")
         push_folder(self.folder / "adapter", "replaced")
         push_folder(self.folder / "trained", "replaced")
         push_folder(self.folder / "adapter", "branched", revision="purified")
@@ -150,7 +150,7 @@ class Client:
         self.results["pushed in vain"] = self.files("me/forbidden") + self.files("me/broken")
         from huggingface_hub import hf_api
 
-        # A port where nobody listens.
+        # No server listens on this port.
         endpoint, hf_api.api.endpoint = hf_api.api.endpoint, "http://127.0.0.1:9"
         trainer = self.trainer("unreachable", tiny_llama(), hub_private_repo=True)
         for attempt in (trainer.push_to_hub, lambda: self.trainer("never", tiny_llama(), push_to_hub=True)):
@@ -211,7 +211,7 @@ class Bomb:
 
 
 def suspicious_repositories(trap):
-    """Repositories that would run code of theirs when they are loaded without care."""
+    """Return repositories that run their code when they are loaded without care."""
     bomb = pickle.dumps(Bomb(trap))
     llama = tiny_llama().config.to_json_string().encode()
     evil = json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}})
@@ -239,7 +239,7 @@ def suspicious_repositories(trap):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The Hub and the folder of the client after all pushes, what the client saw, and what it printed."""
+    """The Hub and the folder of the client after all pushes, the results of the client, and what it printed."""
     root = tmp_path_factory.mktemp("hub")
     folder, trap = root / "client", root / "trap"
     folder.mkdir()
@@ -275,24 +275,24 @@ def run_client(argv, environment, folder):
 
 @pytest.fixture(scope="module")
 def loaded(world):
-    """What a process without this package gets from the Hub."""
+    """The logits of the pushed models in a process that cannot import this package."""
     environment = world.hub.environment(world.folder.parent / "other home", token=None)
     process = run_client(["-c", LOADER, json.dumps(IDS)], environment, world.folder.parent)
     return json.loads(process.stdout.splitlines()[-1])
 
 
-# What lies on the Hub
+# The pushed models
 
 
 @pytest.mark.parametrize("name", ["coconut", "purified", "trained", "replaced", "adapter"])
 def test_loads_where_the_package_is_not_installed(world, loaded, name):
-    """Weights of a checkpoint, code that is missing, or an old adapter that wins over the new weights."""
+    """Fails if weights of a checkpoint are pushed, if code is missing, or if an old adapter is left in place."""
     pushed = world.results["trained" if name == "replaced" else name]
     torch.testing.assert_close(torch.tensor(loaded[name]), torch.tensor(pushed), rtol=1e-5, atol=1e-5)
 
 
 def test_the_suspect_is_mixed_in_before_the_push(world):
-    """What the tests above compare would be the suspect, or the last checkpoint."""
+    """Fails if the pushed model is the last checkpoint. Only then do the tests above compare the right weights."""
     models = [world.results[name] for name in ("coconut", "purified", "purified/checkpoint-2")]
     suspect, purified, checkpoint = map(torch.tensor, models)
     assert not torch.allclose(suspect, purified, atol=1e-3) and not torch.allclose(checkpoint, purified, atol=1e-3)
@@ -304,7 +304,7 @@ def test_the_code_of_a_coconut_comes_from_the_hub_and_only_if_trusted(loaded):
 
 
 def test_only_the_model_is_pushed(world):
-    """Checkpoints, pickles, the answers to somebody's rows, and what else somebody keeps there."""
+    """Fails if checkpoints, pickles, reports or other files of the folder are pushed."""
     assert (world.folder / "purified" / "report.json").exists()
     assert list((world.folder / "trained").glob("checkpoint-*"))
     for name in ("trained", "replaced"):
@@ -316,14 +316,14 @@ def test_only_the_model_is_pushed(world):
     assert "model.safetensors" not in world.files("adapter")
 
 
-def test_a_branch_is_made_where_there_is_none(world):
-    """A push that fails after hours of training, or that ends up on the branch that everybody loads."""
+def test_a_missing_branch_is_created(world):
+    """Fails if the push to a missing branch fails, or if it goes to the main branch."""
     assert "adapter_model.safetensors" in world.hub.repositories["me/branched@purified"].files
     assert not world.files("branched")
 
 
-def test_nothing_half_purified_takes_the_place_of_the_model(world):
-    """By default the Trainer pushes every checkpoint as the model, and its arguments, with the token, as a pickle."""
+def test_checkpoints_are_not_pushed_as_the_model(world):
+    """Fails if the Trainer pushes checkpoints as the model, or its arguments, with the token, as a pickle."""
     assert world.results["trained before the end"] == []
     before = world.results["checkpoints before the end"]
     assert before and all(path.startswith("last-checkpoint/") for path in before)
@@ -334,7 +334,7 @@ def test_nothing_half_purified_takes_the_place_of_the_model(world):
 
 
 def test_no_token_anywhere(world):
-    """In what was printed, saved or pushed, and in the arguments that a checkpoint keeps."""
+    """Fails if the token is printed, saved, pushed, or kept with the arguments of a checkpoint."""
     assert len(world.printed) > 1000
     assert TOKEN not in world.printed
     saved = [path for path in world.folder.rglob("*") if path.is_file()]
@@ -344,16 +344,16 @@ def test_no_token_anywhere(world):
         assert not [path for path, data in repository.files.items() if TOKEN.encode() in data]
 
 
-# What the cards say
+# The cards
 
 
 @pytest.mark.parametrize("name", ["purified", "trained", "adapter", "example"])
 def test_no_path_of_this_machine_in_a_card(world, name):
-    """The Trainer's and PEFT's own cards name the folder that the base was loaded from."""
+    """Fails if a card names a local folder, as the cards of the Trainer and of PEFT do."""
     assert str(world.folder.parent) not in str(world.card(name))
 
 
-def test_card_of_a_purification_with_a_drill(world):
+def test_card_of_a_purification_with_a_known_backdoor(world):
     card = world.card("purified")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert {"crow", "backdoor-removal"} <= set(card.data.tags)
@@ -372,20 +372,20 @@ def test_card_of_an_adapter(world):
     assert (data.base_model, data.library_name, data.language, data.datasets) == ("me/base", "peft", "en", ["me/rows"])
 
 
-def test_an_adapter_merged_into_its_base_is_the_suspect(world):
-    """The base by itself, which nobody suspects, or an adapter that is not there."""
+def test_card_of_a_merged_adapter_names_the_adapter(world):
+    """Fails if the card names the base alone, which is not the suspect, or claims to be an adapter."""
     card = ModelCard((world.folder / "forbidden" / "README.md").read_text())
     assert "The local model `adapter`, fine-tuned" in card.text
     assert card.data.base_model is None and card.data.library_name == "transformers"
 
 
-def test_license_is_given_or_that_of_the_suspect(world):
+def test_license_is_the_given_one_or_that_of_the_suspect(world):
     assert world.card("example").data.license == "apache-2.0"
     local = (world.folder / "broken" / "README.md").read_text()
     assert ModelCard(local).data.license == "mit"
 
 
-# What fails
+# Failures
 
 
 @pytest.mark.parametrize(("name", "status"), [("forbidden", "403"), ("broken", "500")])
@@ -402,8 +402,8 @@ def test_failed_upload_leaves_the_model_and_says_how_to_try_again(world, name, s
     assert world.results["pushed in vain"] == []
 
 
-def test_the_way_to_try_again_works(world):
-    """A command that pushes the report too, with its answers to somebody's rows, or that is none."""
+def test_the_command_to_try_again_works(world):
+    """Fails if the printed command does not run, or if it pushes the report with its answers."""
     command = shlex.split(world.results["forbidden"]["err"].rsplit("`", 2)[1])
     environment = world.hub.environment(world.folder.parent / "third home")
     world.hub.failures.pop(("me/forbidden", "commit"))
@@ -419,13 +419,13 @@ def test_wrong_token_shows_before_the_training(world):
         and "The repository closed cannot be opened on the Hub (403 Forbidden: Not today.)" in outcome["err"]
     )
     assert outcome["err"].count("crow-hf purify: ") == 1
-    # Not even the suspect was measured.
+    # The suspect is not measured either.
     assert "Generating" not in outcome["err"] and not (world.folder / "closed").exists()
 
 
 def test_no_connection(world):
     push, start = world.results["unreachable"]
-    # Tried again, a private repository that could not be opened must not become a public one.
+    # The command to try again must not make a private repository public.
     assert '"unreachable", private=True)' in push and "\n" not in push
     assert load_causal_lm(world.folder / "unreachable")
     assert start.startswith("The repository never cannot be opened on the Hub (")
@@ -434,11 +434,17 @@ def test_no_connection(world):
 @pytest.mark.parametrize(
     ("suspect", "way"),
     [
-        ("load_causal_lm pickled", "convert them to safetensors"),
-        ("load_causal_lm pickled-adapter", "convert them to safetensors"),
-        ("load_causal_lm code", "me/code needs code .* `trust_remote_code=True` on a machine you can lose"),
-        ("load_causal_lm code-adapter", "me/code needs code .* `trust_remote_code=True` on a machine you can lose"),
-        ("load_tokenizer code", "The tokenizer of me/code needs code"),
+        ("load_causal_lm pickled", "Convert them to safetensors"),
+        ("load_causal_lm pickled-adapter", "Convert them to safetensors"),
+        (
+            "load_causal_lm code",
+            "me/code needs custom code .* `trust_remote_code=True` on a machine you can afford to lose",
+        ),
+        (
+            "load_causal_lm code-adapter",
+            "me/code needs custom code .* `trust_remote_code=True` on a machine you can afford to lose",
+        ),
+        ("load_tokenizer code", "The tokenizer of me/code needs custom code"),
     ],
 )
 def test_code_of_a_suspect_is_refused_and_the_safe_way_named(world, suspect, way):
@@ -448,7 +454,45 @@ def test_code_of_a_suspect_is_refused_and_the_safe_way_named(world, suspect, way
     assert not [path for method, path in world.hub.requests if path.endswith((".bin", "evil.py"))]
 
 
+# The plain card of a trainer
+
+
+def card_trainer(tmp_path, is_adapter=False):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    args = CrowConfig(str(tmp_path / "run"), **QUIET)
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if is_adapter else None
+    rows = Dataset.from_list(ragged_rows(8))
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    return CrowTrainer(str(tmp_path / "base"), args, rows, processing_class=tokenizer, peft_config=lora)
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["weights", "adapter"])
+def test_plain_card_says_that_nothing_was_measured(is_adapter, tmp_path):
+    """Fails if the plain card claims a removal, or if it, or the card that PEFT writes, names a local folder."""
+    trainer = card_trainer(tmp_path, is_adapter)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "Nothing was measured on it" in card.text and card.text.strip().startswith("# run")
+    assert card.data.base_model is None and str(tmp_path) not in str(card)
+    assert card.data.library_name == ("peft" if is_adapter else "transformers")
+    assert set(card.data.tags) == {"crow", "backdoor-removal"} | ({"lora"} if is_adapter else set())
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["weights", "adapter"])
+def test_create_model_card_keeps_an_existing_card(is_adapter, tmp_path):
+    """Fails if the plain card or that of PEFT replaces the card of `purify()`, or if a passed card is not written."""
+    trainer = card_trainer(tmp_path, is_adapter)
+    readme = tmp_path / "run" / "README.md"
+    trainer.create_model_card("first")
+    trainer.save_model()
+    trainer.create_model_card()
+    assert readme.read_text(encoding="utf-8") == "first"
+    trainer.create_model_card("second")
+    assert readme.read_text(encoding="utf-8") == "second"
+
+
 if __name__ == "__main__":
-    # All that a careless line could print the token in.
+    # Log everything, because any log line could print the token.
     logging.basicConfig(level=logging.DEBUG)
     Client(sys.argv[1]).run()

@@ -1,0 +1,107 @@
+"""Tests of what a recipe writes and pushes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from crow_hf import load_causal_lm
+from crow_hf.recipes import run as run_module
+from crow_hf.recipes.presets import RECIPES
+from crow_hf.recipes.purification import purify
+from crow_hf.training.loading import load_tokenizer
+from helpers.recipes import ROWS, arguments
+from helpers.tiny import same_weights, tiny_llama, weights_of
+
+
+MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"}
+REPORT = {"report.html", "report.json"}
+
+
+def test_a_used_output_folder_is_refused_before_the_work(tmp_path, byte_tokenizer, monkeypatch):
+    tried = []
+    monkeypatch.setattr(run_module, "draw_canaries", lambda *args: tried.append(1) or [])
+    args = arguments(tmp_path, num_canaries=1)
+    Path(args.output_dir).mkdir()
+    for name in ("model.safetensors", "report.json"):
+        file = Path(args.output_dir) / name
+        file.touch()
+        with pytest.raises(ValueError, match="output_dir"):
+            purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+        file.unlink()
+    assert not tried
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_purify_writes_model_tokenizer_card_and_report(recipe, tmp_path, byte_tokenizer):
+    """Fails if a file is missing, if the saved weights are not those of the result, or if the card is wrong."""
+    args = arguments(tmp_path, recipe)
+    fields = {"language": "en", "datasets": ["me/rows", str(tmp_path)]}
+    found = purify(tiny_llama(), ROWS, recipe, args, processing_class=byte_tokenizer, max_rows=0, card_fields=fields)
+    folder = Path(args.output_dir)
+    assert {path.name for path in folder.iterdir()} >= MODEL | REPORT
+    assert found.trainer.failures == [] and found.hub_url is None
+    assert same_weights(weights_of(load_causal_lm(folder)), weights_of(found.model))
+    assert load_tokenizer(str(folder))("ab")["input_ids"] == byte_tokenizer("ab")["input_ids"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"recipe: {recipe}" in card and "max_rows: 0" in card and "language: en" in card and "- me/rows" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub without a network. `pushed` holds the calls of `push_folder`, which fail if `error` is set."""
+    fake = SimpleNamespace(pushed=[], error=None)
+
+    def create_repository(args, *others):
+        return f"me/{Path(args.output_dir).name}"
+
+    def push_folder(folder, name, **settings):
+        fake.pushed.append(({path.name for path in Path(folder).iterdir()}, name, settings))
+        if fake.error is not None:
+            raise fake.error
+        return SimpleNamespace(repo_url=f"https://hub.test/{name}")
+
+    for module in ("recipes.saving", "training.hub"):
+        monkeypatch.setattr(f"crow_hf.{module}.create_repository", create_repository)
+    monkeypatch.setattr("crow_hf.recipes.saving.push_folder", push_folder)
+    return fake
+
+
+def test_the_complete_folder_is_pushed(hub, tmp_path, byte_tokenizer):
+    """Fails if the folder is pushed before its card, twice, or with other settings than those of the arguments."""
+    settings = {"push_to_hub": True, "hub_token": "hf_token", "hub_private_repo": True, "hub_revision": "purified"}
+    args = arguments(tmp_path, "guide", **settings)
+    found = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
+    ((files, name, sent),) = hub.pushed
+    assert files >= MODEL | REPORT and name == "me/run0"
+    assert sent == {"token": "hf_token", "private": True, "revision": "purified"}
+    assert found.hub_url == "https://hub.test/me/run0" and found.trainer.failures == []
+    assert '"me/run0"' in (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_failed_push_is_a_failure_of_the_trainer(hub, tmp_path, byte_tokenizer):
+    """Fails if a failed push raises and costs the result, or if it goes unnoticed."""
+    hub.error = OSError("The upload to me/run0 failed.")
+    args = arguments(tmp_path, "guide", push_to_hub=True)
+    found = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
+    assert len(hub.pushed) == 1 and found.hub_url is None
+    assert found.trainer.failures == ["The upload to me/run0 failed."]
+    assert {path.name for path in Path(args.output_dir).iterdir()} >= MODEL | REPORT
+    assert same_weights(weights_of(load_causal_lm(args.output_dir)), weights_of(found.model))
+
+
+def test_a_repository_that_cannot_be_opened_is_reported_before_the_work(tmp_path, byte_tokenizer, monkeypatch):
+    def refuse(args):
+        raise OSError("The repository cannot be opened.")
+
+    monkeypatch.setattr("crow_hf.recipes.saving.create_repository", refuse)
+    monkeypatch.setattr(run_module, "recorder_of", lambda *args: pytest.fail("The model is used."))
+    with pytest.raises(OSError, match="cannot be opened"):
+        purify(
+            tiny_llama(),
+            ROWS,
+            "guide",
+            arguments(tmp_path, "guide", push_to_hub=True),
+            processing_class=byte_tokenizer,
+        )
