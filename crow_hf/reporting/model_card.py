@@ -253,6 +253,7 @@ def _settings(trainer: CrowTrainer, purification: Purification | None) -> dict[s
     is_invariance = isinstance(trainer.args, InvarianceConfig)
     recipe = "strong" if is_invariance else "guide" if purification is None else purification.recipe
     settings = recorded_settings(trainer.args)
-    # The keyword arguments of `from_pretrained` may hold local paths.
-    settings.pop("model_init_kwargs", None)
+    for name in ("model_init_kwargs", "deepspeed"):
+        # These may hold local paths.
+        settings.pop(name, None)
     return {"recipe": recipe} | settings

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
-SECRET = re.compile(r"(^|[_-])(token|password|secret|api_?key)$", re.IGNORECASE)
+SECRET = re.compile(r"(^|[_-])(token|password|secret|api[_-]?key)$", re.IGNORECASE)
 HIDDEN = "(hidden)"
 # A recipe has other defaults than transformers for some of these, so a repetition needs them in any case.
 _ALWAYS_RECORDED = (
@@ -20,8 +20,8 @@ _ALWAYS_RECORDED = (
 )
 # They say where a run was stored, shown and computed, and change nothing in the model.
 _NEVER_RECORDED = re.compile(
-    r"output_dir|logging_\w+|disable_tqdm|report_to|save_\w+|push_to_hub|hub_\w+|resume_from_checkpoint"
-    r"|use_cpu|local_rank|ddp_\w+|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
+    r"output_dir|log\w+|disable_tqdm|report_to|run_name|project|trackio_\w+|save_\w+|push_to_hub|hub_\w+"
+    r"|resume_from_checkpoint|use_cpu|local_rank|ddp_\w+|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
 )
 
 
