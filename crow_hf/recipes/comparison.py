@@ -19,7 +19,7 @@ from ..methods.crow.config import CrowConfig, scratch_config
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from .presets import control_config
-from .purification import card_settings, check_merge, draw_rows
+from .purification import card_settings, check_base, check_merge, draw_rows
 from .run import RecipeRun, check_recipe, run_recipe
 from .saving import check_output, reporting, save_result
 
@@ -104,6 +104,7 @@ def compare_defences(
 
     # Look
     suspect = load_model().to(args.device)
+    check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
     name, suspect_scores = suspect.name_or_path, measure(suspect)
     snapshots = {"suspect": snapshot(suspect, shown, args)}

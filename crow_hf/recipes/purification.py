@@ -97,6 +97,7 @@ def purify(
     tokenizer = load_tokenizer(name) if processing_class is None else processing_class
     if isinstance(model, (str, Path)):
         model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
+    check_base(model, peft_config, merge)
     check_writable(args.output_dir, model)
     run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config)
 
@@ -159,6 +160,20 @@ def check_merge(recipe: str, args: CrowConfig, peft_config: PeftConfig | None) -
         raise ValueError(
             "An adapter cannot be merged into sharded weights (FSDP, ZeRO-3): train all weights with the recipe "
             "`strong` or `guide`, or train the adapter with `CrowTrainer` and save it unmerged."
+        )
+
+
+def check_base(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, merge: bool) -> None:
+    """
+    Refuse to save a fresh adapter without its base model: a suspect whose own adapter is merged first.
+
+    Raises:
+        `ValueError`: If the suspect is an adapter, and the fresh adapter is not merged at the end.
+    """
+    if peft_config is not None and not merge and isinstance(model, PeftModel):
+        raise ValueError(
+            "The suspect's adapter is merged before a fresh adapter is trained, and that base model is not saved: set "
+            "`merge=True`, or leave out `peft_config` to train the suspect's adapter."
         )
 
 
