@@ -80,7 +80,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | b
         return str(resume_from_checkpoint)
     steps = {path: path.name.rpartition("-")[2] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     checkpoints = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in reversed(checkpoints):
         incomplete = incomplete_files(checkpoint)
         if not incomplete:
@@ -197,7 +197,7 @@ class StopAtCtrlC(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class CheckpointMixin:
+class CheckpointMixin(Trainer):
     """
     Make a trainer save checkpoints that record whether they are complete, and resume from them exactly.
 
@@ -209,6 +209,8 @@ class CheckpointMixin:
     """
 
     failures: list[str]
+    # mode -> term -> step -> [sum over the tokens, number of tokens]
+    _logged: dict[str, dict[str, dict[int, list[float]]]]
 
     def note_failure(self, sentence: str) -> None:
         """Log a failure that does not stop training, and add it to `failures`."""

@@ -4,16 +4,18 @@ import json
 import shlex
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_branch, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import models
+from .checkpoints import CheckpointMixin
 from .files import write_text
 from .recorder import base_model_of
 
@@ -139,7 +141,7 @@ def push_folder(
             revision=revision,
             allow_patterns=files,
             delete_patterns=REPLACED,
-            run_as_future=not blocking,
+            run_as_future=not blocking,  # type: ignore[call-overload]  # declared for literals only
         )
     except Exception as error:
         call = [json.dumps(str(folder)), json.dumps(name)]
@@ -152,11 +154,17 @@ def push_folder(
         ) from error
 
 
-class HubMixin:
+class HubMixin(CheckpointMixin):
     """
     The part of a trainer that pushes to the Hub: the purified model with its card, and checkpoints if they are
     asked for.
     """
+
+    model: PreTrainedModel | PeftModel
+    # transformers declares both as `None`.
+    hub_model_id: str | None  # type: ignore[assignment]
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
+    _tag_names: list[str]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As in [`~transformers.Trainer`], with errors in one sentence."""
@@ -282,8 +290,9 @@ class HubMixin:
             run_as_future=True,
         )
         if self.push_in_progress is None:
-            self.push_in_progress = PushInProgress([])
-        self.push_in_progress.jobs.append(job)
+            self.push_in_progress = PushInProgress()
+        jobs: Any = self.push_in_progress.jobs
+        jobs.append(job)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,25 +68,26 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         if not Path(path).is_dir():
             _check_repository(str(path), is_adapter, kwargs)
         if not is_adapter:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **kwargs
             )
+            model, found = loaded
             if missing := sorted(found["missing_keys"]):
                 raise ValueError(
                     f"The weights of {path} lack {len(missing)} tensors that its config requires, such as "
                     f"{missing[0]}. Download or save the model again."
                 )
             return model
-        adapter = PeftConfig.from_pretrained(path, revision=revision)
+        adapter = PeftConfig.from_pretrained(str(path), revision=revision)
         base = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
         )
-        model = PeftModel.from_pretrained(
+        adapted: Any = PeftModel.from_pretrained(
             base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
         )
         # PEFT leaves the name of the base model here.
-        model.name_or_path = str(path)
-        return model
+        adapted.name_or_path = str(path)
+        return adapted
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {path} cannot be read ({error}). Download or save the model again."
@@ -104,6 +106,13 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a model was loaded with quantized weights, such as the 4-bit weights of QLoRA."""
     return getattr(model.config, "quantization_config", None) is not None
+
+
+def move(model: PreTrainedModel | PeftModel, device: torch.device) -> PreTrainedModel | PeftModel:
+    """Move a model to a device and return it."""
+    # The decorator of `PreTrainedModel.to` hides from type checkers that it is a method.
+    movable: Any = model
+    return movable.to(device)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -131,7 +140,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if NEEDS_CODE in str(error):
             raise ValueError(CODE_IS_NOT_RUN.format(f"The tokenizer of {path}")) from None
         if find_adapter_config_file(str(path)) is not None:
-            return load_tokenizer(PeftConfig.from_pretrained(path).base_model_name_or_path)
+            return load_tokenizer(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
         raise ValueError(
             f"There is no readable tokenizer in {path} ({_in_one_line(error)}). Save one next to the model or, in "
             "Python, pass `processing_class`."

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,7 +60,7 @@ class LayerRecorder:
     Attributes:
         base (`PreTrainedModel`):
             The model without an adapter's wrapper.
-        layers (`Sequence[nn.Module]`):
+        layers (`nn.ModuleList`):
             The decoder layers.
         frozen_modules (`str`, *optional*):
             Modules that must not be trained, as a regular expression for PEFT's `exclude_modules`.
@@ -121,7 +121,7 @@ class LayerRecorder:
             `ValueError`: If the model did not call its embeddings and each of its layers exactly once.
         """
         record = ForwardRecord()
-        calls = [[] for _ in self.layers]
+        calls: list[list[torch.Tensor]] = [[] for _ in self.layers]
 
         def on_site(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if perturb is not None:
@@ -189,7 +189,7 @@ class LayerRecorder:
             raise ValueError(f"{self.name} has no {self.perturb} to perturb. Use perturb='embeddings'.")
         return self.base.get_input_embeddings()
 
-    def _find_layers(self) -> Sequence[nn.Module]:
+    def _find_layers(self) -> nn.ModuleList:
         return _decoder_layers(self.base.get_decoder(), self.name)
 
     def _register_hooks(self) -> list[Any]:
@@ -224,6 +224,7 @@ class CoconutRecorder(LayerRecorder):
     (SIM-CoT, arXiv 2509.20317).
     """
 
+    base: CoconutForCausalLM
     frozen_modules = r".*\bentropy_predictor\b.*"
 
     def prepare(self, inputs: Inputs) -> Inputs:
@@ -264,7 +265,7 @@ class CoconutRecorder(LayerRecorder):
         }
         return sites[self.perturb]
 
-    def _find_layers(self) -> Sequence[nn.Module]:
+    def _find_layers(self) -> nn.ModuleList:
         return _decoder_layers(self.base.latent_transformer.backbone, self.name)
 
     def _register_hooks(self) -> list[Any]:
@@ -289,6 +290,7 @@ class BltRecorder(LayerRecorder):
     for both passes, and switches the cache off because the model computes wrong results with it (transformers 5.23).
     """
 
+    base: BltForCausalLM
     frozen_modules = r".*\bpatcher\b.*"
 
     def prepare(self, inputs: Inputs) -> Inputs:
@@ -314,7 +316,7 @@ class BltRecorder(LayerRecorder):
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         return (lengths > 0) & (begins < mask.sum(dim=1, keepdim=True).to(begins.device))
 
-    def _find_layers(self) -> Sequence[nn.Module]:
+    def _find_layers(self) -> nn.ModuleList:
         if self.base.model.patcher is None:
             raise ValueError("This Blt model has no patcher. Load it with `patch_in_forward=True`.")
         return self.base.model.global_transformer.layers
@@ -345,7 +347,16 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         `PreTrainedModel`: The model inside a `PeftModel`, with the adapter's layers in place. Any other model is
         returned as it is.
     """
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        return model
+    base: Any = model.get_base_model()
+    return base
+
+
+def embedding_table(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    """The weight of the input embeddings, shape `(V, D)`."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
@@ -366,7 +377,8 @@ def _keep_4bit_differentiable(model: PreTrainedModel) -> None:
     On CPUs with bfloat16, it repacks them in the first pass in evaluation mode that needs no gradient. Afterwards no
     gradient passes through them, not even in training mode, and their scales stay rounded.
     """
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise ValueError(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from peft import PeftModel
@@ -52,7 +53,7 @@ def loading_unsharded() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def zero3_engine(model: PreTrainedModel | PeftModel) -> nn.Module:
+def zero3_engine(model: PreTrainedModel | PeftModel) -> Any:
     """Shard a model that is not trained. The engine must stay referenced; its `module` is the sharded model."""
     import deepspeed
 
@@ -81,5 +82,12 @@ def converted_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
     return value.to(parameter.device, parameter.dtype)
 
 
-def _is_zero3(parameter: torch.Tensor) -> bool:
+class _Zero3Parameter(Protocol):
+    """What DeepSpeed adds to a parameter: the number of weights of all shards, and this process's shard."""
+
+    ds_numel: int
+    ds_tensor: torch.Tensor
+
+
+def _is_zero3(parameter: torch.Tensor) -> TypeGuard[_Zero3Parameter]:
     return hasattr(parameter, "ds_tensor")
