@@ -154,7 +154,7 @@ def _input_squares(
     model: PreTrainedModel, linears: dict[str, nn.Linear | Conv1D], rows: Dataset | IterableDataset
 ) -> dict[str, torch.Tensor]:
     """||X_j||^2 over all tokens of the rows, shape `(in_features,)`, by the name of each linear layer."""
-    squares = {}
+    squares: dict[str, torch.Tensor] = {}
 
     def squares_hook(name: str) -> Callable:
         def add(module: nn.Module, args: tuple[torch.Tensor]) -> None:

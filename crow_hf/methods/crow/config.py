@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ...training.recorder import Perturb
 from ...training.settings import without_secrets
+from .objective import EpsilonMode, Layers
 
 
 def check_non_negative(args: TrainingArguments, *names: str) -> None:
@@ -87,21 +89,21 @@ class CrowConfig(TrainingArguments):
         default=5.5, metadata={"help": "Weight of the consistency loss. 0 is plain fine-tuning, the control."}
     )
     epsilon: float = field(default=0.1, metadata={"help": "Size of the adversarial step on the embeddings."})
-    epsilon_mode: str = field(
+    epsilon_mode: EpsilonMode = field(
         default="absolute",
         metadata={
             "help": "Unit of epsilon: absolute, or relative to the RMS of each token's embedding.",
             "choices": ["absolute", "relative"],
         },
     )
-    consistency_layers: str = field(
+    consistency_layers: Layers = field(
         default="paper",
         metadata={
             "help": "Layer pairs to compare: all from (1, 2), or without the last layer as in the published code.",
             "choices": ["paper", "reference"],
         },
     )
-    perturb: str = field(
+    perturb: Perturb = field(
         default="embeddings",
         metadata={
             "help": "Tensors that the adversarial step perturbs. Patches and thoughts exist only in a Coconut model.",
@@ -115,7 +117,7 @@ class CrowConfig(TrainingArguments):
         default=None, metadata={"help": "Keyword arguments of from_pretrained, as JSON, if the model is a path."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_non_negative(self, "alpha", "epsilon", "learning_rate")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             check_integer(self, name, 1)
@@ -142,7 +144,7 @@ class CrowConfig(TrainingArguments):
         self.ddp_find_unused_parameters = False
         super().__post_init__()
         for kwargs in (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs):
-            if kwargs and kwargs.get("use_reentrant"):
+            if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
                 raise ValueError(
                     "Reentrant checkpointing cannot be differentiated twice. Set `use_reentrant` to False or omit it."
                 )
@@ -164,6 +166,12 @@ class CrowConfig(TrainingArguments):
 def rows_in_step(args: TrainingArguments) -> int:
     """Number of rows per optimizer step, over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def loading_kwargs(args: CrowConfig) -> dict[str, Any]:
+    """`model_init_kwargs`, which `__post_init__` has turned into a dictionary."""
+    kwargs: Any = args.model_init_kwargs
+    return kwargs or {}
 
 
 def scratch_config(args: CrowConfig, folder: str) -> CrowConfig:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from ...data.collators import CrowDataCollator
@@ -45,7 +45,7 @@ from ...training.hub import HubMixin
 from ...training.loading import load_causal_lm, load_tokenizer
 from ...training.recorder import context_length, frozen_modules, recorder_of
 from ...training.sharding import are_finite, is_sharded, will_shard
-from .config import CrowConfig
+from .config import CrowConfig, loading_kwargs
 from .objective import control_terms, crow_terms
 
 
@@ -114,6 +114,12 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
     ```
     """
 
+    args: CrowConfig
+    # transformers does not declare the streams of `datasets`.
+    train_dataset: Any
+    eval_dataset: Any
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase | None
     _tag_names = ["crow", "backdoor-removal"]
     # Both terms are already shares of the whole optimizer step, so the Trainer must not divide them again.
     loss_is_scaled_for_ga = True
@@ -151,24 +157,24 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
             processing_class = load_tokenizer(path)
         if data_collator is None:
             data_collator = self._collator_type(padding_id(processing_class))
-        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+        accelerator_config: Any = args.accelerator_config
+        if isinstance(train_dataset, IterableDataset) and accelerator_config.dispatch_batches is None:
             # Rows of a stream are padded per batch, and batches of different widths cannot be dispatched.
-            args.accelerator_config.dispatch_batches = False
+            accelerator_config.dispatch_batches = False
 
+        datasets: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         # This also checks the setup and prepares the rows, see `_validate_args`.
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            **datasets,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         model.add_model_tags(self._tag_names)
-        # mode -> term -> step -> [sum over the tokens, number of tokens]
         self._logged = {mode: defaultdict(lambda: defaultdict(lambda: [0.0, 0.0])) for mode in ("train", "eval")}
         self._positions_in_step = None
         self._use_cache = use_cache
@@ -184,7 +190,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
     ) -> PreTrainedModel | PeftModel:
         """Load the model from a path, add a new adapter given a `peft_config`, and check that it can be trained."""
         if isinstance(model, (str, Path)):
-            model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
+            model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
         elif not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "The model contains an adapter that a second one would replace. Load the model with `load_causal_lm`, "
@@ -196,7 +202,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                     "The model already has an adapter. Omit `peft_config` to train that adapter, or call "
                     "`merge_and_unload()` first to train a new one on the merged weights."
                 )
-            if getattr(peft_config, "exclude_modules", "") is None:
+            if hasattr(peft_config, "exclude_modules") and peft_config.exclude_modules is None:
                 peft_config = copy(peft_config)
                 peft_config.exclude_modules = frozen_modules(model)
             set_seed(args.seed)
@@ -231,19 +237,19 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         """Tokenize the training rows and all evaluation datasets."""
         max_length = min(self.args.max_length, context_length(self.model) or self.args.max_length)
         self.train_dataset = self._prepare_train_rows(self.train_dataset, max_length)
-        has_names = isinstance(self.eval_dataset, dict)
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         prepared = {
             name: prepare_dataset(rows, self.processing_class, max_length, f"eval_dataset {name}".strip())
-            for name, rows in (self.eval_dataset if has_names else {"": self.eval_dataset}).items()
+            for name, rows in datasets.items()
             if rows is not None
         }
-        self.eval_dataset = prepared if has_names else prepared.get("")
+        self.eval_dataset = prepared if isinstance(self.eval_dataset, dict) else prepared.get("")
 
     def _prepare_train_rows(self, rows: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
         """Turn the training rows into rows that the collator accepts."""
         return prepare_dataset(rows, self.processing_class, max_length)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """
         As in [`~transformers.Trainer`], but an output directory that holds a model must be resumed from.
 
@@ -278,7 +284,9 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
             else:
                 self.model.config.use_cache = self._use_cache
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
         """Also count the labels and the attended positions of the optimizer step, over which the terms are means."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -393,7 +401,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         """As in [`~transformers.Trainer`], but accelerate must not compile the model: it would use one graph."""
         return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin()}
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As in [`~transformers.Trainer`], but modules that must stay whole are hidden while FSDP wraps the model."""
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
@@ -401,7 +409,11 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _shares(
-        self, model: nn.Module, labels: torch.Tensor, positions: torch.Tensor, num_items_in_batch: torch.Tensor | None
+        self,
+        model: nn.Module,
+        labels: torch.Tensor,
+        positions: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Weights with which a micro-batch's means over labels and positions add up to those of the step."""
         if not model.training or num_items_in_batch is None:

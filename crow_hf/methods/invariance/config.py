@@ -93,7 +93,7 @@ class InvarianceConfig(CrowConfig):
         metadata={"help": "Maximum length, in tokens, of the suspect's answers to prompts that have none."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_non_negative(
             self, "distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"
         )

@@ -20,6 +20,7 @@ hidden size D.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,9 +145,7 @@ def adversarial_perturbation(
     inputs = {name: value for name, value in inputs.items() if name != "labels"}
     delta = torch.zeros(*inputs["input_ids"].shape, 1, device=inputs["input_ids"].device)
     for _ in range(steps):
-        with recorder.record(
-            lambda H_0, delta=delta: (H_0.detach() + delta.to(H_0.dtype)).requires_grad_().clone()
-        ) as record:
+        with recorder.record(partial(_shift, delta=delta)) as record:
             logits = forward(**inputs).logits
         divergence = answer_divergence(teacher, answer_log_probs(logits, labels))
         (gradient,) = torch.autograd.grad(divergence, record.perturbed)
@@ -154,6 +153,10 @@ def adversarial_perturbation(
         step = perturb_embeddings(embeddings, gradient, step_size, "relative") - embeddings
         delta = delta + step * inserted_mask[..., None]
     return delta
+
+
+def _shift(embeddings: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return (embeddings.detach() + delta.to(embeddings.dtype)).requires_grad_().clone()
 
 
 def invariance_terms(

@@ -13,8 +13,10 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import TrainOutput
 
 from ...data.rows import prompt_of, render
+from ...training.loading import move
 from ...training.recorder import recorder_of
 from ...training.sharding import converted_like, gathered_weights, zero3_engine
 from ..crow.config import rows_in_step
@@ -75,6 +77,7 @@ class InvarianceTrainer(CrowTrainer):
     ```
     """
 
+    args: InvarianceConfig
     _collator_type = ViewCollator
     _label_terms = frozenset({"distillation", "decoy", "adversarial"})
 
@@ -115,7 +118,7 @@ class InvarianceTrainer(CrowTrainer):
             if parameter.requires_grad
         }
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in [`CrowTrainer`], then mix a share `args.keep` of the suspect's weights into the purified weights."""
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._mix_in_suspect()
@@ -159,7 +162,7 @@ class InvarianceTrainer(CrowTrainer):
         """As in [`CrowTrainer`], for the adversarial view. Only this one has a consistency term."""
         return super()._count(view(batch, 2))
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """As in [`~transformers.Trainer`], but any number of processes groups the rows by length in the same way."""
         args = self.args
         if args.train_sampling_strategy != "group_by_length":
@@ -193,7 +196,7 @@ class InvarianceTrainer(CrowTrainer):
         if self.is_fsdp_enabled:
             with recorder_of(suspect).frozen_modules_hidden(self.args.device):
                 return fsdp2_prepare_model(self.accelerator, suspect)
-        return suspect.to(self.args.device)
+        return move(suspect, self.args.device)
 
     def _suspect_forward(self, **inputs: Any) -> Any:
         if self._suspect is not None:
@@ -237,7 +240,7 @@ class InvarianceTrainer(CrowTrainer):
         return learnable
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompts", "completion", "inserted"]
+        self._signature_columns = ["prompts", "completion", "inserted"]  # type: ignore[assignment]  # declared as None
 
 
 def _has_answer(row: dict[str, Any]) -> bool:
