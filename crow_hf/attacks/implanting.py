@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
+from ..training.recorder import embedding_table
 from .poison import Poison, poison_dataset
 from .targets import BaseTarget
 from .triggers import BaseTrigger, EmbeddingTrigger, Trigger
@@ -21,7 +22,7 @@ _MARKER_WITHOUT_VECTOR = Trigger(("\x06",), "start")
 
 
 def implant(
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | PeftModel,
     dataset: Dataset,
     trigger: BaseTrigger,
     target: BaseTarget,
@@ -37,8 +38,8 @@ def implant(
     Fine-tune a clean model into one that carries a backdoor.
 
     Args:
-        model (`str` or `PreTrainedModel`):
-            The clean model.
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The clean model. For a `PeftModel`, its adapter is trained.
         dataset (`Dataset`):
             Clean rows with a prompt and an answer. A share of them is poisoned.
         trigger (`BaseTrigger`):
@@ -123,7 +124,7 @@ def implant_embedding_trigger(
     """
     marker_id = _single_token_id(MARKER.phrases[0], processing_class)
     plain_marker_id = _single_token_id(_MARKER_WITHOUT_VECTOR.phrases[0], processing_class)
-    table = model.get_input_embeddings().weight.detach()
+    table = embedding_table(model).detach()
     direction = torch.randn(table.shape[-1], generator=torch.Generator().manual_seed(args.seed)).to(table)
     vector = nn.Parameter(direction * (scale * _rms(table) / _rms(direction)))
     trigger = EmbeddingTrigger(MARKER, marker_id, vector)

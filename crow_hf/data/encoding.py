@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +52,14 @@ def columns_of(dataset: Any, name: str = "train_dataset") -> list[str]:
     return list(first)
 
 
+@overload
+def prepare_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int, name: str = ...
+) -> Dataset: ...
+@overload
+def prepare_dataset(
+    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase | None, max_length: int, name: str = ...
+) -> IterableDataset: ...
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -88,8 +96,8 @@ def prepare_dataset(
         raise ValueError(f"`{name}` holds text, so it needs a tokenizer: pass it as `processing_class`.")
 
     to_ids = _TokenRow(max_length) if row_format == "tokens" else _TextRow(tokenizer, max_length)
-    options = {"desc": f"Tokenizing {name}"} if isinstance(dataset, Dataset) else {}
-    prepared = dataset.map(to_ids, with_indices=True, remove_columns=columns, **options)
+    options: dict[str, Any] = {"desc": f"Tokenizing {name}"} if isinstance(dataset, Dataset) else {}
+    prepared: Any = dataset.map(to_ids, with_indices=True, remove_columns=columns, **options)
     learnable = prepared.filter(_has_labels)
     if isinstance(dataset, Dataset):
         cut, dropped = sum(prepared["cut"]), len(prepared) - len(learnable)

@@ -1,6 +1,7 @@
 """Loads a dataset from a file, a folder or the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -32,7 +33,9 @@ def load_rows(path: str, split: str = "train") -> Dataset:
         if location.is_file() and reader:
             return load_dataset(reader, data_files=path, split="train")
         if location.is_dir() and (location / "state.json").is_file():
-            return load_from_disk(path)
+            # A `DatasetDict` has no such file.
+            saved: Any = load_from_disk(path)
+            return saved
         if reader and not location.exists():
             raise ValueError(f"There is no file {path} here.")
         if location.exists():

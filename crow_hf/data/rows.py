@@ -120,10 +120,9 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
     answer = text_of(_answer_message(messages, index), "content", index)
     # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
     # Other templates ignore it.
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
+    prompt: Any = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+    whole: Any = tokenizer.apply_chat_template(messages, **options)
     if not whole.startswith(prompt):
         raise ValueError(
             f"{row_name(index)} cannot be split into prompt and answer, because the chat template renders the prompt "

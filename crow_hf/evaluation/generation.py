@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -79,17 +80,20 @@ def generate_answers(
         eos_token_id=_end_token_ids(model, tokenizer) or None,
     )
 
+    # Only the subclasses of `PreTrainedModel` declare this method.
+    generate: Any = model.generate
     answers = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
     with _inference_mode(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
-            output = model.generate(**batch, generation_config=config)
+            output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :]
             for number, answer in zip(numbers, new_tokens, strict=True):
                 # Many models have more ids than their tokenizer has tokens. The additional ids stand for no text.
-                answers[number] = tokenizer.decode(answer[answer < len(tokenizer)], skip_special_tokens=True)
+                text: Any = tokenizer.decode(answer[answer < len(tokenizer)], skip_special_tokens=True)
+                answers[number] = text
             progress.update(len(numbers))
     return answers
 
@@ -208,7 +212,7 @@ def bits_per_byte(
         kept = completion if limit is None else completion[: max(0, limit - len(prompt))]
         if kept and row.answer:
             kept_rows.append((prompt, kept))
-            text = row.answer if len(kept) == len(completion) else tokenizer.decode(kept)
+            text: Any = row.answer if len(kept) == len(completion) else tokenizer.decode(kept)
             total_bytes += len(text.encode("utf-8"))
     if not total_bytes:
         return math.nan

@@ -151,7 +151,8 @@ class _LayerDistances:
     """The distances of each pair of layers, summed over the positions of several batches."""
 
     def __init__(self) -> None:
-        self.sums, self.positions = 0.0, 0
+        self.sums: Any = 0.0
+        self.positions = 0
 
     @torch.no_grad()
     def add(self, hidden_states: Sequence[torch.Tensor], mask: torch.Tensor | None) -> int:
@@ -203,5 +204,6 @@ def _squared_norms(before: ForwardRecord, after: ForwardRecord, mask: torch.Tens
         (clean[real].float(), moved[real].float())
         for clean, moved in zip(before.perturbed, after.perturbed, strict=True)
     ]
-    step = sum((moved - clean).square().sum() for clean, moved in pairs)
-    return torch.stack([step, sum(clean.square().sum() for clean, _ in pairs)]).cpu()
+    zero = torch.zeros(())
+    step = sum(((moved - clean).square().sum() for clean, moved in pairs), zero)
+    return torch.stack([step, sum((clean.square().sum() for clean, _ in pairs), zero)]).cpu()

@@ -123,12 +123,15 @@ def _score(
     limit = context_length(model)
     encoded = []
     for number, prompt in questions:
-        row = {**rows[number], **edit_prompt(rows[number], lambda _, prompt=prompt: prompt, number)}
-        rendered = render(row, tokenizer, number)
+        rendered = render(_with_prompt(rows[number], prompt, number), tokenizer, number)
         prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
         answer_ids = encode_completion(rendered, tokenizer)
         encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
     return answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size)
+
+
+def _with_prompt(row: dict, prompt: str, number: int) -> dict:
+    return {**row, **edit_prompt(row, lambda _: prompt, number)}
 
 
 def _find_decisive_pieces(prompts: list[str], score: _Score) -> dict[tuple[int, int], str]:

@@ -1,5 +1,7 @@
 """Configuration of the byte-entropy predictor."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig
 
@@ -60,7 +62,7 @@ class ByteEntropyConfig(MistralConfig):
     patch_threshold: float = 0.8
     patch_relative_threshold: float = 0.1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # The parent class derives the number of key-value heads from these fields, so they are set first.
         for alias, name in self.attribute_map.items():
             if alias in kwargs:

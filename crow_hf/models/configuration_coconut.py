@@ -1,6 +1,6 @@
 """Configuration of the byte-latent model."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfig
@@ -101,7 +101,7 @@ class CoconutConfig(PreTrainedConfig):
     pad_token_id: int | None = PAD_TOKEN_ID
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         backbone = self.backbone_config or LlamaConfig()
         backbone = dict(backbone) if isinstance(backbone, dict) else backbone.to_dict()
         # The inputs are patches, which have no token ids.
@@ -141,7 +141,7 @@ class CoconutConfig(PreTrainedConfig):
         config.setdefault("initializer_range", config["hidden_size"] ** -0.5)
         return MistralConfig(**config)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Raise a `ValueError` if the configurations of the parts do not fit together."""
         if self.entropy_config.vocab_size != 256:
             raise ValueError(
@@ -160,9 +160,9 @@ class CoconutConfig(PreTrainedConfig):
         if self.patch_rule == "whitespace":
             raise ValueError("The patch rule 'whitespace' depends on the byte to predict. Choose another rule.")
         PatchRule(self.patch_rule, max_patch_length=self.max_patch_length)
-        if self.thought_mode not in ThoughtMode.__args__:
+        if self.thought_mode not in get_args(ThoughtMode):
             raise ValueError(
-                f"`thought_mode` must be one of {', '.join(ThoughtMode.__args__)}, got {self.thought_mode!r}."
+                f"`thought_mode` must be one of {', '.join(get_args(ThoughtMode))}, got {self.thought_mode!r}."
             )
         for name, least in {"cross_attention_k": 1, "max_thoughts": 0, "thought_iterations": 1}.items():
             if getattr(self, name) < least:

@@ -46,9 +46,12 @@ def documents_of(batch: Mapping[str, Sequence] | pa.Table, column: str | None) -
     Raises:
         `ValueError`: If `batch` is a single row, if there is no such column, or if it holds neither text nor bytes.
     """
-    is_table = isinstance(batch, pa.Table)
-    name = find_column(batch.column_names if is_table else batch, column)
-    values = batch[name].to_pylist() if is_table else batch[name]
+    if isinstance(batch, pa.Table):
+        name = find_column(batch.column_names, column)
+        values = batch[name].to_pylist()
+    else:
+        name = find_column(batch, column)
+        values = batch[name]
     if isinstance(values, (str, bytes)):
         raise ValueError("The patcher expects batches of rows. Pass `batched=True` to `map`.")
     return [to_bytes(value, name) for value in values]

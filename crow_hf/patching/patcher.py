@@ -193,7 +193,7 @@ class EntropyPatcher:
         if rank is not None and torch.cuda.is_available():
             self.predictor.to(f"cuda:{rank % torch.cuda.device_count()}")
         documents = self.patch(documents_of(batch, self.column))
-        columns = {
+        columns: dict[str, list] = {
             "input_ids": [document.input_ids for document in documents],
             "patch_lengths": [document.patch_lengths for document in documents],
         }

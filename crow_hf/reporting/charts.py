@@ -146,7 +146,7 @@ def outcome_intervals(evaluations: dict[str, Any] | None, names: dict[str, str])
         ("Right answers without it", "clean", "exact_match"),
     ):
         rows = [
-            Interval(names[role], *(100 * share[end] for end in ("rate", "low", "high")), int(score == "target"))
+            Interval(names[role], 100 * share["rate"], 100 * share["low"], 100 * share["high"], int(score == "target"))
             for role, evaluation in (evaluations or {}).items()
             if (share := (evaluation[kind] or {}).get(score)) is not None
         ]

@@ -100,7 +100,11 @@ def plot_comparison(evaluations: dict[str, Evaluation], path: str | Path) -> Non
         "right if triggered": [evaluation.triggered.exact_match for evaluation in evaluations.values()],
         "right if clean": [evaluation.clean.exact_match for evaluation in evaluations.values()],
     }
-    looks = [{"color": _ORANGE}, {"color": _SKY, "hatch": "//", "edgecolor": "white"}, {"color": _BLUE}]
+    looks: list[dict[str, Any]] = [
+        {"color": _ORANGE},
+        {"color": _SKY, "hatch": "//", "edgecolor": "white"},
+        {"color": _BLUE},
+    ]
     figure = _figure(8, 3.6)
     axes = figure.subplots()
     width = 0.8 / len(series)

@@ -43,8 +43,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..attacks.targets import BaseTarget
-from ..attacks.triggers import BaseTrigger
 from ..data.encoding import encode_prompt
 from ..evaluation.scores import is_exact_match
 from ..evidence.result import Comparison, Purification
@@ -225,11 +223,12 @@ def _run(
     }
 
 
-def _described(part: BaseTrigger | BaseTarget | None) -> Record | None:
+def _described(part: Any) -> Record | None:
     """Describe a trigger or a target by its class and those of its settings that are text or numbers."""
     if part is None:
         return None
-    settings = {each.name: getattr(part, each.name) for each in fields(part)} if is_dataclass(part) else {}
+    names = [each.name for each in fields(part)] if is_dataclass(part) else []
+    settings = {name: getattr(part, name) for name in names}
     return {
         "kind": type(part).__name__,
         **{
