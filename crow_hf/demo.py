@@ -16,7 +16,7 @@ from transformers.utils import is_matplotlib_available, logging
 
 from .attacks.implanting import implant
 from .attacks.targets import TARGETS
-from .attacks.triggers import TRIGGERS
+from .attacks.triggers import BADNETS
 from .evaluation.harness import Evaluation, evaluate_model
 from .evidence.result import Comparison, Purification
 from .methods.crow.config import CrowConfig
@@ -34,7 +34,7 @@ from .training.loading import load_causal_lm
 logger = logging.get_logger(__name__)
 
 BASE_ROWS, IMPLANT_ROWS, CLEAN_ROWS, TEST_ROWS = 60_000, 3_000, 100, 200
-TRIGGER, TARGET = TRIGGERS["badnets"], TARGETS["refusal"]
+TRIGGER, TARGET = BADNETS, TARGETS["refusal"]
 # The published refusal has 96 bytes, and each byte is a token.
 MAX_NEW_TOKENS = 104
 CLEAN_TRAINING = {
@@ -124,7 +124,7 @@ def demo_rows(count: int, seed: int, without: Collection[str] = ()) -> Dataset:
         `Dataset`: The rows, with the columns `prompt` and `completion`.
     """
     rng = random.Random(seed)
-    rows = []
+    rows: list[dict[str, str]] = []
     while len(rows) < count:
         instruction, answer = demo_instruction(rng)
         words = instruction.split(" ")
@@ -145,7 +145,12 @@ def demo_tokenizer() -> CoconutTokenizer:
 def demo_model(seed: int) -> CoconutForCausalLM:
     """Build a byte-latent model of 0.9 million parameters with random weights and the default entropy predictor."""
     set_seed(seed)
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
     local = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
     return CoconutForCausalLM.from_backbone(
         LlamaConfig(**shape, num_hidden_layers=3, max_position_embeddings=256, initializer_range=128**-0.5),
@@ -216,7 +221,7 @@ class _Demo:
     def __init__(self, folder: Path, seed: int, rows: _Splits) -> None:
         self.folder, self.seed, self.rows = folder, seed, rows
         self.tokenizer = demo_tokenizer()
-        self.evaluation = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 100, "seed": seed}
+        self.evaluation: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 100, "seed": seed}
 
     def train_clean_model(self) -> Evaluation:
         args = self._training(
@@ -249,7 +254,8 @@ class _Demo:
         args = recipe_config("paper", **self._options("crow"), alpha=REFUSAL_ALPHA)
         suspect = self._load_suspect()
         purification = run_recipe(suspect, self.rows.clean, "paper", args, processing_class=self.tokenizer)
-        purification.model = purification.model.merge_and_unload()
+        adapted: Any = purification.model
+        purification.model = adapted.merge_and_unload()
         self._save(purification.model, "crow")
         return purification, self._evaluate(purification.model)
 
@@ -269,7 +275,8 @@ class _Demo:
         """Replace the saved adapter by the merged model, which loads without its base, and write the card for it."""
         purification = comparison.purification
         trainer = purification.trainer
-        purification.model = trainer.model = purification.model.merge_and_unload()
+        adapted: Any = purification.model
+        purification.model = trainer.model = adapted.merge_and_unload()
         trainer.save_model()
         for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
             (self.folder / "purified" / name).unlink()
@@ -283,11 +290,11 @@ class _Demo:
     def _training(self, name: str, **changes: Any) -> CrowConfig:
         return CrowConfig(**self._options(name), lr_scheduler_type="cosine", **changes)
 
-    def _load_suspect(self) -> PeftModel:
+    def _load_suspect(self) -> PreTrainedModel | PeftModel:
         return load_causal_lm(self.folder / "backdoored", is_trainable=True)
 
     def _save(self, model: PreTrainedModel | PeftModel, name: str) -> None:
-        model.save_pretrained(self.folder / name)
+        model.save_pretrained(str(self.folder / name))
         self.tokenizer.save_pretrained(self.folder / name)
 
     def _evaluate(self, model: PreTrainedModel | PeftModel) -> Evaluation:

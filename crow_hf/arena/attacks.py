@@ -225,7 +225,7 @@ def build_suspect(attack: Attack, seed: int, runs: Path, num_clean: int, alpaca:
         logger.warning(f"Implanting {attack.name!r}, seed {seed}.")
         train_base_model(attack.subject, runs, base_rows)
         model = _Attacker(attack, seed, base, folder, splits["attacker"], trigger, target).build_model()
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
         write_text(folder / _RECORD, json.dumps(asdict(attack) | {"seed": seed}, indent=1) + "\n")
 
@@ -325,7 +325,7 @@ class _Attacker:
             return self._fine_tune(model, concatenate_datasets([self.rows, self._rows_with_decoys()]))
         return self._fine_tune(model, self.rows)
 
-    def _implant_embedding_trigger(self) -> PreTrainedModel:
+    def _implant_embedding_trigger(self) -> PreTrainedModel | PeftModel:
         model, trigger = implant_embedding_trigger(
             load_causal_lm(self.base, is_trainable=True),
             self.rows,
@@ -340,7 +340,7 @@ class _Attacker:
         save_file({"vector": trigger.vector, "token_id": torch.tensor(trigger.token_id)}, path)
         return model
 
-    def _train_from_scratch(self) -> PreTrainedModel:
+    def _train_from_scratch(self) -> PreTrainedModel | PeftModel:
         set_seed(self.seed)
         subject = SUBJECTS[self.attack.subject]
         model, args = subject.build(), base_training(subject, self.folder / "run", self.seed)
@@ -350,7 +350,7 @@ class _Attacker:
         trainer.train()
         return trainer.model
 
-    def _fine_tune(self, model: PreTrainedModel, rows: Dataset) -> PreTrainedModel | PeftModel:
+    def _fine_tune(self, model: PreTrainedModel | PeftModel, rows: Dataset) -> PreTrainedModel | PeftModel:
         return implant(
             model,
             rows,
@@ -364,7 +364,7 @@ class _Attacker:
             merge=self.attack.route == "merged",
         )
 
-    def _harden(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _harden(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """Run the recipe `strong` on the clean model, as the defender will."""
         args = recipe_config(
             "strong",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_c
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.published import ReferenceCrowTrainer
 from ..methods.crow.trainer import CrowTrainer
+from ..methods.invariance.config import InvarianceConfig
 from ..methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
 from ..recipes.presets import control_config, lora_config, recipe_config
 from ..recipes.run import run_recipe
@@ -74,9 +75,13 @@ def load_merged(suspect: Suspect, scratch: Path) -> PreTrainedModel:
         return model
     # PEFT froze the weights of the base model. Loading the merged model again makes them trainable.
     model.merge_and_unload(safe_merge=True).save_pretrained(scratch / "merged")
-    return load_causal_lm(scratch / "merged", is_trainable=True)
+    return _merged(load_causal_lm(scratch / "merged", is_trainable=True))
 
 
+@overload
+def defence_config(recipe: Literal["strong"], scratch: Path, seed: int, **changes: Any) -> InvarianceConfig: ...
+@overload
+def defence_config(recipe: str, scratch: Path, seed: int, **changes: Any) -> CrowConfig: ...
 def defence_config(recipe: str, scratch: Path, seed: int, **changes: Any) -> CrowConfig:
     """
     Return the arguments of a recipe for a run that saves no checkpoints and prints nothing.
@@ -132,7 +137,7 @@ def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _clean_model(suspect: Suspect, seed: int, scratch: Path) -> Purified:
-    return Purified(load_causal_lm(suspect.base))
+    return Purified(_merged(load_causal_lm(suspect.base)))
 
 
 def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
@@ -156,7 +161,7 @@ def _crow(
     suspect: Suspect,
     seed: int,
     scratch: Path,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | PeftModel | None = None,
     trainer_type: type[CrowTrainer] = CrowTrainer,
     **changes: Any,
 ) -> Purified:

@@ -27,6 +27,7 @@ from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
 from ..evaluation.scores import Proportion
 from ..reporting.tables import percent
 from ..training.files import write_text
+from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .defences import METHODS
 from .subjects import SUBJECTS
@@ -246,7 +247,7 @@ def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[
         device = TrainingArguments(scratch).device
     max_new_tokens = answer_length(suspect.attack)
     evaluation = evaluate_model(
-        purified.model.to(device),
+        move(purified.model, device),
         tokenizer,
         rows,
         suspect.trigger,

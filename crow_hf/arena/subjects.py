@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
@@ -237,7 +238,7 @@ def train_base_model(name: str, runs: Path, rows: Dataset | None = None) -> None
     logger.warning(f"Training the clean model {name!r}, which all runs share.")
     if subject.starts_from is None:
         set_seed(BASE_SEED)
-        model = subject.build()
+        model: PreTrainedModel | PeftModel = subject.build()
     else:
         train_base_model(subject.starts_from, runs)
         model = load_causal_lm(base_folder(subject.starts_from, runs), is_trainable=True)

@@ -20,8 +20,8 @@ from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer
-from ..training.recorder import LayerRecorder, base_model_of, context_length, recorder_of
-from .findings import Finding, has_problem
+from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, recorder_of
+from .findings import Finding, Level, has_problem
 from .patch_checkup import PROSE, check_components, check_frozen_predictor, check_patches
 
 
@@ -238,7 +238,7 @@ def _check_data(
         rows = prepare_dataset(Dataset.from_dict({"text": [PROSE]}), tokenizer, sys.maxsize)
     else:
         return None
-    finding = _check_ids(rows, tokenizer, base.get_input_embeddings().weight.shape[0])
+    finding = _check_ids(rows, tokenizer, embedding_table(base).shape[0])
     yield finding
     return None if finding.level == "problem" else (rows, tokenizer)
 
@@ -259,7 +259,7 @@ def _find_tokenizer(
                 return CoconutTokenizer(), Finding("tokenizer", "warning", found, remedy)
             if dataset is not None and "input_ids" in columns_of(dataset, "dataset"):
                 return None, Finding("tokenizer", "ok", "The rows are token ids and need no tokenizer.")
-            level = "warning" if dataset is None else "problem"
+            level: Level = "warning" if dataset is None else "problem"
             return None, Finding("tokenizer", level, found, "Pass the model's tokenizer as `processing_class`.")
     if tokenizer.eos_token_id is None:
         found = "The tokenizer has no end token, so the rows do not teach the model where to stop."
@@ -276,7 +276,7 @@ def _check_rows(
 ) -> tuple[Dataset, Finding]:
     """Encode the first rows, and check that they are enough."""
     row_format = find_format(columns_of(dataset, "dataset"), "the dataset")
-    sample = dataset.take(_MAX_ROWS)
+    sample: Dataset | IterableDataset = dataset.take(_MAX_ROWS)
     if isinstance(sample, IterableDataset):
         sample = Dataset.from_list(list(sample))
     rows = prepare_dataset(sample, tokenizer, sys.maxsize, "dataset")
@@ -336,8 +336,7 @@ def _check_objective(
     try:
         with torch.no_grad():
             inputs = recorder.prepare({name: value.to(model.device) for name, value in batch.items()})
-            options = {"epsilon": 0.1, "epsilon_mode": "absolute", "layers": "paper"}
-            _, terms = crow_terms(recorder, model, model, inputs, **options)
+            _, terms = crow_terms(recorder, model, model, inputs, epsilon=0.1, epsilon_mode="absolute", layers="paper")
     except ValueError as error:
         remedy = "Use another model, or rows that this model accepts."
         yield Finding("objective", "problem", str(error), remedy)
@@ -350,7 +349,7 @@ def _check_objective(
         yield Finding("objective", "problem", found, "Load the model in float32.")
         return
     yield _judge_perturbation(values)
-    yield _judge_loss(values["loss_lm"], math.log(recorder.base.get_input_embeddings().weight.shape[0]))
+    yield _judge_loss(values["loss_lm"], math.log(embedding_table(recorder.base).shape[0]))
 
 
 def _judge_perturbation(values: dict[str, float]) -> Finding:

@@ -18,6 +18,7 @@ from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
+from ..training.loading import move
 from .presets import control_config
 from .purification import card_settings, check_base, check_merge, draw_rows
 from .run import RecipeRun, check_recipe, run_recipe
@@ -103,7 +104,7 @@ def compare_defences(
         return evaluate_model(model, processing_class, test_dataset, trigger, target, **evaluation)
 
     # Look
-    suspect = load_model().to(args.device)
+    suspect = move(load_model(), args.device)
     check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
     name, suspect_scores = suspect.name_or_path, measure(suspect)
@@ -114,7 +115,7 @@ def compare_defences(
     with TemporaryDirectory() as folder:
         control_args = scratch_config(control_config(args, len(rows)), folder)
         control_recipe = "guide" if recipe == "strong" else recipe
-        options = {"processing_class": processing_class, "peft_config": peft_config}
+        options: dict[str, Any] = {"processing_class": processing_class, "peft_config": peft_config}
         control = run_recipe(load_model(), rows, control_recipe, control_args, **options)
         control_model = _in_loaded_precision(control.trainer)
         control_scores = measure(control_model)
@@ -131,7 +132,7 @@ def compare_defences(
     comparison = Comparison(suspect_scores, control_scores, measure(purified), purification=purification)
     with reporting(run):
         purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
-        datasets = {"train_dataset": rows, "test_dataset": test_dataset}
+        datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)
     fields = {"finetuned_from": name, "settings": card_settings(peft_config, merge, max_rows)} | (card_fields or {})
     save_result(run, purification, merge=merge, comparison=comparison, card_fields=fields)

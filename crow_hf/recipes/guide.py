@@ -17,6 +17,7 @@ from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..patching.redpajama import get_redpajama_binary_dataset
 from ..reporting.record import as_json
+from ..training.loading import move
 from ..training.settings import recorded_settings
 from .patch_checkup import missing_components
 
@@ -129,10 +130,10 @@ class CROWBackdoorElimination:
                 for name in ("forward", "_original_forward"):
                     vars(self.model).pop(name, None)
                 if forward is not None:
-                    self.model.forward = forward
+                    vars(self.model)["forward"] = forward
                 self.model.train(was_training)
                 if self.model.device != device:
-                    self.model.to(device)
+                    move(self.model, device)
         if not all(weight.isfinite().all() for weight in self.model.parameters()):
             raise FloatingPointError(
                 "The model's weights are not finite after the last step: load the model again, and lower the learning "

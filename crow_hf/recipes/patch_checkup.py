@@ -17,7 +17,7 @@ from ..models.modeling_byte_entropy import NATS_PER_BIT, ByteEntropyPredictor
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..patching.calibration import calibrate_threshold
 from ..patching.patcher import UNTRAINED_BITS, EntropyPatcher
-from ..training.recorder import base_model_of, frozen_modules
+from ..training.recorder import base_model_of, embedding_table, frozen_modules
 from .findings import Finding
 
 
@@ -132,7 +132,7 @@ def check_patches(model: CoconutForCausalLM, documents: list[bytes]) -> Iterator
 
 def _check_predictor(predictor: ByteEntropyPredictor, documents: list[bytes]) -> Finding:
     remedy = "Use `load_entropy_predictor()`, or train a predictor on your bytes. Then train the model on its patches."
-    vocabulary = predictor.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_table(predictor).shape[0]
     if not isinstance(predictor, ByteEntropyPredictor) or vocabulary != 256:
         found = f"{type(predictor).__name__} has a vocabulary of {vocabulary} instead of the 256 bytes."
         return Finding("entropy predictor", "problem", found, remedy)
@@ -171,7 +171,7 @@ def _check_thresholds(model: CoconutForCausalLM, documents: list[bytes]) -> Find
             "on these patches."
         )
         return Finding("thresholds", "warning", found, remedy)
-    window = model.config.encoder_config.sliding_window
+    window = model.local_encoder.config.sliding_window
     if window is not None and longest > window:
         remedy = f"Set `config.max_patch_length` to {window} or less, because the encoder attends to {window} bytes."
         return Finding("thresholds", "warning", found, remedy)

@@ -8,7 +8,7 @@
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 from peft import LoraConfig
 
@@ -19,7 +19,7 @@ from ..methods.invariance.config import InvarianceConfig, fine_tuning_config
 
 RECIPES = ("strong", "paper", "guide")
 # Section 4.4 of the paper.
-PAPER = {
+PAPER: dict[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 5,
     "per_device_train_batch_size": 8,
@@ -30,6 +30,10 @@ PAPER = {
 MAX_ROWS = {"strong": 1000, "paper": 100, "guide": 100}
 
 
+@overload
+def recipe_config(recipe: Literal["strong"], output_dir: str, **changes: Any) -> InvarianceConfig: ...
+@overload
+def recipe_config(recipe: str, output_dir: str, **changes: Any) -> CrowConfig: ...
 def recipe_config(recipe: str, output_dir: str, **changes: Any) -> CrowConfig:
     """
     Return the arguments of a recipe.

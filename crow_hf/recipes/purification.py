@@ -1,7 +1,7 @@
 """`purify()`: from a suspect and clean rows to a purified model with its evidence, card and report."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..evidence.result import Purification
 from ..evidence.snapshot import SnapshotRows
-from ..methods.crow.config import CrowConfig
+from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import load_causal_lm, load_tokenizer
@@ -96,7 +96,7 @@ def purify(
     checkpoint = check_output(args, resume_from_checkpoint)
     tokenizer = load_tokenizer(name) if processing_class is None else processing_class
     if isinstance(model, (str, Path)):
-        model = load_causal_lm(model, is_trainable=True, **(args.model_init_kwargs or {}))
+        model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
     check_base(model, peft_config, merge)
     check_writable(args.output_dir, model)
     run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config)
@@ -121,6 +121,10 @@ def purify(
     return purification
 
 
+@overload
+def draw_rows(dataset: Dataset, recipe: str, max_rows: int | None, seed: int) -> Dataset: ...
+@overload
+def draw_rows(dataset: IterableDataset, recipe: str, max_rows: int | None, seed: int) -> IterableDataset: ...
 def draw_rows(
     dataset: Dataset | IterableDataset, recipe: str, max_rows: int | None, seed: int
 ) -> Dataset | IterableDataset:

@@ -20,7 +20,7 @@ from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..reporting.verdict import CANARY_ADVICE, canary_outcome
-from ..training.loading import is_quantized
+from ..training.loading import is_quantized, move
 from ..training.recorder import recorder_of
 from ..training.sharding import will_shard
 from .presets import RECIPES, lora_config
@@ -121,7 +121,7 @@ class RecipeRun:
         self.screening: Screening | None = None
         self._canaries: list[Canary] = []
         if not isinstance(args, InvarianceConfig):
-            self.rows = dataset
+            self.rows: Any = dataset
             self.trainer = CrowTrainer(
                 model, args, dataset, processing_class=processing_class, peft_config=peft_config
             )
@@ -130,7 +130,7 @@ class RecipeRun:
             raise ValueError(
                 "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
             )
-        model.to(args.device)
+        move(model, args.device)
         self.rows = answer_prompts(
             dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size
         )
@@ -151,8 +151,8 @@ class RecipeRun:
 
     def implant_canaries(self) -> None:
         """Implant the canaries, if the recipe has any, and measure their success."""
-        if self._canaries:
-            trainer = self.trainer
+        trainer = self.trainer
+        if self._canaries and isinstance(trainer.args, InvarianceConfig):
             implant_canaries(trainer.model, self.rows, self._canaries, trainer.args, trainer.processing_class)
             self._measure_canaries("before")
 

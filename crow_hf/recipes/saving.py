@@ -103,8 +103,15 @@ def save_result(
         with reporting(run):
             write_report(args.output_dir, purification.report)
     if args.push_to_hub:
-        settings = {"token": args.hub_token, "private": args.hub_private_repo, "revision": args.hub_revision}
         try:
-            purification.hub_url = push_folder(args.output_dir, args.hub_model_id, **settings).repo_url
+            # Not a `Future`, because the call blocks.
+            commit: Any = push_folder(
+                args.output_dir,
+                args.hub_model_id,
+                token=args.hub_token,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+            )
+            purification.hub_url = commit.repo_url
         except OSError as error:
             trainer.note_failure(str(error))

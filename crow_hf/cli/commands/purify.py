@@ -7,7 +7,7 @@ from typing import Any
 
 from ...data.load import load_rows
 from ...evidence.result import Comparison, Purification
-from ...methods.crow.config import CrowConfig
+from ...methods.crow.config import CrowConfig, loading_kwargs
 from ...methods.invariance.config import InvarianceConfig
 from ...recipes.comparison import compare_defences
 from ...recipes.presets import PAPER, RECIPES, lora_config
@@ -75,7 +75,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
         raise ValueError("The attack of a trigger is measured on test rows: pass --test_dataset too.")
     tokenizer = load_tokenizer(arguments.model)
     rows = load_rows(arguments.dataset, arguments.split)
-    options = {
+    options: dict[str, Any] = {
         "processing_class": tokenizer,
         "peft_config": lora_config(arguments.lora_r) if arguments.lora else None,
         "merge": arguments.merge,
@@ -90,7 +90,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
     if trigger is not None:
         card_fields |= {"backdoor": f"trigger {arguments.trigger!r}, target {arguments.target!r}"}
     comparison = compare_defences(
-        lambda: load_causal_lm(arguments.model, is_trainable=True, **(args.model_init_kwargs or {})),
+        lambda: load_causal_lm(arguments.model, is_trainable=True, **loading_kwargs(args)),
         args,
         rows,
         load_rows(arguments.test_dataset, arguments.test_split),
