@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test docs quality style
+.PHONY: install demo test docs quality types style
 
 install: $(VENV)/installed
 
@@ -26,6 +26,10 @@ docs: install
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+types: install
+	$(BIN)/mypy
 
 style: install
 	$(BIN)/ruff check --fix .
