@@ -106,3 +106,13 @@ def test_adapter_on_a_local_base_names_the_way_to_load_it(tmp_path):
     card, text = card_of(tmp_path, model)
     assert card.data.base_model is None and "`PeftModel.from_pretrained`" in text and "The local model `base`" in text
     assert str(tmp_path) not in str(card)
+
+
+def test_settings_of_the_card_hold_no_path(tmp_path):
+    """Fails if the card names the file of the DeepSpeed configuration or a folder for `from_pretrained`."""
+    rows = Dataset.from_list(ragged_rows(4))
+    args = CrowConfig(str(tmp_path / "run"), model_init_kwargs={"cache_dir": str(tmp_path)}, **QUIET)
+    trainer = CrowTrainer(tiny_llama(), args, rows, processing_class=ByT5Tokenizer(extra_ids=0))
+    # DeepSpeed is not installed, so the path cannot be passed to the arguments.
+    trainer.args.deepspeed = str(tmp_path / "zero2.json")
+    assert str(tmp_path) not in str(build_model_card(trainer))

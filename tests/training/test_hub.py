@@ -438,11 +438,11 @@ def test_no_connection(world):
         ("load_causal_lm pickled-adapter", "Convert them to safetensors"),
         (
             "load_causal_lm code",
-            "me/code needs custom code .* `trust_remote_code=True` on a machine you can afford to lose",
+            "me/code needs custom code, .* `trust_remote_code=True` on a machine you can afford to lose",
         ),
         (
             "load_causal_lm code-adapter",
-            "me/code needs custom code .* `trust_remote_code=True` on a machine you can afford to lose",
+            "me/code needs custom code, .* `trust_remote_code=True` on a machine you can afford to lose",
         ),
         ("load_tokenizer code", "The tokenizer of me/code needs custom code"),
     ],
