@@ -16,10 +16,11 @@ from .sharding import loading_unsharded
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# transformers' error for a model with remote code contains these words, and advises to run the code.
+# transformers' error for a model with remote code contains these words, and advises to run the code. Our error must
+# not contain them. Otherwise the error for the base model of an adapter would name the adapter.
 NEEDS_CODE = "custom code"
 CODE_IS_NOT_RUN = (
-    "{} needs custom code, which is never run. Read the code. If you trust it, load the model yourself with "
+    "{} needs code of its own, which is never run. Read the code. If you trust it, load the model yourself with "
     "`trust_remote_code=True` on a machine you can afford to lose."
 )
 

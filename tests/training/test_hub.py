@@ -438,13 +438,13 @@ def test_no_connection(world):
         ("load_causal_lm pickled-adapter", "Convert them to safetensors"),
         (
             "load_causal_lm code",
-            "me/code needs custom code, .* `trust_remote_code=True` on a machine you can afford to lose",
+            "me/code needs code of its own, .* `trust_remote_code=True` on a machine you can afford to lose",
         ),
         (
             "load_causal_lm code-adapter",
-            "me/code needs custom code, .* `trust_remote_code=True` on a machine you can afford to lose",
+            "me/code needs code of its own, .* `trust_remote_code=True` on a machine you can afford to lose",
         ),
-        ("load_tokenizer code", "The tokenizer of me/code needs custom code"),
+        ("load_tokenizer code", "The tokenizer of me/code needs code of its own"),
     ],
 )
 def test_code_of_a_suspect_is_refused_and_the_safe_way_named(world, suspect, way):
