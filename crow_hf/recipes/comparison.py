@@ -20,9 +20,9 @@ from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
 from .presets import control_config
-from .purification import card_settings, check_base, check_merge, draw_rows
+from .purification import card_settings, check_base, check_sharding, draw_rows
 from .run import RecipeRun, check_recipe, run_recipe
-from .saving import check_output, reporting, save_result
+from .saving import not_fatal, prepare_output, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -93,11 +93,16 @@ def compare_defences(
         raise ValueError(
             "Defences are compared in one process: purify with several processes, and measure with one afterwards."
         )
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            f"`train_dataset` must be a datasets.Dataset, got {type(train_dataset).__name__}, because the "
+            "purification and the control train on the same rows."
+        )
     check_recipe(recipe, args)
-    check_merge(recipe, args, peft_config)
+    check_sharding(recipe, args, peft_config)
     rows = draw_rows(train_dataset, recipe, max_rows, args.seed)
     _warn_of_shared_prompts(rows, test_dataset, processing_class)
-    checkpoint = check_output(args, resume_from_checkpoint)
+    checkpoint = prepare_output(args, resume_from_checkpoint)
     shown = SnapshotRows.first_of(test_dataset, processing_class, trigger, target, evaluation.get("seed", 0))
 
     def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
@@ -130,7 +135,7 @@ def compare_defences(
     # Look, report
     purification, purified = run.result(), _in_loaded_precision(run.trainer)
     comparison = Comparison(suspect_scores, control_scores, measure(purified), purification=purification)
-    with reporting(run):
+    with not_fatal(run, "report"):
         purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)

@@ -17,7 +17,7 @@ from ..training.loading import load_causal_lm, load_tokenizer
 from ..training.sharding import will_shard
 from .presets import MAX_ROWS, recipe_config
 from .run import RecipeRun, check_recipe
-from .saving import check_output, reporting, save_result
+from .saving import not_fatal, prepare_output, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -91,9 +91,9 @@ def purify(
     if args is None:
         args = recipe_config(recipe, f"{Path(name).name or type(model).__name__}-{recipe}")
     check_recipe(recipe, args)
-    check_merge(recipe, args, peft_config)
+    check_sharding(recipe, args, peft_config)
     rows = draw_rows(dataset, recipe, max_rows, args.seed)
-    checkpoint = check_output(args, resume_from_checkpoint)
+    checkpoint = prepare_output(args, resume_from_checkpoint)
     tokenizer = load_tokenizer(name) if processing_class is None else processing_class
     if isinstance(model, (str, Path)):
         model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
@@ -113,7 +113,7 @@ def purify(
     purification = run.result()
 
     # Look, report
-    with reporting(run):
+    with not_fatal(run, "report"):
         purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
         purification.report = record_of(purification, shown, model_name=name, train_dataset=rows)
     fields = {"finetuned_from": name, "settings": card_settings(peft_config, merge, max_rows)} | (card_fields or {})
@@ -153,12 +153,12 @@ def draw_rows(
     return dataset.shuffle(seed=seed).select(range(count))
 
 
-def check_merge(recipe: str, args: CrowConfig, peft_config: PeftConfig | None) -> None:
+def check_sharding(recipe: str, args: CrowConfig, peft_config: PeftConfig | None) -> None:
     """
-    Refuse a fresh adapter on weights that will be sharded.
+    Refuse a fresh adapter if the weights will be sharded, where it cannot be merged.
 
     Raises:
-        `ValueError`: If there is one.
+        `ValueError`: If a fresh adapter would be trained on sharded weights.
     """
     if will_shard(args) and (peft_config is not None or recipe == "paper"):
         raise ValueError(
@@ -182,10 +182,7 @@ def check_base(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | Non
 
 
 def card_settings(peft_config: PeftConfig | None, merge: bool, max_rows: int | None) -> dict[str, Any]:
-    """
-    Return those settings of a purification that are not arguments of the trainer, as `crow-hf purify` takes
-    them.
-    """
+    """Return the settings that are not arguments of the trainer, in the form that `crow-hf purify` takes."""
     settings = {"max_rows": max_rows, "merge": merge}
     if isinstance(peft_config, LoraConfig):
         settings |= {"lora": True, "lora_r": peft_config.r}

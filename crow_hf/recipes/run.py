@@ -19,7 +19,7 @@ from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
-from ..reporting.verdict import CANARY_ADVICE, canary_outcome
+from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
 from ..training.loading import is_quantized, move
 from ..training.recorder import recorder_of
 from ..training.sharding import will_shard
@@ -120,29 +120,16 @@ class RecipeRun:
         self.trains_fresh_adapter = peft_config is not None
         self.screening: Screening | None = None
         self._canaries: list[Canary] = []
-        if not isinstance(args, InvarianceConfig):
-            self.rows: Any = dataset
+        if isinstance(args, InvarianceConfig):
+            args, rows = self._prepare_invariance(model, dataset, args, processing_class)
+            # The trainer copies the suspect, still without canaries. The copy teaches, and the adversary attacks it.
+            self.trainer: CrowTrainer = InvarianceTrainer(model, args, rows, processing_class, peft_config)
+            self.rows: Any = rows
+        else:
             self.trainer = CrowTrainer(
                 model, args, dataset, processing_class=processing_class, peft_config=peft_config
             )
-            return
-        if not isinstance(dataset, Dataset) or not len(dataset):
-            raise ValueError(
-                "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
-            )
-        move(model, args.device)
-        self.rows = answer_prompts(
-            dataset, model, processing_class, args.max_answer_length, args.per_device_eval_batch_size
-        )
-        if self.rows is not dataset:
-            # The greedy answers of the suspect are only the text along which its whole distribution is taught.
-            args = replace(args, label_weight=0.0)
-        if args.screen_rows:
-            self._screen(model, args, processing_class)
-        if args.num_canaries:
-            self._canaries = draw_canaries(model, args.num_canaries, args.seed)
-        # The trainer copies the suspect now, without canaries: this copy teaches, and the adversary attacks it.
-        self.trainer = InvarianceTrainer(model, args, self.rows, processing_class, peft_config)
+            self.rows = dataset
 
     def snapshot(self, rows: SnapshotRows) -> Snapshot:
         """Record what the model does now, see [`crow_hf.evidence.snapshot`]."""
@@ -160,22 +147,41 @@ class RecipeRun:
         """Train, and measure the success of the canaries again. A canary that lives is reported in a warning."""
         self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         self._measure_canaries("after")
-        if any(canary_outcome(canary) == "lives" for canary in self._canaries):
+        if any(canary_outcome(canary) == LIVES for canary in self._canaries):
             logger.warning(CANARY_ADVICE)
 
     def result(self) -> Purification:
         """Return the purified model with its evidence."""
         return Purification(self.trainer.model, self.recipe, self.trainer, self.screening, self._canaries)
 
-    def _screen(
-        self, model: PreTrainedModel | PeftModel, args: CrowConfig, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self.screening = screen_dataset(model, self.rows, tokenizer, args.per_device_eval_batch_size, args.seed)
-        self.rows = self.screening.clean
-        if not len(self.rows):
+    def _prepare_invariance(
+        self,
+        model: PreTrainedModel | PeftModel,
+        dataset: Dataset | IterableDataset,
+        args: InvarianceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> tuple[InvarianceConfig, Dataset]:
+        """Answer prompts that have no answer, screen the rows, and draw the canaries."""
+        if not isinstance(dataset, Dataset) or not len(dataset):
             raise ValueError(
-                "Every clean row carries a trigger of the model's backdoor: purify with rows from another source."
+                "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
             )
+        move(model, args.device)
+        batch_size = args.per_device_eval_batch_size
+        rows = answer_prompts(dataset, model, tokenizer, args.max_answer_length, batch_size)
+        if rows.column_names != dataset.column_names:
+            # The greedy answers of the suspect are only the text along which its whole distribution is taught.
+            args = replace(args, label_weight=0.0)
+        if args.screen_rows:
+            self.screening = screen_dataset(model, rows, tokenizer, batch_size, args.seed)
+            rows = self.screening.clean
+            if not len(rows):
+                raise ValueError(
+                    "Every clean row carries a trigger of the model's backdoor: purify with rows from another source."
+                )
+        if args.num_canaries:
+            self._canaries = draw_canaries(model, args.num_canaries, args.seed)
+        return args, rows
 
     def _measure_canaries(self, when: str) -> None:
         trainer = self.trainer

@@ -17,7 +17,7 @@ from ..training.loading import is_quantized
 from .run import RecipeRun
 
 
-def check_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> str | None:
+def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> str | None:
     """
     Check the output folder and open the repository on the Hub before the work starts.
 
@@ -46,14 +46,14 @@ def check_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) ->
 
 
 @contextmanager
-def reporting(run: RecipeRun) -> Iterator[None]:
-    """Record an error in a report as a failure of the trainer, so that it does not cost the purified model."""
+def not_fatal(run: RecipeRun, what: str) -> Iterator[None]:
+    """Record an error in a card or report as a failure of the trainer, so that it does not cost the purified model."""
     try:
         yield
     except Exception as error:
         trainer = run.trainer
         trainer.note_failure(
-            f"There is no report in {trainer.args.output_dir} ({type(error).__name__}: {error}). The purified model "
+            f"There is no {what} in {trainer.args.output_dir} ({type(error).__name__}: {error}). The purified model "
             "is complete."
         )
 
@@ -69,7 +69,8 @@ def save_result(
     """
     Save the purified model with its card and its report, and push it if `args.push_to_hub` is set.
 
-    A failed push is recorded as a failure of the trainer, because the model is saved and the result is known.
+    Errors in the card, the report or the push are recorded as failures of the trainer, because the model is saved and
+    the result is known.
 
     Args:
         run (`RecipeRun`):
@@ -96,11 +97,13 @@ def save_result(
     trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
         return
-    with writing("README.md", args.output_dir, "the purified model is complete; free disk space before you push it"):
+    card = None
+    with not_fatal(run, "model card"):
         card = build_model_card(trainer, purification=purification, comparison=comparison, **card_fields)
+    with writing("README.md", args.output_dir, "the purified model is complete; free disk space before you push it"):
         trainer.create_model_card(card)
     if purification.report is not None:
-        with reporting(run):
+        with not_fatal(run, "report"):
             write_report(args.output_dir, purification.report)
     if args.push_to_hub:
         try:

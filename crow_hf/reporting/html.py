@@ -14,6 +14,7 @@ from ..training.files import write_text
 from .charts import layer_charts, outcome_intervals, training_charts
 from .record import Record
 from .tables import percent
+from .verdict import DIED, LIVES
 
 
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
@@ -96,7 +97,7 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
             tiles.append((label, f"{100 * before['rate']:.1f} → {percent(after['rate'])}"))
     if canaries:
         outcomes = [canary["outcome"] for canary in canaries]
-        died, lives = outcomes.count("died"), outcomes.count("lives")
+        died, lives = outcomes.count(DIED), outcomes.count(LIVES)
         tiles.append(("Canaries that died", f"{died} of {died + lives}" if died + lives else "none was learned"))
     return tiles
 

@@ -53,7 +53,7 @@ from ..patching.patcher import EntropyPatcher
 from ..training.recorder import base_model_of
 from ..training.settings import HIDDEN, SECRET, recorded_settings, without_secrets
 from ..training.sharding import num_parameters
-from .verdict import canary_outcome, full_verdict
+from .verdict import Verdict, canary_outcome
 
 
 Record = dict[str, Any]
@@ -93,7 +93,7 @@ def record_of(
         `dict`: A record with the keys of [`crow_hf.reporting.record`], as JSON can hold it.
     """
     record = {
-        "verdict": full_verdict(purification, comparison).to_dict(),
+        "verdict": Verdict.of(purification, comparison).to_dict(),
         "recipe": purification.recipe,
         "method": purification.method,
         "model": _model(purification.model, model_name),

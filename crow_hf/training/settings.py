@@ -31,7 +31,7 @@ def without_secrets(value: Any) -> Any:
 
     Args:
         value (`Any`):
-            A setting: a mapping, a string, a string that holds a JSON object, or anything else.
+            A setting: a mapping, a list, a string, a string that holds a JSON object, or anything else.
 
     Returns:
         `Any`: The value without the keys that name a secret, and with `"(hidden)"` in place of Hub tokens and of
@@ -39,6 +39,8 @@ def without_secrets(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {key: without_secrets(held) for key, held in value.items() if not SECRET.search(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(held) for held in value]
     if isinstance(value, str) and value.startswith("{"):
         try:
             return json.dumps(without_secrets(json.loads(value)))
@@ -66,8 +68,12 @@ def recorded_settings(args: TrainingArguments) -> dict[str, Any]:
         if issubclass(kind, TrainingArguments) and kind is not TrainingArguments
         for name in kind.__annotations__
     ]
-    values = args.to_dict()
-    needed = [name for name, value in values.items() if name in _ALWAYS_RECORDED or not _is_default(name, value)]
+    values, defaults = args.to_dict(), _transformers_defaults()
+    needed = [
+        name
+        for name, value in values.items()
+        if name in _ALWAYS_RECORDED or name not in defaults or not _is_default(value, defaults[name])
+    ]
     return {
         name: without_secrets(values[name])
         for name in dict.fromkeys([*own, *needed])
@@ -75,12 +81,12 @@ def recorded_settings(args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _is_default(name: str, value: Any) -> bool:
+def _transformers_defaults() -> dict[str, Any]:
     defaults = {each.name: None if each.default is MISSING else each.default for each in fields(TrainingArguments)}
-    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
-    if name not in defaults:
-        return False
-    default = defaults[name]
+    return defaults | {"accelerator_config": AcceleratorConfig().to_dict()}
+
+
+def _is_default(value: Any, default: Any) -> bool:
     if isinstance(value, dict) and isinstance(default, dict):
         return all(default.get(key) == held for key, held in value.items())
     # `TrainingArguments` turns some defaults of None into False or an empty list.

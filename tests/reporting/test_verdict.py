@@ -14,7 +14,7 @@ from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
 from crow_hf.evidence.result import Comparison, Purification
 from crow_hf.evidence.screening import Screening
-from crow_hf.reporting.verdict import canary_outcome, evidence_lines, full_verdict, verdict
+from crow_hf.reporting.verdict import Verdict, canary_outcome, evidence_lines, verdict
 from helpers.evaluations import comparison, evaluation, scores, share
 
 
@@ -128,12 +128,12 @@ def canary(before, after):
         (None, [(20, 0)], "unknown", "did not learn them"),
     ],
 )
-def test_full_verdict_says_what_is_known_and_what_is_not(attacks, canaries, level, said):
+def test_Verdict_says_what_is_known_and_what_is_not(attacks, canaries, level, said):
     """Fails if a purification without a known trigger looks like a success, or a canary not learned counts as dead."""
     comparison = None
     if attacks is not None:
         comparison = Comparison(evaluation(190), evaluation(180), evaluation(attacks))
-    found = full_verdict(SimpleNamespace(canaries=[canary(*each) for each in canaries]), comparison).to_dict()
+    found = Verdict.of(SimpleNamespace(canaries=[canary(*each) for each in canaries]), comparison).to_dict()
     text = " ".join([found["outcome"], *found["explanation"]])
     assert found["level"] == level and said in text
     assert ("is not known" in text) == (attacks is None)
