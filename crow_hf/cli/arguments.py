@@ -83,6 +83,10 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file that sets any of these arguments. The command line overrides it.")
+    for action in parser._actions:
+        for negated in (name for name in action.option_strings if name.startswith("--no_")):
+            # HfArgumentParser gives it the help text of the option that it turns off.
+            action.help = f"Turn off --{negated.removeprefix('--no_')}."
     actions = {action.dest: action for action in parser._actions}
     if unknown := sorted(set(map(str, values)) - (set(actions) - {"config", "help"})):
         raise ValueError(f"{config} sets {', '.join(unknown)}, which `{parser.prog}` does not know.")
@@ -100,11 +104,11 @@ def parse_arguments(command: str, argv: Sequence[str]) -> list[Any]:
 
 
 def _shorten_help(parser: argparse.ArgumentParser, config: type, not_listed: frozenset[str]) -> None:
-    """Leave most of the inherited training arguments out of the help."""
+    """Leave most of the inherited training arguments, and those that the command does not list, out of the help."""
     own = set(CrowConfig.__annotations__) | set(config.__annotations__)
     inherited = set(TrainingArguments.__dataclass_fields__) - own
     for action in parser._actions:
-        if action.dest in inherited - (_LISTED_TRAINING_ARGUMENTS - not_listed):
+        if action.dest in (inherited - _LISTED_TRAINING_ARGUMENTS) | not_listed:
             action.help = argparse.SUPPRESS
 
 
@@ -122,6 +126,8 @@ def _value_of(name: str, argv: Sequence[str]) -> str | None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read ({error.strerror}): check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):

@@ -191,7 +191,7 @@ def _shown(purification: Purification | None, comparison: Comparison | None, bac
     lines = [] if purification is None else evidence_lines(purification)
     if comparison is not None:
         if backdoor is not None:
-            lines.append(f"A known backdoor, for a drill: {backdoor}.")
+            lines.append(f"Known backdoor: {backdoor}.")
         if comparison.purified.triggered is not None:
             lines.append(verdict(comparison))
         lines.append(

@@ -36,6 +36,25 @@ def test_help_of_each_command(capsys, command, own, foreign):
     assert not any(option in out for option in foreign)
 
 
+def test_help_of_a_negated_flag_is_not_that_of_the_flag(capsys):
+    """Fails if `--no_merge` is described by the help text of `--merge`."""
+    assert run("purify", "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--no_merge, --no-merge Turn off --merge." in out and "--no_screen_rows, --no-screen-rows Turn off" in out
+
+
+def test_implanting_does_not_list_the_consistency_loss(capsys):
+    """Fails if the help lists arguments that the command ignores."""
+    assert run("implant", "--help") == 0
+    assert not {"--alpha", "--epsilon", "--perturb"} & set(capsys.readouterr().out.split())
+
+
+def test_a_missing_config_is_one_sentence(tmp_path, capsys):
+    """Fails if the error of the operating system is shown as it is."""
+    assert run("purify", "--config", tmp_path / "nothere.yaml") == 1
+    assert "nothere.yaml cannot be read" in capsys.readouterr().err
+
+
 def test_config_sets_arguments_and_the_command_line_wins(tmp_path):
     """Fails if the file wins, or if 1e-3, which YAML reads as a string, stays a string."""
     path = config_file(tmp_path, "learning_rate: 1e-3\nalpha: 11\nlora: true\nmax_rows: 7\noutput_dir: from_file\n")

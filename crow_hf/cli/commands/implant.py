@@ -29,8 +29,11 @@ class ImplantArguments:
 
 
 ARGUMENTS = [ImplantArguments, CrowConfig]
-# A model with a backdoor is not pushed, and implanting is not resumed.
-NOT_LISTED = frozenset({"push_to_hub", "hub_model_id", "resume_from_checkpoint"})
+# A model with a backdoor is not pushed, implanting is not resumed, and it has no consistency loss.
+NOT_LISTED = frozenset(
+    {"push_to_hub", "hub_model_id", "resume_from_checkpoint"}
+    | {"alpha", "epsilon", "epsilon_mode", "consistency_layers", "perturb"}
+)
 
 
 def run(arguments: ImplantArguments, args: CrowConfig) -> None:

@@ -36,8 +36,9 @@ class InvarianceConfig(CrowConfig):
         screen_rows (`bool`, *optional*, defaults to `True`):
             Whether [`purify`] drops rows that carry a trigger ([`crow_hf.evidence.screening`]).
         num_canaries (`int`, *optional*, defaults to `2`):
-            Number of backdoors of our own that [`purify`] implants first ([`crow_hf.evidence.canaries`]). Removing
-            them tends to remove unknown backdoors too. 0 implants none.
+            Number of backdoors of our own that [`purify`] implants first ([`crow_hf.evidence.canaries`]). In our
+            trials, implanting them weakened real backdoors too. A canary that died proves little about a real
+            backdoor, which is mostly harder to remove. 0 implants none.
         max_answer_length (`int`, *optional*, defaults to `128`):
             Maximum length, in tokens, of the suspect's answers to prompts that have none.
 
@@ -78,7 +79,8 @@ class InvarianceConfig(CrowConfig):
         metadata={"help": "Share of the rows' own answers in the target. The rest is the suspect's."},
     )
     num_views: int = field(
-        default=1600, metadata={"help": "Total number of training prompts. Rows are repeated with other decoys."}
+        default=1600,
+        metadata={"help": "Total number of training prompts, at least one per row. Rows repeat with other decoys."},
     )
     keep: float = field(
         default=0.3,
