@@ -109,6 +109,7 @@ class InvarianceTrainer(CrowTrainer):
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
+        self._length_sampler: _LengthGroupedSampler | None = None
         self._suspect = None if suspect is None else self._prepare_suspect(suspect.requires_grad_(False).eval())
         self._suspect_recorder = self.recorder if suspect is None else recorder_of(self._suspect)
         # With a new adapter, there is no copy of the suspect, and the adapter's initial weights stand for it.
@@ -169,7 +170,15 @@ class InvarianceTrainer(CrowTrainer):
             return super()._get_train_sampler(train_dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         # The `train_dataset` that the Trainer passes has lost the column `length`.
-        return _LengthGroupedSampler(rows_in_step(args), list(self.train_dataset["length"]), seed)
+        self._length_sampler = _LengthGroupedSampler(rows_in_step(args), list(self.train_dataset["length"]), seed)
+        return self._length_sampler
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # In a resumed run of several processes the sampler lies below three wrappers of accelerate, and `set_epoch` of
+        # its data loader does not reach it.
+        if self._length_sampler is not None:
+            self._length_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
 
     @torch.no_grad()
     def _mix_in_suspect(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, Trainer
 
 from crow_hf import CrowConfig
 from crow_hf.methods.invariance.objective import view
@@ -367,3 +367,23 @@ def test_labels_reach_the_training(tmp_path):
         trainer.train()
         results.append(weights_of(trainer.model))
     assert not same_weights(*results)
+
+
+def test_a_resumed_epoch_of_several_processes_has_its_own_order(tmp_path, monkeypatch):
+    """
+    Fails if the order of the rows depends on `set_epoch` of accelerate's data loader. It does not reach the sampler of
+    a sharded data loader that skips batches, so a run resumed in its second epoch would repeat the order of the first.
+    """
+    trainer = invariance_trainer(tmp_path, tiny_llama(), train_sampling_strategy="group_by_length")
+    sampler = trainer._get_train_sampler()
+    orders = {}
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders[epoch] = list(sampler)
+    assert orders[0] != orders[1]
+    found = []
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **kwargs: found.append(list(sampler)))
+    sampler.set_epoch(0)
+    trainer.state.max_steps = 1
+    trainer._run_epoch(epoch=1)
+    assert found == [orders[1]]
