@@ -224,14 +224,7 @@ class _Demo:
         self.evaluation: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 100, "seed": seed}
 
     def train_clean_model(self) -> Evaluation:
-        args = self._training(
-            "clean",
-            alpha=0.0,
-            learning_rate=2e-3,
-            num_train_epochs=1,
-            per_device_train_batch_size=64,
-            warmup_steps=100,
-        )
+        args = self._training("clean", **CLEAN_TRAINING)
         trainer = CrowTrainer(demo_model(self.seed), args, self.rows.base, processing_class=self.tokenizer)
         trainer.train()
         trainer.save_model()

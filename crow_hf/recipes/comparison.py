@@ -20,7 +20,7 @@ from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
 from .presets import control_config
-from .purification import card_settings, check_base, check_sharding, draw_rows
+from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .run import RecipeRun, check_recipe, run_recipe
 from .saving import not_fatal, prepare_output, save_result
 
@@ -139,7 +139,7 @@ def compare_defences(
         purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)
-    fields = {"finetuned_from": name, "settings": card_settings(peft_config, merge, max_rows)} | (card_fields or {})
+    fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})
     save_result(run, purification, merge=merge, comparison=comparison, card_fields=fields)
     return comparison
 

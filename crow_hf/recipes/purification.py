@@ -116,7 +116,7 @@ def purify(
     with not_fatal(run, "report"):
         purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
         purification.report = record_of(purification, shown, model_name=name, train_dataset=rows)
-    fields = {"finetuned_from": name, "settings": card_settings(peft_config, merge, max_rows)} | (card_fields or {})
+    fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})
     save_result(run, purification, merge=merge, card_fields=fields)
     return purification
 
@@ -181,9 +181,15 @@ def check_base(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | Non
         )
 
 
-def card_settings(peft_config: PeftConfig | None, merge: bool, max_rows: int | None) -> dict[str, Any]:
-    """Return the settings that are not arguments of the trainer, in the form that `crow-hf purify` takes."""
+def describe_for_card(
+    suspect: str, peft_config: PeftConfig | None, merge: bool, max_rows: int | None
+) -> dict[str, Any]:
+    """Return what the card says that the trainer does not know: the suspect, and the other arguments of the call."""
     settings = {"max_rows": max_rows, "merge": merge}
     if isinstance(peft_config, LoraConfig):
         settings |= {"lora": True, "lora_r": peft_config.r}
-    return {name: value for name, value in settings.items() if value is not None}
+    # As `crow-hf purify --config` takes them.
+    return {
+        "finetuned_from": suspect,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+    }
