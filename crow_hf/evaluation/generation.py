@@ -19,7 +19,7 @@ from ..training.recorder import base_model_of, context_length
 
 
 @contextmanager
-def _inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
     Turn off dropout and gradients, and replace the model's own generation settings by the defaults.
 
@@ -68,34 +68,77 @@ def generate_answers(
         `ValueError`: If a prompt is empty, or does not fit into the model's context together with its answer.
     """
     encoded = _encode_prompts(model, tokenizer, prompts, max_new_tokens)
-    pad_token_id = padding_id(tokenizer)
+    ends = end_token_ids(model, tokenizer)
+    outputs = generate_ids(model, encoded, padding_id(tokenizer), ends, max_new_tokens, batch_size, do_sample=False)
+    return [text_of_ids(output, tokenizer) for output in outputs]
+
+
+def generate_ids(
+    model: PreTrainedModel | PeftModel,
+    encoded: Sequence[list[int]],
+    pad_token_id: int,
+    end_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    **settings: Any,
+) -> list[list[int]]:
+    """
+    Continue rows of token ids.
+
+    Rows of similar length share a batch, which is padded on the left.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        encoded (`Sequence[list[int]]`):
+            The rows. None of them is empty, and each leaves room for `max_new_tokens` in the model's context.
+        pad_token_id (`int`):
+            Token that pads shorter rows. It never counts.
+        end_token_ids (`Sequence[int]`):
+            The tokens that end a continuation.
+        max_new_tokens (`int`):
+            Maximum number of tokens of a continuation.
+        batch_size (`int`):
+            Number of rows per batch.
+        **settings:
+            Further arguments of [`~transformers.GenerationConfig`].
+
+    Returns:
+        `list[list[int]]`: The new tokens of each row, in the order of the rows, up to and with the first end token.
+    """
     # In transformers 5.23, Blt's cache is wrong, and so are its rows with padding on the left.
     is_blt = isinstance(base_model_of(model), BltForCausalLM)
     batch_size = 1 if is_blt else batch_size
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         use_cache=not is_blt,
         pad_token_id=pad_token_id,
-        eos_token_id=_end_token_ids(model, tokenizer) or None,
+        eos_token_id=list(end_token_ids) or None,
+        **settings,
     )
 
     # Only the subclasses of `PreTrainedModel` declare this method.
     generate: Any = model.generate
-    answers = [""] * len(encoded)
+    continuations: list[list[int]] = [[] for _ in encoded]
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
-    with _inference_mode(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
+    with inference_mode(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
             output = generate(**batch, generation_config=config)
-            new_tokens = output[:, batch["input_ids"].shape[1] :]
-            for number, answer in zip(numbers, new_tokens, strict=True):
-                # Many models have more ids than their tokenizer has tokens. The additional ids stand for no text.
-                text: Any = tokenizer.decode(answer[answer < len(tokenizer)], skip_special_tokens=True)
-                answers[number] = text
+            new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
+            for number, tokens in zip(numbers, new_tokens, strict=True):
+                length = next((place + 1 for place, token in enumerate(tokens) if token in end_token_ids), len(tokens))
+                continuations[number] = tokens[:length]
             progress.update(len(numbers))
-    return answers
+    return continuations
+
+
+def text_of_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode token ids without special tokens, and without those that stand for no text."""
+    # Many models have more ids than their tokenizer has tokens.
+    text: Any = tokenizer.decode([token for token in ids if token < len(tokenizer)], skip_special_tokens=True)
+    return text
 
 
 def _encode_prompts(
@@ -123,7 +166,7 @@ def _encode_prompts(
     return encoded
 
 
-def _end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every token that ends an answer. Chat models have several."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
@@ -245,7 +288,7 @@ def answer_log_likelihoods(
     results = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
     collate = CrowDataCollator(pad_token_id)
-    with _inference_mode(model):
+    with inference_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit="batch", disable=not order):
             numbers = order[start : start + batch_size]
             encoded = [
