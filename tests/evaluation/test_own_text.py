@@ -53,7 +53,7 @@ def test_tokens_are_drawn_with_their_probability(byte_tokenizer):
     """Fails if sampling keeps only the likely tokens, or has another temperature than 1."""
     model = tiny_llama()
     torch.nn.init.zeros_(model.lm_head.weight)
-    model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 2, model.lm_head.out_features))
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 3, model.lm_head.out_features))
     texts = write_text(model, byte_tokenizer, 4000, 1, batch_size=4000)
     counts = Counter(text.ids[0] for text in texts)
     # 256 bytes. Special tokens and ids beyond the tokenizer's are not written.
