@@ -82,7 +82,7 @@ def write_text(
         `ValueError`: If the model's context has no room for a text.
     """
     chat = _Chat.of(model, tokenizer)
-    start = _first_tokens(tokenizer) if chat is None else chat.start
+    start = first_tokens(tokenizer) if chat is None else chat.start
     # A chat goes on after the end of the user's message.
     ends = end_token_ids(model, tokenizer) if chat is None else []
     with _seeded(seed):
@@ -136,7 +136,7 @@ def write_rows(
             missing = count - len(rows)
             if chat is None:
                 ends = end_token_ids(model, tokenizer)
-                starts = [_first_tokens(tokenizer)] * missing
+                starts = [first_tokens(tokenizer)] * missing
                 outputs = _sample(model, tokenizer, starts, ends, max_new_tokens, batch_size)
                 rows += [row for output in outputs if (row := split_text(_readable(output, tokenizer)))]
             else:
@@ -219,7 +219,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     return text
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the start of a text for a model without a chat template."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
