@@ -26,45 +26,15 @@ from typing import Any
 import torch
 
 from ...data.encoding import IGNORE_INDEX
+from ...training.answer_logits import answer_logits
 from ...training.recorder import LayerRecorder
 from ..crow.objective import Layers, Terms, layer_consistency_loss, perturb_embeddings
+from .divergence import answer_divergence
 
 
 VIEWS = 3
 
 Inputs = dict[str, torch.Tensor]
-
-
-def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Log-probabilities of a model at the positions where the answer tokens are predicted.
-
-    Args:
-        logits (`torch.Tensor`):
-            Shape `(B, S, V)`.
-        labels (`torch.Tensor`):
-            Shape `(B, S)`, with -100 outside the answers.
-
-    Returns:
-        `torch.Tensor`: Log-probabilities in float32, shape `(T, V)`, row after row.
-    """
-    return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX].float().log_softmax(dim=-1)
-
-
-def answer_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """
-    KL(teacher || student) in nats, the mean over the answer tokens.
-
-    Args:
-        teacher (`torch.Tensor`):
-            Log-probabilities, shape `(T, V)`.
-        student (`torch.Tensor`):
-            Log-probabilities, shape `(T, V)`.
-
-    Returns:
-        `torch.Tensor`: A scalar.
-    """
-    return (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
 
 
 def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight: float) -> torch.Tensor:
@@ -85,9 +55,9 @@ def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight:
     if not label_weight:
         return suspect
     answers = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-    teacher = (1 - label_weight) * suspect.exp()
+    teacher = suspect.exp().mul_(1 - label_weight)
     teacher.scatter_add_(1, answers[:, None], torch.full_like(teacher[:, :1], label_weight))
-    return teacher.clamp_min(torch.finfo(teacher.dtype).tiny).log()
+    return teacher.clamp_min_(torch.finfo(teacher.dtype).tiny).log_()
 
 
 def view(inputs: Inputs, number: int) -> Inputs:
@@ -141,13 +111,10 @@ def adversarial_perturbation(
     Returns:
         `torch.Tensor`: The perturbation delta, shape `(B, S, D)`, detached. With 0 steps, zeros of shape `(B, S, 1)`.
     """
-    labels = inputs["labels"]
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
     delta = torch.zeros(*inputs["input_ids"].shape, 1, device=inputs["input_ids"].device)
     for _ in range(steps):
         with recorder.record(partial(_shift, delta=delta)) as record:
-            logits = forward(**inputs).logits
-        divergence = answer_divergence(teacher, answer_log_probs(logits, labels))
+            divergence = answer_divergence(teacher, answer_logits(recorder.base, forward, inputs))
         (gradient,) = torch.autograd.grad(divergence, record.perturbed)
         embeddings = record.perturbed[0].detach()
         step = perturb_embeddings(embeddings, gradient, step_size, "relative") - embeddings
@@ -171,7 +138,7 @@ def invariance_terms(
     adversarial_step_size: float,
     label_weight: float,
     layers: Layers,
-) -> tuple[Any, Terms]:
+) -> tuple[torch.Tensor, Terms]:
     """
     The terms of the Invariance objective, without the backward pass.
 
@@ -200,14 +167,16 @@ def invariance_terms(
             See [`layer_consistency_loss`].
 
     Returns:
-        `tuple`: The model's outputs on all views, and a dictionary of the scalars `distillation`, `decoy`,
-        `adversarial` and `consistency_perturbed`.
+        `tuple`: The model's logits where it predicts the answer tokens of the three views, shape `(3 T, V)`, and a
+        dictionary of the scalars `distillation`, `decoy`, `adversarial` and `consistency_perturbed`.
     """
     # The teacher, from the plain prompts x.
     clean, attacked = view(inputs, 0), view(inputs, 2)
     with torch.no_grad():
-        suspect = answer_log_probs(suspect_forward(**clean).logits, clean["labels"])
+        suspect = answer_logits(suspect_recorder.base, suspect_forward, clean).float().log_softmax(dim=-1)
         teacher = teacher_log_probs(suspect, clean["labels"], label_weight)
+        # It is as large as the teacher, and the passes below need the memory.
+        del suspect
 
     # The adversary's delta on d'.
     delta = adversarial_perturbation(
@@ -226,14 +195,10 @@ def invariance_terms(
 
     # The model on x, x + d and x + d' + delta.
     with recorder.record(add_delta) as record:
-        outputs = forward(**{name: value for name, value in inputs.items() if name != "labels"})
-    students = [
-        answer_log_probs(logits, labels)
-        for logits, labels in zip(outputs.logits.chunk(VIEWS), inputs["labels"].chunk(VIEWS), strict=True)
-    ]
-    distillation, decoy, adversarial = (answer_divergence(teacher, student) for student in students)
+        logits = answer_logits(recorder.base, forward, inputs)
+    distillation, decoy, adversarial = answer_divergence(teacher, logits)
     attacked_states = [hidden.chunk(VIEWS)[2] for hidden in record.hidden_states]
-    return outputs, {
+    return logits, {
         "distillation": distillation,
         "decoy": decoy,
         "adversarial": adversarial,

@@ -135,7 +135,7 @@ class InvarianceTrainer(CrowTrainer):
         """Compute the Invariance objective. Each term is weighted as in [`CrowTrainer.compute_loss`]."""
         args, inputs = self.args, dict(self.recorder.prepare(inputs))
         inserted_mask = inputs.pop("inserted_mask")
-        outputs, terms = invariance_terms(
+        logits, terms = invariance_terms(
             self.recorder,
             model,
             self._suspect_recorder,
@@ -155,9 +155,12 @@ class InvarianceTrainer(CrowTrainer):
             + args.decoy_weight * terms["decoy"]
             + args.adversarial_weight * terms["adversarial"]
         )
-        loss = by_labels * divergence + args.alpha * by_positions * terms["consistency_perturbed"]
+        loss = by_labels * divergence
+        if args.alpha:
+            # A weight of 0 would cost the backward pass of this term all the same.
+            loss = loss + args.alpha * by_positions * terms["consistency_perturbed"]
         loss = self._connect_parameters(model, loss)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def _count(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """As in [`CrowTrainer`], for the adversarial view. Only this one has a consistency term."""

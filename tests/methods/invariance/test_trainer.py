@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import ByT5Tokenizer, Trainer
 
 from crow_hf import CrowConfig
+from crow_hf.methods.crow import cosine
 from crow_hf.methods.invariance.objective import view
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.methods.invariance.views import ViewCollator
@@ -27,6 +28,15 @@ def test_loss_is_the_weighed_sum_of_what_is_logged(tmp_path):
     assert column(trainer, "loss") == pytest.approx(expected, rel=1e-4)
     # Before the first step, the model equals the suspect.
     assert abs(column(trainer, "distillation")[0]) < 1e-5 < column(trainer, "distillation")[1]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_a_consistency_term_without_weight_costs_no_backward_pass(alpha, tmp_path, monkeypatch):
+    calls, backward = [], cosine._SummedCosineDistance.backward
+    monkeypatch.setattr(cosine._SummedCosineDistance, "backward", lambda *args: calls.append(1) or backward(*args))
+    trainer = invariance_trainer(tmp_path, tiny_llama(), max_steps=1, alpha=alpha)
+    trainer.train()
+    assert bool(calls) == bool(alpha) and column(trainer, "consistency_perturbed")[0] > 0
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
