@@ -3,18 +3,19 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
 from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..data.collators import CrowDataCollator
 from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
 from ..data.rows import FORMATS, PROMPT_AND_ANSWER, Rendered, add_empty_answers, render
+from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from ..training.recorder import base_model_of, context_length
 
 
@@ -296,9 +297,10 @@ def answer_log_likelihoods(
                 for prompt, answer in (rows[number] for number in numbers)
             ]
             batch = {name: value.to(model.device) for name, value in collate(encoded).items()}
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1].float()
-            losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
-            for number, loss in zip(numbers, losses.sum(dim=1).tolist(), strict=True):
-                results[number] = -loss
+            labels = batch["labels"]
+            logits = answer_logits(base_model_of(model), partial(model, use_cache=False), batch)
+            counts = predicting_positions(labels).sum(dim=1).tolist()
+            by_row = token_log_likelihoods(logits, labels).cpu().split(counts)
+            for number, log_likelihoods in zip(numbers, by_row, strict=True):
+                results[number] = log_likelihoods.sum().item()
     return results

@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 from ..data.encoding import IGNORE_INDEX
 
 
+# Number of logits that are converted to float32 at a time, which takes 16 MiB.
+CHUNK_SIZE = 2**22
+
+
 def answer_logits(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any]) -> torch.Tensor:
     """
     Run a forward pass and return the logits at the positions that predict the labels.
@@ -53,6 +57,25 @@ def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: Boolean, shape `(B, S)`.
     """
     return nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+
+
+def token_log_likelihoods(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    The log-likelihood of each label, in nats and float32. It cannot be differentiated without copies of the logits.
+
+    Args:
+        logits (`torch.Tensor`):
+            The result of [`answer_logits`], shape `(T, V)`.
+        labels (`torch.Tensor`):
+            The labels of the batch, shape `(B, S)`, with -100 outside the answers.
+
+    Returns:
+        `torch.Tensor`: Shape `(T,)`, row after row.
+    """
+    tokens = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX].to(logits.device)
+    size = max(1, CHUNK_SIZE // logits.shape[-1])
+    parts = zip(logits.split(size), tokens.split(size), strict=True)
+    return -torch.cat([nn.functional.cross_entropy(some.float(), of, reduction="none") for some, of in parts])
 
 
 @contextmanager

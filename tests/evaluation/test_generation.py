@@ -10,7 +10,12 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from crow_hf import CrowTrainer
-from crow_hf.evaluation.generation import answer_prompts, bits_per_byte, generate_answers
+from crow_hf.evaluation.generation import (
+    answer_log_likelihoods,
+    answer_prompts,
+    bits_per_byte,
+    generate_answers,
+)
 from helpers.answers import EOS, byte, prompts_of, rendered, slow_bits_per_byte, spelling_model
 from helpers.tiny import VOCABULARY, crow_args, tiny_gpt2, tiny_llama
 
@@ -159,6 +164,26 @@ def test_bits_per_byte_is_the_slow_sum(byte_tokenizer, build, batch_size):
     model = build()
     found = bits_per_byte(model, byte_tokenizer, [rendered(*pair) for pair in PAIRS], batch_size)
     assert found == pytest.approx(slow_bits_per_byte(copy.deepcopy(model).eval(), PAIRS), rel=1e-5)
+
+
+def test_scoring_computes_logits_of_answers_only(byte_tokenizer):
+    """Fails if the prompts' logits are computed too. The largest tensor is then as large as the batch."""
+    model, shapes = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda head, args, output: shapes.append(output.shape))
+    bits_per_byte(model, byte_tokenizer, [rendered(*pair) for pair in PAIRS])
+    assert shapes == [(1, sum(len(answer.encode()) + 1 for _, answer in PAIRS), VOCABULARY)]
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_each_row_gets_its_own_log_likelihood(batch_size):
+    """Fails if rows are mixed up. An answer without a token has the likelihood 1, and so has the first token of all."""
+    model, rows = tiny_llama().eval(), [([5, 6], [7]), ([8], [9, 10, 11]), ([12, 13, 14], []), ([], [15, 16])]
+    wanted = []
+    for prompt, answer in rows:
+        log_probs = model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        places = range(max(1, len(prompt)), len(prompt + answer))
+        wanted.append(sum(log_probs[place - 1, (prompt + answer)[place]].item() for place in places))
+    assert answer_log_likelihoods(model, rows, 0, batch_size) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_bits_per_byte_of_a_uniform_model_is_known(byte_tokenizer):

@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from crow_hf.training.answer_logits import answer_logits, predicting_positions
+from crow_hf.training import answer_logits as module
+from crow_hf.training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from crow_hf.training.recorder import recorder_of
 from helpers.blt import tiny_blt
 from helpers.coconut import coconut
@@ -166,3 +167,14 @@ def test_the_head_is_as_before_afterwards():
 def test_batches_without_answers():
     model = tiny_llama()
     assert answer_logits(model, model, BATCH | {"labels": torch.full_like(BATCH["labels"], -100)}).shape == (0, 260)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 1000, 2**22])
+def test_log_likelihoods_are_those_of_a_loop(chunk_size, monkeypatch):
+    """Fails if a chunk is left out, if labels belong to another position, or if half precision is summed."""
+    monkeypatch.setattr(module, "CHUNK_SIZE", chunk_size)
+    model = tiny_llama().bfloat16()
+    logits = answer_logits(model, model, BATCH).detach()
+    answers = [label for row in BATCH["labels"].tolist() for label in row[1:] if label != -100]
+    wanted = [logits[place].float().log_softmax(-1)[token] for place, token in enumerate(answers)]
+    torch.testing.assert_close(token_log_likelihoods(logits, BATCH["labels"]), torch.stack(wanted))

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-
-# Size, in numbers, of a tensor of one chunk. About four of them exist at a time, which take 64 MiB in float32.
-_CHUNK_SIZE = 2**22
+from ...training.answer_logits import CHUNK_SIZE
 
 
 def answer_divergence(teacher: torch.Tensor, students: torch.Tensor) -> torch.Tensor:
@@ -53,8 +51,12 @@ class _AnswerDivergence(torch.autograd.Function):
 
 
 def _chunks(teacher: torch.Tensor, students: torch.Tensor) -> Iterator[tuple[int, slice, slice]]:
-    """The number of a view, a slice of the teacher's tokens, and the slice of the same tokens of that view."""
-    num_tokens, size = len(teacher), max(1, _CHUNK_SIZE // teacher.shape[1])
+    """
+    The number of a view, a slice of the teacher's tokens, and the slice of the same tokens of that view.
+
+    About four tensors of a chunk exist at a time, which take 64 MiB.
+    """
+    num_tokens, size = len(teacher), max(1, CHUNK_SIZE // teacher.shape[1])
     for number in range(len(students) // num_tokens):
         for start in range(0, num_tokens, size):
             stop, first = min(start + size, num_tokens), number * num_tokens

@@ -45,7 +45,7 @@ def test_divergence_worked_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_value_and_gradient_are_those_of_the_plain_formula(dtype, chunk_size, monkeypatch):
     """Fails if a chunk is left out or counts twice, or if a view gets the weight of another."""
-    monkeypatch.setattr(divergence, "_CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(divergence, "CHUNK_SIZE", chunk_size)
     weights = torch.tensor([1.0, -2.0, 0.5])
     (teacher, students), (_, others) = pair(dtype), pair(dtype)
     value, wanted = answer_divergence(teacher, students), plain(teacher, others)
@@ -59,7 +59,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(dtype, chunk_size, mo
 
 @pytest.mark.parametrize("chunk_size", [2 * VOCABULARY, 2**22])
 def test_gradient_is_the_one_of_finite_differences(chunk_size, monkeypatch):
-    monkeypatch.setattr(divergence, "_CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(divergence, "CHUNK_SIZE", chunk_size)
     teacher, students = pair(torch.float64, torch.float64)
     assert torch.autograd.gradcheck(lambda logits: answer_divergence(teacher, logits), (students,))
     # A teacher whose probabilities do not add up to 1, as after clamping.
@@ -84,7 +84,7 @@ def test_the_graph_keeps_no_copy_of_the_logits():
 
 def test_temporary_tensors_are_no_larger_than_a_chunk(monkeypatch):
     """Fails if any operator but the allocation of the gradient makes a tensor of all tokens."""
-    monkeypatch.setattr(divergence, "_CHUNK_SIZE", 2 * VOCABULARY)
+    monkeypatch.setattr(divergence, "CHUNK_SIZE", 2 * VOCABULARY)
     teacher, students = pair()
     sizes = []
 
