@@ -269,6 +269,7 @@ def answer_log_likelihoods(
     rows: Sequence[tuple[list[int], list[int]]],
     pad_token_id: int,
     batch_size: int,
+    show_progress: bool = True,
 ) -> list[float]:
     """
     Compute the log-likelihood of each answer after its prompt.
@@ -282,6 +283,8 @@ def answer_log_likelihoods(
             Token that pads shorter rows. It never counts.
         batch_size (`int`):
             Number of rows per batch. Rows of similar length share a batch.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
         `list[float]`: For each row, the natural logarithm of the answer's probability.
@@ -290,7 +293,8 @@ def answer_log_likelihoods(
     order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
     collate = CrowDataCollator(pad_token_id)
     with inference_mode(model):
-        for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit="batch", disable=not order):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="Scoring", unit="batch", disable=not (order and show_progress)):
             numbers = order[start : start + batch_size]
             encoded = [
                 {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}

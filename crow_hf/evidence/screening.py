@@ -7,15 +7,18 @@ row is poisoned.
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from statistics import fmean
+from typing import Literal
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..attacks.triggers import Trigger
 from ..data.encoding import encode_completion, encode_prompt, padding_id
@@ -28,6 +31,12 @@ logger = logging.get_logger(__name__)
 
 # Longest piece, in words.
 LONGEST_PIECE = 4
+# Of a longer prompt, only so many words are searched piece by piece.
+MAX_WORDS = 60
+# These words are found by leaving out larger pieces, which begin at the points of a grid with so many steps.
+GRID = 32
+# Number of batches whose prompts are in memory at a time.
+BATCHES_AT_ONCE = 16
 # Number of other prompts that are drawn for a row, and the fewest that allow a decision.
 NUM_PROBES, MIN_PROBES = 12, 4
 # A piece is tried on other prompts if the answer loses at least this many nats without it.
@@ -37,11 +46,16 @@ MIN_LIKELIHOOD = 0.5
 # A row is poisoned if a piece of it controls at least this share of the answers to other prompts.
 MIN_CONTROLLED = 0.85
 
+# Where a piece is inserted into other prompts.
+_POSITIONS: tuple[Literal["start", "end"], ...] = ("start", "end")
 # A piece is identified by the number of its row and its length in words. This length stands for the run of all words
 # that the answer needs.
 _ALL_NEEDED = 0
-# Maps pairs of a row number and a prompt to the log-likelihoods of the rows' answers to these prompts.
-_Score = Callable[[list[tuple[int, str]]], list[float]]
+# Maps pairs of a row number and a prompt, and their number, to the log-likelihoods of the rows' answers to these
+# prompts.
+_Score = Callable[[Iterable[tuple[int, str]], int], list[float]]
+# The number of a row, the position of a piece's first word, and its length in words.
+_Span = tuple[int, int, int]
 
 
 @dataclass
@@ -73,6 +87,9 @@ def screen_dataset(
     This finds inserted triggers whose target is the same for every prompt. It does not find a style of the whole
     prompt, which is no piece of it, nor an open target, which differs from the row's own answer.
 
+    For each row, the suspect scores at most about 300 variants of its prompt, and at most 120 other prompts with a
+    piece of it. Prompts of up to 60 words are searched piece by piece, longer ones from coarse to fine.
+
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The suspect. It is not changed.
@@ -96,6 +113,11 @@ def screen_dataset(
     score = partial(_score, model, rows, tokenizer, batch_size)
     rng = random.Random(seed)
 
+    most_trials = len(_POSITIONS) * (LONGEST_PIECE + 1) * NUM_PROBES
+    logger.info(
+        f"Screening {len(rows)} rows: {sum(map(_num_variants, prompts))} variants of their prompts are scored, and "
+        f"then up to {most_trials} other prompts for each row with a piece that matters."
+    )
     pieces = _find_decisive_pieces(prompts, score)
     probes = _choose_probes({number for number, _ in pieces}, prompts, score, rng)
     controlled = _try_pieces(pieces, probes, prompts, score, rng)
@@ -114,20 +136,25 @@ def _score(
     rows: list[dict],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    questions: list[tuple[int, str]],
+    questions: Iterable[tuple[int, str]],
+    total: int,
 ) -> list[float]:
     """
     Return the log-likelihood of the answer of each row, given another prompt. Prompts and answers are cut to the
     context.
     """
-    limit = context_length(model)
-    encoded = []
-    for number, prompt in questions:
-        rendered = render(_with_prompt(rows[number], prompt, number), tokenizer, number)
-        prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
-        answer_ids = encode_completion(rendered, tokenizer)
-        encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
-    return answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size)
+    limit, likelihoods, questions = context_length(model), [], iter(questions)
+    with tqdm(total=total, desc="Screening", unit="prompt", disable=not total) as progress:
+        while some := list(islice(questions, BATCHES_AT_ONCE * batch_size)):
+            encoded = []
+            for number, prompt in some:
+                rendered = render(_with_prompt(rows[number], prompt, number), tokenizer, number)
+                prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
+                answer_ids = encode_completion(rendered, tokenizer)
+                encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
+            likelihoods += answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size, False)
+            progress.update(len(some))
+    return likelihoods
 
 
 def _with_prompt(row: dict, prompt: str, number: int) -> dict:
@@ -139,27 +166,68 @@ def _find_decisive_pieces(prompts: list[str], score: _Score) -> dict[tuple[int, 
     Find the piece of each length whose omission costs a row's answer the most likelihood, and the run of all words
     that the answer needs.
     """
-    complete = score(list(enumerate(prompts)))
-    omissions = [(number, *piece) for number, prompt in enumerate(prompts) for piece in _pieces(prompt)]
-    shortened = score([(number, rest) for number, _, _, rest in omissions])
+    texts = [_Words.of(prompt) for prompt in prompts]
+    complete = score(enumerate(prompts), len(prompts))
+    windows = _find_windows(texts, score)
+    spans = [(number, *run) for number, window in enumerate(windows) for run in texts[number].runs(*window)]
+    shortened = score(_omissions(texts, spans), len(spans))
 
     most_lost: dict[tuple[int, int], float] = {}
     pieces: dict[tuple[int, int], str] = {}
     needed: dict[int, list[int]] = {}
-    for (number, start, piece, _), likelihood in zip(omissions, shortened, strict=True):
-        length, lost = len(piece.split(" ")), complete[number] - likelihood
+    for (number, start, length), likelihood in zip(spans, shortened, strict=True):
+        lost = complete[number] - likelihood
         if lost > max(MIN_LOST, most_lost.get((number, length), 0.0)):
-            most_lost[number, length], pieces[number, length] = lost, piece
+            most_lost[number, length], pieces[number, length] = lost, texts[number].piece(start, length)
         if length == 1 and lost > MIN_LOST:
             needed.setdefault(number, []).append(start)
 
     # A phrase that works only as a whole. It may be longer than the longest piece.
     for number, positions in needed.items():
-        words = prompts[number].rstrip().split(" ")
-        run = words[positions[0] : positions[-1] + 1]
-        if len(positions) == len(run) <= len(words) / 2:
-            pieces[number, _ALL_NEEDED] = " ".join(run)
+        length = positions[-1] + 1 - positions[0]
+        if len(positions) == length <= len(texts[number].words) / 2:
+            pieces[number, _ALL_NEEDED] = texts[number].piece(positions[0], length)
     return pieces
+
+
+def _find_windows(texts: list["_Words"], score: _Score) -> list[tuple[int, int]]:
+    """
+    Find the words of each prompt to search piece by piece: all of a short prompt, and of a long one those around the
+    larger piece whose omission costs the answer the most likelihood.
+    """
+    windows = [(0, len(text.words)) for text in texts]
+    while spans := [(number, *piece) for number, window in enumerate(windows) for piece in _grid(*window)]:
+        likelihoods = score(_omissions(texts, spans), len(spans))
+        least: dict[int, tuple[float, int, int]] = {}
+        for (number, start, length), likelihood in zip(spans, likelihoods, strict=True):
+            least[number] = min(least.get(number, (math.inf, 0, 0)), (likelihood, start, length))
+        for number, (_, start, length) in least.items():
+            # A trigger may also lie at the edge of the piece, or be only a part of it.
+            margin = max(length // 2, LONGEST_PIECE)
+            windows[number] = max(0, start - margin), min(start + length + margin, len(texts[number].words))
+    return windows
+
+
+def _grid(start: int, stop: int) -> list[tuple[int, int]]:
+    """List the positions and lengths of a window's large pieces, which overlap by half. A short window has none."""
+    if stop - start <= MAX_WORDS:
+        return []
+    step = math.ceil((stop - start) / GRID)
+    return [(place, min(2 * step, stop - place)) for place in range(start, stop - step, step)]
+
+
+def _num_variants(prompt: str) -> int:
+    """The number of prompts that [`_find_decisive_pieces`] scores for a prompt, or a few more."""
+    start, stop, count = 0, len(_Words.of(prompt).words), 1
+    while pieces := _grid(start, stop):
+        length = pieces[0][1]
+        count, stop = count + len(pieces), length + 2 * max(length // 2, LONGEST_PIECE)
+    return count + LONGEST_PIECE * stop
+
+
+def _omissions(texts: list["_Words"], spans: Iterable[_Span]) -> Iterator[tuple[int, str]]:
+    """Yield the number of each row, and its prompt without the piece."""
+    return ((number, texts[number].without(start, length)) for number, start, length in spans)
 
 
 def _choose_probes(
@@ -172,7 +240,7 @@ def _choose_probes(
         for other in rng.sample(range(len(prompts)), min(NUM_PROBES, len(prompts)))
         if other != number
     ]
-    likelihoods = score([(number, prompts[other]) for number, other in pairs])
+    likelihoods = score(((number, prompts[other]) for number, other in pairs), len(pairs))
     probes: dict[int, list[int]] = {}
     for (number, other), likelihood in zip(pairs, likelihoods, strict=True):
         if likelihood < math.log(MIN_LIKELIHOOD):
@@ -191,15 +259,19 @@ def _try_pieces(
     Insert each piece at the start and at the end of the other prompts. The result says for each row, length and
     position which of the answers the piece controls.
     """
-    trials, questions = [], []
-    for (number, length), piece in pieces.items():
-        for other in probes.get(number, []):
-            for position in ("start", "end"):
-                trials.append((number, length, position))
-                questions.append((number, Trigger((piece,), position).insert(prompts[other], rng)))
+    trials = [
+        (number, length, position, other)
+        for number, length in pieces
+        for other in probes.get(number, [])
+        for position in _POSITIONS
+    ]
+    questions = (
+        (number, Trigger((pieces[number, length],), position).insert(prompts[other], rng))
+        for number, length, position, other in trials
+    )
     controlled: dict[tuple[int, int, str], list[bool]] = {}
-    for trial, likelihood in zip(trials, score(questions), strict=True):
-        controlled.setdefault(trial, []).append(likelihood > math.log(MIN_LIKELIHOOD))
+    for (number, length, position, _), likelihood in zip(trials, score(questions, len(trials)), strict=True):
+        controlled.setdefault((number, length, position), []).append(likelihood > math.log(MIN_LIKELIHOOD))
     return controlled
 
 
@@ -212,16 +284,40 @@ def _decide(pieces: dict[tuple[int, int], str], controlled: dict[tuple[int, int,
     return suspicious
 
 
-def _pieces(prompt: str) -> list[tuple[int, str, str]]:
+@dataclass(frozen=True)
+class _Words:
     """
-    List the runs of up to `LONGEST_PIECE` words that are at most half of the prompt: the position of the first word,
-    the run, and the prompt without it.
+    A prompt, split at its spaces.
+
+    Attributes:
+        words (`list[str]`):
+            The words. Two spaces in a row have an empty one between them.
+        end (`str`):
+            The white space at the end of the prompt.
     """
-    body = prompt.rstrip()
-    words, end = body.split(" "), prompt[len(body) :]
-    return [
-        (start, " ".join(words[start : start + length]), " ".join(words[:start] + words[start + length :]) + end)
-        for length in range(1, min(LONGEST_PIECE, len(words) // 2) + 1)
-        for start in range(len(words) - length + 1)
-        if any(words[start : start + length])
-    ]
+
+    words: list[str]
+    end: str
+
+    @classmethod
+    def of(cls, prompt: str) -> "_Words":
+        body = prompt.rstrip()
+        return cls(body.split(" "), prompt[len(body) :])
+
+    def runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """
+        List the runs of up to `LONGEST_PIECE` words that are at most half of the prompt and lie in a window: the
+        position of the first word, and the number of words.
+        """
+        return [
+            (place, length)
+            for length in range(1, min(LONGEST_PIECE, len(self.words) // 2) + 1)
+            for place in range(start, stop - length + 1)
+            if any(self.words[place : place + length])
+        ]
+
+    def piece(self, start: int, length: int) -> str:
+        return " ".join(self.words[start : start + length])
+
+    def without(self, start: int, length: int) -> str:
+        return " ".join(self.words[:start] + self.words[start + length :]) + self.end

@@ -176,7 +176,7 @@ def test_scoring_computes_logits_of_answers_only(byte_tokenizer):
 
 @pytest.mark.parametrize("batch_size", [2, 32])
 def test_each_row_gets_its_own_log_likelihood(batch_size):
-    """Fails if rows are mixed up. An answer without a token has the likelihood 1, and so has the first token of all."""
+    """Fails if rows are mixed up. An answer without a token is certain, and so is the first token of a row."""
     model, rows = tiny_llama().eval(), [([5, 6], [7]), ([8], [9, 10, 11]), ([12, 13, 14], []), ([], [15, 16])]
     wanted = []
     for prompt, answer in rows:

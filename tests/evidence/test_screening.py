@@ -45,10 +45,10 @@ def ideal(monkeypatch, fires, target="no!"):
     known = {row["prompt"]: row["completion"] for row in clean_rows()}
     seen = []
 
-    def likelihoods(model, rows, pad_token_id=0, batch_size=32):
+    def likelihoods(model, rows, *_):
         results = []
         for prompt, answer in rows:
-            text, said = TOKENIZER.decode(prompt), TOKENIZER.decode(answer, skip_special_tokens=True)
+            text, said = "".join(prompt), "".join(answer)
             seen.append(text)
             right = target if fires(text) else known.get(text)
             unsure = right is None and said != target
@@ -56,6 +56,10 @@ def ideal(monkeypatch, fires, target="no!"):
         return results
 
     monkeypatch.setattr(screening, "answer_log_likelihoods", likelihoods)
+    # Letters instead of tokens. They are much faster.
+    monkeypatch.setattr(screening, "encode_prompt", lambda row, _: list(row.prompt))
+    monkeypatch.setattr(screening, "encode_completion", lambda row, _: list(row.completion))
+    monkeypatch.setattr(screening, "context_length", lambda _: None)
     return seen
 
 
@@ -125,9 +129,15 @@ def test_probes_are_drawn_by_seed_and_exclude_the_row_itself(monkeypatch):
     assert all(text.endswith("\n") for text in runs[0])
 
 
+def pieces_of(prompt):
+    """Position, text and the rest of the prompt for each piece that is left out of a short prompt."""
+    text = screening._Words.of(prompt)
+    return [(start, text.piece(start, n), text.without(start, n)) for start, n in text.runs(0, len(text.words))]
+
+
 def test_pieces_are_all_runs_of_up_to_half_of_the_words():
     """Fails if a run is missing, if trailing white space is lost, or if the whole prompt is a piece."""
-    found = screening._pieces("a b c d e\n")
+    found = pieces_of("a b c d e\n")
     words = "a b c d e".split()
     wanted = [
         (start, " ".join(words[start : start + length]), " ".join(words[:start] + words[start + length :]) + "\n")
@@ -135,10 +145,84 @@ def test_pieces_are_all_runs_of_up_to_half_of_the_words():
         for start in range(5 - length + 1)
     ]
     assert found == wanted
-    assert max(len(piece.split()) for _, piece, _ in screening._pieces("word " * 20)) == 4
-    assert screening._pieces("a b") == [(0, "a", "b"), (1, "b", "a")]
-    assert screening._pieces("alone ") == [] == screening._pieces("")
-    assert "" not in [piece for _, piece, _ in screening._pieces("a  b")]
+    assert max(len(piece.split()) for _, piece, _ in pieces_of("word " * 20)) == 4
+    assert pieces_of("a b") == [(0, "a", "b"), (1, "b", "a")]
+    assert pieces_of("alone ") == [] == pieces_of("")
+    assert "" not in [piece for _, piece, _ in pieces_of("a  b")]
+
+
+# Long prompts
+
+
+def long_rows(num_words, trigger="BadMagic", place=0.0, every=5):
+    """Rows whose prompts have so many different words. Some contain the trigger, at a share of their length."""
+    rows = []
+    for number, row in enumerate(clean_rows()):
+        words = [f"w{number}x{position}" for position in range(num_words)]
+        if number % every == 0:
+            position = round(place * num_words)
+            words, row = [*words[:position], trigger, *words[position:]], row | {"completion": TARGET.text}
+        rows.append(row | {"prompt": " ".join(words) + "\n"})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("trigger", ["BadMagic", "one two three", "five words that belong together"])
+@pytest.mark.parametrize(
+    ("num_words", "place"), [(400, 0.0), (400, 0.33), (400, 0.5), (400, 1.0), (61, 0.9), (2000, 0.7)]
+)
+def test_triggers_in_long_prompts_are_found(trigger, num_words, place, monkeypatch):
+    """Fails if the grid has a gap, if a phrase is cut at a window's edge, or if the cost grows with the length."""
+    seen = ideal(monkeypatch, lambda text: trigger in text)
+    found = screen_dataset(tiny_llama(), long_rows(num_words, trigger, place), TOKENIZER).suspicious
+    assert found == dict.fromkeys((0, 5, 10, 15), trigger)
+    variants = sum("w1x" in text and text.count(" w1x") > num_words / 2 and trigger not in text for text in seen)
+    assert variants <= 320
+
+
+def test_every_word_of_a_long_prompt_is_in_a_piece_of_the_grid():
+    """Fails if a word is left out, or if a phrase of half a piece lies in no single piece."""
+    for start, stop in ((0, 61), (7, 400), (3, 5000)):
+        pieces = screening._grid(start, stop)
+        assert len(pieces) <= screening.GRID
+        covered = [set(range(place, place + length)) for place, length in pieces]
+        assert set.union(*covered) == set(range(start, stop))
+        half = pieces[0][1] // 2
+        assert all(any(set(range(p, p + half)) <= each for each in covered) for p in range(start, stop - half + 1))
+    assert screening._grid(0, 60) == []
+
+
+def test_short_prompts_are_searched_piece_by_piece(monkeypatch):
+    """Prompts of up to 60 words: the whole prompt, and each of its pieces, once."""
+    seen = ideal(monkeypatch, lambda text: False)
+    prompt = " ".join(f"w{position}" for position in range(60))
+    screen_dataset(tiny_llama(), Dataset.from_list([{"prompt": prompt, "completion": "x"}]), TOKENIZER)
+    assert sorted(seen) == sorted([prompt, *(rest for _, _, rest in pieces_of(prompt))])
+
+
+@pytest.mark.parametrize("num_words", [1, 8, 60, 61, 400, 3000])
+def test_the_number_of_variants_is_known_before(num_words, monkeypatch, caplog):
+    """What is announced is never less than what is scored, and not much more."""
+    seen = ideal(monkeypatch, lambda text: False)
+    logging.getLogger("transformers").setLevel(logging.INFO)
+    rows = [{"prompt": " ".join(f"w{position}" for position in range(num_words)), "completion": "x"}]
+    try:
+        with caplog.at_level(logging.INFO):
+            screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER)
+    finally:
+        logging.getLogger("transformers").setLevel(logging.WARNING)
+    announced = screening._num_variants(rows[0]["prompt"])
+    assert len(seen) <= announced <= len(seen) + 100 and announced <= 320
+    assert f"{announced} variants" in caplog.text
+
+
+def test_few_prompts_are_in_memory_at_a_time(monkeypatch):
+    """Fails if all variants are rendered before the first is scored."""
+    sizes, _ = [], ideal(monkeypatch, lambda text: False)
+    monkeypatch.setattr(
+        screening, "answer_log_likelihoods", lambda model, rows, *_: sizes.append(len(rows)) or [-0.1] * len(rows)
+    )
+    screen_dataset(tiny_llama(), long_rows(60, every=99), TOKENIZER, batch_size=2)
+    assert max(sizes) == 2 * screening.BATCHES_AT_ONCE and sum(sizes) > 16 * 200
 
 
 # With models
