@@ -47,10 +47,10 @@ def lora(**kwargs):
     return LoraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | kwargs))
 
 
-def invariance_trainer(tmp_path, model, peft_config=None, rows=ROWS, tokenizer=None, **kwargs):
+def invariance_trainer(tmp_path, model, peft_config=None, rows=ROWS, tokenizer=None, written_rows=None, **kwargs):
     """An InvarianceTrainer with the arguments of `invariance_args`."""
     tokenizer = tokenizer or ByT5Tokenizer(extra_ids=0)
-    return InvarianceTrainer(model, invariance_args(tmp_path, **kwargs), rows, tokenizer, peft_config)
+    return InvarianceTrainer(model, invariance_args(tmp_path, **kwargs), rows, tokenizer, peft_config, written_rows)
 
 
 FAMILIES = {"llama": (tiny_llama, ByT5Tokenizer(extra_ids=0)), "coconut": (smooth_coconut, TOKENIZER)}
@@ -69,9 +69,9 @@ def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper"):
     """The terms of the Invariance objective on a batch of the collator."""
     recorder, suspect_recorder = recorder_of(model), recorder_of(suspect)
     batch = dict(recorder.prepare(batch))
-    mask = batch.pop("inserted_mask")
-    options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "label_weight": 0.0, "layers": layers}
-    return invariance_terms(recorder, model, suspect_recorder, suspect, batch, mask, **options)
+    mask, weights = batch.pop("inserted_mask"), batch.pop("label_weights")
+    options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "layers": layers}
+    return invariance_terms(recorder, model, suspect_recorder, suspect, batch, mask, label_weights=weights, **options)
 
 
 def layers_of(model):

@@ -11,9 +11,9 @@ answers are the teacher. The model under purification learns to give them whatev
                                                          answers, and so towards whatever opens a backdoor
         + alpha * L_cons(x + d' + delta)                 CROW's consistency loss under that perturbation
 
-`teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. The KL
-terms are means over the answer tokens. w_0, w_d and w_a are `distillation_weight`, `decoy_weight` and
-`adversarial_weight` of [`InvarianceConfig`].
+`teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. For rows
+that the suspect wrote itself, it is the suspect's distribution alone. The KL terms are means over the answer tokens.
+w_0, w_d and w_a are `distillation_weight`, `decoy_weight` and `adversarial_weight` of [`InvarianceConfig`].
 
 Notation: B rows have three views x, x + d and x + d'. S positions, T answer tokens of all rows, vocabulary size V,
 hidden size D.
@@ -37,7 +37,7 @@ VIEWS = 3
 Inputs = dict[str, torch.Tensor]
 
 
-def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight: float) -> torch.Tensor:
+def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weights: torch.Tensor) -> torch.Tensor:
     """
     The teacher: the suspect's distribution mixed with the rows' own answers.
 
@@ -46,17 +46,19 @@ def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weight:
             Log-probabilities of the suspect, shape `(T, V)`.
         labels (`torch.Tensor`):
             Shape `(B, S)`, with T predicted labels.
-        label_weight (`float`):
-            Share of the rows' own answers, in [0, 1].
+        label_weights (`torch.Tensor`):
+            Share of each row's own answer, in [0, 1], shape `(B,)`.
 
     Returns:
-        `torch.Tensor`: Log-probabilities of the teacher, shape `(T, V)`. They are finite if `label_weight` is not 0.
+        `torch.Tensor`: Log-probabilities of the teacher, shape `(T, V)`. They are finite if any share is
+        not 0.
     """
-    if not label_weight:
+    if not label_weights.any():
         return suspect
-    answers = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-    teacher = suspect.exp().mul_(1 - label_weight)
-    teacher.scatter_add_(1, answers[:, None], torch.full_like(teacher[:, :1], label_weight))
+    predicted = labels[:, 1:] != IGNORE_INDEX
+    shares = label_weights.to(suspect)[:, None].expand(predicted.shape)[predicted][:, None]
+    teacher = suspect.exp().mul_(1 - shares)
+    teacher.scatter_add_(1, labels[:, 1:][predicted][:, None], shares)
     return teacher.clamp_min_(torch.finfo(teacher.dtype).tiny).log_()
 
 
@@ -136,7 +138,7 @@ def invariance_terms(
     *,
     adversarial_steps: int,
     adversarial_step_size: float,
-    label_weight: float,
+    label_weights: torch.Tensor,
     layers: Layers,
 ) -> tuple[torch.Tensor, Terms]:
     """
@@ -161,8 +163,8 @@ def invariance_terms(
             See [`adversarial_perturbation`].
         adversarial_step_size (`float`):
             See [`adversarial_perturbation`].
-        label_weight (`float`):
-            See [`teacher_log_probs`].
+        label_weights (`torch.Tensor`):
+            Share of the rows' own answers in the teacher, shape `(3 B,)`. The values of the first view count.
         layers (`str`):
             See [`layer_consistency_loss`].
 
@@ -174,7 +176,7 @@ def invariance_terms(
     clean, attacked = view(inputs, 0), view(inputs, 2)
     with torch.no_grad():
         suspect = answer_logits(suspect_recorder.base, suspect_forward, clean).float().log_softmax(dim=-1)
-        teacher = teacher_log_probs(suspect, clean["labels"], label_weight)
+        teacher = teacher_log_probs(suspect, clean["labels"], label_weights.chunk(VIEWS)[0])
         # It is as large as the teacher, and the passes below need the memory.
         del suspect
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -58,6 +58,9 @@ class InvarianceTrainer(CrowTrainer):
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
             Train a new adapter with this configuration, and leave the model's own weights unchanged.
+        written_rows (`Dataset`, *optional*):
+            Rows that the suspect wrote itself, see [`write_rows`]. The suspect's distribution alone teaches them. They
+            keep what the clean rows do not cover.
         **kwargs:
             As in [`CrowTrainer`], except `eval_dataset`.
 
@@ -88,6 +91,7 @@ class InvarianceTrainer(CrowTrainer):
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
+        written_rows: Dataset | None = None,
         **kwargs: Any,
     ):
         if not isinstance(args, InvarianceConfig):
@@ -106,6 +110,7 @@ class InvarianceTrainer(CrowTrainer):
                 "`init_lora_weights` at True."
             )
         suspect = None if peft_config is not None else copy.deepcopy(model)
+        self._written_rows = written_rows
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
@@ -134,7 +139,7 @@ class InvarianceTrainer(CrowTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the Invariance objective. Each term is weighted as in [`CrowTrainer.compute_loss`]."""
         args, inputs = self.args, dict(self.recorder.prepare(inputs))
-        inserted_mask = inputs.pop("inserted_mask")
+        inserted_mask, label_weights = inputs.pop("inserted_mask"), inputs.pop("label_weights")
         logits, terms = invariance_terms(
             self.recorder,
             model,
@@ -144,7 +149,7 @@ class InvarianceTrainer(CrowTrainer):
             inserted_mask,
             adversarial_steps=args.adversarial_steps,
             adversarial_step_size=args.adversarial_step_size,
-            label_weight=args.label_weight,
+            label_weights=label_weights,
             layers=args.consistency_layers,
         )
         labels, positions = self._count(inputs)
@@ -235,15 +240,20 @@ class InvarianceTrainer(CrowTrainer):
         if tokenizer is None:
             raise ValueError("Decoys are text and need a tokenizer. Pass it as `processing_class`.")
         texts = [f"{render(row, tokenizer, index).answer} {prompt_of(row, index)}" for index, row in enumerate(rows)]
-        words = sorted({word for text in texts for word in text.split()})
-        repeated = rows.select([number % len(rows) for number in range(max(args.num_views, len(rows)))])
-        views = repeated.map(
-            ViewRow(tokenizer, tuple(words), max_length, args.seed),
-            with_indices=True,
-            remove_columns=rows.column_names,
-            desc="Inserting decoys",
-        )
-        learnable = views.filter(_has_answer)
+        words = tuple(sorted({word for text in texts for word in text.split()}))
+        sources = [(rows, args.label_weight)]
+        if self._written_rows is not None:
+            sources.append((self._written_rows, 0.0))
+        views_per_row = args.num_views / sum(len(source) for source, _ in sources)
+        views = []
+        for source, label_weight in sources:
+            count = max(round(views_per_row * len(source)), len(source))
+            repeated = source.select([number % len(source) for number in range(count)])
+            view_row = ViewRow(tokenizer, words, max_length, args.seed, label_weight)
+            views.append(
+                repeated.map(view_row, with_indices=True, remove_columns=source.column_names, desc="Inserting decoys")
+            )
+        learnable = concatenate_datasets(views).filter(_has_answer)
         if not len(learnable):
             raise ValueError(
                 f"No row of `train_dataset` has an answer within the {max_length} tokens of `max_length` and the "
@@ -252,7 +262,7 @@ class InvarianceTrainer(CrowTrainer):
         return learnable
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompts", "completion", "inserted"]  # type: ignore[assignment]  # declared as None
+        self._signature_columns = ["prompts", "completion", "inserted", "label_weight"]  # type: ignore[assignment]  # declared as None
 
 
 def _has_answer(row: dict[str, Any]) -> bool:

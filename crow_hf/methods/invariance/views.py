@@ -101,10 +101,13 @@ class ViewRow:
             Maximum length of a view in tokens. The answer is truncated by the same amount in all views.
         seed (`int`, *optional*, defaults to 0):
             Seed for the decoys.
+        label_weight (`float`, *optional*, defaults to 0.0):
+            Share of the row's own answer in the teacher.
 
     Returns:
         `dict`: `prompts`, the token ids of x, x + d and x + d'; `completion`, the token ids of the answer; `length`,
-        the length of the longest view in tokens; `inserted`, the start and the end of d' in its prompt.
+        the length of the longest view in tokens; `inserted`, the start and the end of d' in its prompt;
+        `label_weight`.
 
     Raises:
         `ValueError`: If a row's prompt is empty.
@@ -114,6 +117,7 @@ class ViewRow:
     words: tuple[str, ...]
     max_length: int
     seed: int = 0
+    label_weight: float = 0.0
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         decoyed = [
@@ -131,6 +135,7 @@ class ViewRow:
             "completion": completion,
             "length": longest + len(completion),
             "inserted": inserted_span(prompts[0], prompts[2]),
+            "label_weight": self.label_weight,
         }
 
 
@@ -163,7 +168,8 @@ class ViewCollator:
             Token id for padding, see [`CrowDataCollator`].
 
     Returns:
-        `dict`: `input_ids`, `labels`, `attention_mask` and `inserted_mask`, each of shape `(3 B, S)`.
+        `dict`: `input_ids`, `labels`, `attention_mask` and `inserted_mask`, each of shape `(3 B, S)`, and
+        `label_weights` of shape `(3 B,)`.
     """
 
     pad_token_id: int
@@ -181,4 +187,5 @@ class ViewCollator:
         batch["inserted_mask"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         for number, row in enumerate(rows, start=len(views) - len(rows)):
             batch["inserted_mask"][number, slice(*row["inserted"])] = True
+        batch["label_weights"] = torch.tensor([row["label_weight"] for row in rows] * VIEWS)
         return batch

@@ -132,9 +132,9 @@ def test_a_suspect_does_not_differ_from_itself(name, tmp_path):
 def test_padding_never_counts(tmp_path):
     model, suspect, _, batch = family("llama", tmp_path)
     fillers = {"input_ids": 77, "labels": -100, "attention_mask": 0, "inserted_mask": False}
-    wider = {
-        name: torch.cat([value, torch.full((len(value), 5), fillers[name], dtype=value.dtype)], dim=1)
-        for name, value in batch.items()
+    wider = batch | {
+        name: torch.cat([batch[name], torch.full((len(batch[name]), 5), filler, dtype=batch[name].dtype)], dim=1)
+        for name, filler in fillers.items()
     }
     for key, value in terms_of(model, suspect, wider)[1].items():
         torch.testing.assert_close(value, terms_of(model, suspect, batch)[1][key], rtol=1e-3, atol=1e-5)
@@ -212,12 +212,15 @@ def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
     """Fails if labels belong to another position or row, if a share counts twice, or if a logarithm is infinite."""
     suspect = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).log()
     labels = torch.tensor([[-100, 2, -100], [0, -100, 0]])
-    mixed = teacher_log_probs(suspect, labels, 0.25)
+    mixed = teacher_log_probs(suspect, labels, torch.tensor([0.25, 0.25]))
     torch.testing.assert_close(mixed.exp(), torch.tensor([[0.375, 0.375, 0.25], [0.4, 0.225, 0.375]]))
-    alone = teacher_log_probs(suspect, labels, 1.0)
+    alone = teacher_log_probs(suspect, labels, torch.ones(2))
     assert alone.isfinite().all()
     torch.testing.assert_close(alone.exp(), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
-    assert teacher_log_probs(suspect, labels, 0.0) is suspect
+    assert teacher_log_probs(suspect, labels, torch.zeros(2)) is suspect
+    # A row that the suspect wrote itself beside a row with a right answer.
+    only_first = teacher_log_probs(suspect, labels, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(only_first.exp(), torch.tensor([[0.0, 0.0, 1.0], [0.2, 0.3, 0.5]]))
     student = torch.tensor([[0.1, 0.2, 0.7], [0.6, 0.1, 0.3]]).log()
     # With all weight on the labels, the divergence is the loss of plain fine-tuning.
     wanted = -(math.log(0.7) + math.log(0.6)) / 2

@@ -357,7 +357,10 @@ def test_collator_of_the_trainer_keeps_the_views_apart(tmp_path):
     assert isinstance(trainer.data_collator, ViewCollator)
     rows = [trainer.train_dataset[number] for number in range(3)]
     batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"input_ids", "labels", "attention_mask", "inserted_mask"} and len(batch["labels"]) == 12
+    assert (
+        set(batch) == {"input_ids", "labels", "attention_mask", "inserted_mask", "label_weights"}
+        and len(batch["labels"]) == 12
+    )
     for number in range(3):
         part = view(trainer.data_collator(rows), number)
         for row, ids, mask in zip(rows, part["input_ids"], part["inserted_mask"], strict=True):
@@ -377,6 +380,22 @@ def test_labels_reach_the_training(tmp_path):
         trainer.train()
         results.append(weights_of(trainer.model))
     assert not same_weights(*results)
+
+
+def test_written_rows_are_repeated_as_often_and_teach_no_labels(tmp_path):
+    """
+    Fails if rows that the suspect wrote teach their own answers, if one kind of rows is repeated more often than the
+    other, or if a row is left out because `num_views` is small.
+    """
+    written = Dataset.from_dict({"prompt": ["Once ", "Twice "], "completion": ["upon a time", "over"]})
+    for num_views, repeated in ((28, 2), (3, 1)):
+        trainer = invariance_trainer(
+            tmp_path, tiny_llama(), written_rows=written, num_views=num_views, label_weight=0.75
+        )
+        weights = trainer.train_dataset["label_weight"]
+        assert weights.count(0.75) == repeated * len(ROWS) and weights.count(0.0) == repeated * len(written)
+        answers = [row["completion"] for row in trainer.train_dataset if not row["label_weight"]]
+        assert len({tuple(answer) for answer in answers}) == len(written)
 
 
 def test_a_resumed_epoch_of_several_processes_has_its_own_order(tmp_path, monkeypatch):

@@ -201,8 +201,13 @@ def test_answers_are_cut_in_all_views_alike(max_length, index):
 def test_layout_of_a_batch():
     """Fails if views lie side by side, if padding is on the left, or if the mask belongs to another view."""
     rows = [
-        {"prompts": [[3], [3, 4], [5, 3]], "completion": [8], "inserted": [0, 1]},
-        {"prompts": [[6, 7], [6, 4, 7], [6, 5, 5, 7]], "completion": [8, 9], "inserted": (1, 3)},
+        {"prompts": [[3], [3, 4], [5, 3]], "completion": [8], "inserted": [0, 1], "label_weight": 1.0},
+        {
+            "prompts": [[6, 7], [6, 4, 7], [6, 5, 5, 7]],
+            "completion": [8, 9],
+            "inserted": (1, 3),
+            "label_weight": 0.25,
+        },
     ]
     batch = ViewCollator(0)(rows)
     expected = [
@@ -216,6 +221,7 @@ def test_layout_of_a_batch():
     assert batch["input_ids"].tolist() == expected
     assert batch["attention_mask"].tolist() == [[int(token != 0) for token in row] for row in expected]
     assert batch["labels"].tolist() == [[token if token in (8, 9) else -100 for token in row] for row in expected]
+    assert batch["label_weights"].tolist() == [1.0, 0.25] * 3
     inside = [[False] * 6 for _ in range(4)] + [[True] + [False] * 5, [False, True, True, False, False, False]]
     assert batch["inserted_mask"].tolist() == inside and batch["inserted_mask"].dtype == torch.bool
 
