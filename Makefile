@@ -16,9 +16,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/crow-hf demo --output_dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# One process per core, with one thread each. Idle OpenMP threads do not spin, because spinning slows their neighbours.
+# One process per core, with one thread each.
 test: install
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 docs: install
 	$(BIN)/python docs/make_reference.py

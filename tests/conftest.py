@@ -1,5 +1,11 @@
 """Fixtures that every test may use."""
 
+import os
+
+
+# Idle threads of PyTorch do not spin, because spinning slows down whatever runs beside the tests.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar

@@ -180,6 +180,49 @@ def test_version_is_printed(capsys):
     assert capsys.readouterr().out.strip() == crow_hf.__version__
 
 
+# Python runs a module of this name when it starts. This one prints the settings at the moment of `import torch`.
+SPY = """
+import os, sys
+class Spy:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")], file=sys.stderr)
+sys.meta_path.insert(0, Spy())
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ["0", None]),
+        ({"GOMP_SPINCOUNT": "1000"}, ["1000", None]),
+        ({"OMP_WAIT_POLICY": "active"}, [None, "active"]),
+    ],
+    ids=["nothing", "spin count", "policy"],
+)
+@pytest.mark.parametrize("way", ["module", "script", "library"])
+def test_idle_threads_of_the_command_line_do_not_spin(way, own, expected, tmp_path):
+    """Fails if it is set after PyTorch was imported, if the user's own setting is lost, or if a library sets it."""
+    (tmp_path / "sitecustomize.py").write_text(SPY)
+    script = tmp_path / "crow-hf"
+    script.write_text("from crow_hf.cli import main\nmain()\n")
+    call = {
+        "module": ["-m", "crow_hf"],
+        "script": [str(script)],
+        "library": ["-c", "from crow_hf.cli import main; main()"],
+    }
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    process = subprocess.run(
+        [sys.executable, *call[way], "--version"],
+        env=env | own | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.strip() == crow_hf.__version__
+    expected = expected if way != "library" else [own.get("GOMP_SPINCOUNT"), own.get("OMP_WAIT_POLICY")]
+    assert process.stderr.splitlines()[0] == str(expected)
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [("", "Stopped by Ctrl-C. Nothing more was written."), ("checkpoint-2 is complete.", "checkpoint-2 is complete.")],
