@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 # The command line, `crow-hf` or `python -m crow_hf`. PyTorch's idle threads on Linux wait in a loop, so a run beside
 # another busy process can take ten times its time. The setting is read when PyTorch is imported, which is done here.
-_program = (sys.argv or [""])[0]
-if _program == "-m" or Path(_program).stem == "crow-hf":
+if Path(*sys.argv[:1]).stem in ("-m", "crow-hf"):
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
