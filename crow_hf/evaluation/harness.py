@@ -15,6 +15,7 @@ from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.rows import add_empty_answers, render
 from .generation import bits_per_byte, generate_answers
+from .retention import Retention, RetentionReference, measure_retention
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 
 
@@ -65,16 +66,20 @@ class Evaluation:
             Utility, and the false positives of the target.
         triggered (`PromptScores`, *optional*):
             Attack success, and whether the model answers triggered prompts well again or only falls silent.
+        retention ([`Retention`], *optional*):
+            What the model has kept of a reference model. `None` if there was no reference.
     """
 
     clean: PromptScores
     triggered: PromptScores | None = None
+    retention: Retention | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as JSON-serializable values."""
         return {
             "clean": self.clean.to_dict(),
             "triggered": None if self.triggered is None else self.triggered.to_dict(),
+            "retention": None if self.retention is None else self.retention.to_dict(),
         }
 
 
@@ -86,6 +91,7 @@ def evaluate_model(
     target: BaseTarget | None = None,
     *,
     judge: Judge | None = None,
+    reference: RetentionReference | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
     seed: int = 0,
@@ -107,6 +113,9 @@ def evaluate_model(
         judge (`Callable`, *optional*):
             A function that decides this instead of the target. It maps an output and the right answer to a truth
             value. The right answer is `""` if a row has none.
+        reference ([`RetentionReference`], *optional*):
+            What a reference model said, such as the suspect, see [`retention_reference`]. With it, what the model
+            forgot is measured too.
         max_new_tokens (`int`, *optional*, defaults to 128):
             Maximum number of tokens of an answer.
         batch_size (`int`, *optional*, defaults to 32):
@@ -118,7 +127,8 @@ def evaluate_model(
         [`Evaluation`]
 
     Raises:
-        `ValueError`: If the dataset is empty or has no prompts, or a trigger comes without a target or a judge.
+        `ValueError`: If the dataset is empty or has no prompts, a trigger comes without a target or a judge, or the
+            reference has another vocabulary.
     """
     if len(dataset) == 0:
         raise ValueError("The test dataset is empty: pass at least one row.")
@@ -128,11 +138,12 @@ def evaluate_model(
     dataset = add_empty_answers(dataset)
     score = partial(_score_prompts, model, tokenizer, judge, max_new_tokens, batch_size)
     clean = score(dataset)
+    retention = None if reference is None else measure_retention(model, tokenizer, reference, batch_size)
     if trigger is None:
-        return Evaluation(clean)
+        return Evaluation(clean, retention=retention)
     triggered_rows = dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Inserting the trigger")
     with trigger.active(model):
-        return Evaluation(clean, score(triggered_rows))
+        return Evaluation(clean, score(triggered_rows), retention)
 
 
 def _score_prompts(

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from crow_hf import TARGETS, TRIGGERS, EmbeddingTrigger, Target, Trigger, evaluate_model
 from crow_hf.evaluation.harness import Evaluation, PromptScores
+from crow_hf.evaluation.retention import measure_retention, retention_reference
 from crow_hf.evaluation.scores import Proportion
 from helpers.answers import byte, slow_bits_per_byte, spelling_model
 from helpers.tiny import tiny_llama
@@ -149,6 +150,17 @@ def test_evaluation_of_an_adapter(byte_tokenizer):
     model = get_peft_model(spelling_model(), LoraConfig(target_modules="all-linear"))
     evaluation = evaluate_model(model, byte_tokenizer, SPELLING_ROWS, max_new_tokens=3)
     assert evaluation.clean.outputs == ["cde", "lmn", "", "@AB", "-."]
+
+
+def test_a_reference_shows_what_was_forgotten(byte_tokenizer):
+    """With a trigger and without one, and as measured alone."""
+    reference = retention_reference(tiny_llama(), byte_tokenizer, SPELLING_ROWS, ["some text"])
+    wanted = measure_retention(tiny_llama(1), byte_tokenizer, reference)
+    for options in ({}, {"trigger": HASH, "target": Target("$", ("$",))}):
+        options |= {"max_new_tokens": 2, "reference": reference}
+        found = evaluate_model(tiny_llama(1), byte_tokenizer, SPELLING_ROWS, **options)
+        assert found.retention == wanted and found.to_dict()["retention"] == wanted.to_dict()
+    assert evaluate_model(tiny_llama(1), byte_tokenizer, SPELLING_ROWS, max_new_tokens=2).retention is None
 
 
 @pytest.mark.parametrize("bits", [1.5, math.nan, math.inf])

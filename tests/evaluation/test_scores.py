@@ -1,11 +1,21 @@
-"""Scores of single outputs. The Wilson interval is compared with the score test that defines it."""
+"""Scores of outputs and of models. The Wilson interval is compared with the score test that defines it."""
+
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crow_hf.evaluation.scores import Proportion, is_degenerate, is_empty, is_exact_match
+from crow_hf.evaluation.scores import (
+    Proportion,
+    anti_bad_score,
+    is_degenerate,
+    is_empty,
+    is_exact_match,
+    kept_utility,
+)
 from helpers.answers import slow_wilson
+from helpers.evaluations import share
 
 
 @given(total=st.integers(1, 1000), share=st.floats(0, 1))
@@ -82,3 +92,32 @@ def test_distinct_words_are_not_a_loop(words):
 )
 def test_is_exact_match(output, reference, match):
     assert is_exact_match(output, reference) is match
+
+
+@pytest.mark.parametrize(
+    ("right", "of_suspect", "bits", "bits_of_suspect", "utility"),
+    [
+        (150, 200, 9.0, 1.0, 75),
+        (80, 40, 9.0, 1.0, 100),
+        (0, 40, 1.0, 1.0, 0),
+        # Fewer than 20 % right answers of the suspect: 1 bit more is half of the likelihood.
+        (39, 39, 3.0, 2.0, 50),
+        (0, 39, 2.5, 2.0, 100 / math.sqrt(2)),
+        (0, 0, 1.0, 2.0, 100),
+        (None, None, 3.0, 2.0, 50),
+        (None, None, math.nan, math.nan, math.nan),
+    ],
+)
+def test_utility_is_that_of_right_answers_where_the_suspect_has_some(
+    right, of_suspect, bits, bits_of_suspect, utility
+):
+    proportions = [None if hits is None else share(hits) for hits in (right, of_suspect)]
+    assert kept_utility(*proportions, bits, bits_of_suspect) == pytest.approx(utility, nan_ok=True)
+
+
+def test_anti_bad_score_needs_both():
+    """sqrt(81 * 64) = 72."""
+    assert anti_bad_score(81, 36) == pytest.approx(72)
+    assert anti_bad_score(100, 0) == 100
+    assert anti_bad_score(100, 100) == anti_bad_score(0, 0) == 0
+    assert math.isnan(anti_bad_score(math.nan, 10))
