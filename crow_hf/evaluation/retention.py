@@ -35,8 +35,9 @@ from .own_text import first_tokens, write_text
 
 
 TOP_TOKENS = 1024
-# Limits that make the measurement cheap: rows, windows of text, tokens per window and per answer.
-MAX_ROWS, MAX_WINDOWS, WINDOW_TOKENS, MAX_ANSWER_TOKENS = 32, 32, 512, 512
+# Limits that make the measurement cheap: rows, windows of text, tokens per window and per answer. A window that the
+# model writes itself is shorter, because writing takes more time than reading.
+MAX_ROWS, MAX_WINDOWS, WINDOW_TOKENS, MAX_ANSWER_TOKENS, WRITTEN_TOKENS = 32, 32, 512, 512, 256
 # Tokens of a batch with its padding. The logits of one batch exist at a time.
 MAX_BATCH_TOKENS = 4096
 # No token covers so many characters on average. The rest of a long text is not tokenized.
@@ -189,7 +190,8 @@ def retention_reference(
         text (`Sequence[str]` or `Dataset`, *optional*):
             Running text: texts, or rows with the column `text`. They are joined by line feeds, and cut into windows of
             at most 512 tokens or the model's context, of which the first `max_windows` are used. Defaults to
-            `max_windows` texts that the model writes itself, see [`crow_hf.evaluation.own_text.write_text`].
+            `max_windows` texts of at most 256 tokens that the model writes itself, see
+            [`crow_hf.evaluation.own_text.write_text`].
         batch_size (`int`, *optional*, defaults to 32):
             Number of rows per batch. Batches of more than 4,096 tokens are split.
         seed (`int`, *optional*, defaults to 0):
@@ -210,7 +212,9 @@ def retention_reference(
     rows = add_empty_answers(Dataset.from_list(list(islice(dataset.with_format(None), max_rows))))
     answers = _answers(model, tokenizer, rows, max_new_tokens, batch_size)
     if text is None:
-        written = write_text(model, tokenizer, max_windows, WINDOW_TOKENS, seed, batch_size)
+        # A recipe may train on texts that the suspect wrote with the same seed.
+        own_seed = int.from_bytes(hashlib.sha256(f"retention-{seed}".encode()).digest()[:4])
+        written = write_text(model, tokenizer, max_windows, WRITTEN_TOKENS, own_seed, batch_size)
         windows = [Passage(each.start + each.ids, len(each.start)) for each in written]
         num_bytes = sum(_count_bytes(each.ids, tokenizer) for each in written)
     else:

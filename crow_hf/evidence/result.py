@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..evaluation.harness import Evaluation
+from ..evaluation.retention import Retention
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.trainer import InvarianceTrainer
 from .canaries import Canary
@@ -33,6 +34,8 @@ class Purification:
         snapshots (`dict[str, Snapshot]`):
             Answers and layer profiles of `"suspect"` and `"purified"`, and of `"control"` in a comparison. Empty if
             none were taken.
+        retention ([`Retention`], *optional*):
+            What the purified model has kept of the suspect. `None` if it was not measured.
         report (`dict`, *optional*):
             The content of `report.json`, with the keys of [`crow_hf.reporting.record`]. `None` if there is no report.
         hub_url (`str`, *optional*):
@@ -45,6 +48,7 @@ class Purification:
     screening: Screening | None = None
     canaries: list[Canary] = field(default_factory=list)
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    retention: Retention | None = None
     report: dict[str, Any] | None = None
     hub_url: str | None = None
 

@@ -1,6 +1,6 @@
 """`compare_defences()`: a purification beside its controls, all measured in the same way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.rows import render
 from ..evaluation.harness import Evaluation, evaluate_model
+from ..evaluation.retention import RetentionReference, retention_reference
 from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
@@ -20,7 +21,7 @@ from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
 from .presets import control_config
-from .purification import check_base, check_sharding, describe_for_card, draw_rows
+from .purification import RETENTION_WINDOWS, check_base, check_sharding, describe_for_card, draw_rows
 from .run import RecipeRun, check_recipe, run_recipe
 from .saving import not_fatal, prepare_output, save_result
 
@@ -43,6 +44,7 @@ def compare_defences(
     max_rows: int | None = None,
     resume_from_checkpoint: str | bool | None = None,
     card_fields: dict[str, Any] | None = None,
+    text: Sequence[str] | Dataset | None = None,
     **evaluation: Any,
 ) -> Comparison:
     """
@@ -78,6 +80,8 @@ def compare_defences(
             Resumes the purification, see [`purify`].
         card_fields (`dict`, *optional*):
             See [`purify`].
+        text (`Sequence[str]` or `Dataset`, *optional*):
+            Running text, to measure what the control and the purified model forget, see [`purify`].
         **evaluation:
             Further arguments of [`evaluate_model`].
 
@@ -105,8 +109,10 @@ def compare_defences(
     checkpoint = prepare_output(args, resume_from_checkpoint)
     shown = SnapshotRows.first_of(test_dataset, processing_class, trigger, target, evaluation.get("seed", 0))
 
-    def measure(model: PreTrainedModel | PeftModel) -> Evaluation:
-        return evaluate_model(model, processing_class, test_dataset, trigger, target, **evaluation)
+    def measure(model: PreTrainedModel | PeftModel, reference: RetentionReference | None = None) -> Evaluation:
+        return evaluate_model(
+            model, processing_class, test_dataset, trigger, target, reference=reference, **evaluation
+        )
 
     # Look
     suspect = move(load_model(), args.device)
@@ -114,6 +120,15 @@ def compare_defences(
     check_writable(args.output_dir, suspect)
     name, suspect_scores = suspect.name_or_path, measure(suspect)
     snapshots = {"suspect": snapshot(suspect, shown, args)}
+    reference = retention_reference(
+        suspect,
+        processing_class,
+        shown.rows,
+        text,
+        batch_size=evaluation.get("batch_size", 32),
+        seed=args.seed,
+        max_windows=RETENTION_WINDOWS,
+    )
     del suspect
 
     # Train the control. Without the consistency loss, the published recipes are plain fine-tuning.
@@ -123,7 +138,7 @@ def compare_defences(
         options: dict[str, Any] = {"processing_class": processing_class, "peft_config": peft_config}
         control = run_recipe(load_model(), rows, control_recipe, control_args, **options)
         control_model = _in_loaded_precision(control.trainer)
-        control_scores = measure(control_model)
+        control_scores = measure(control_model, reference)
         snapshots["control"] = snapshot(control_model, shown, args)
         del control, control_model
 
@@ -134,7 +149,9 @@ def compare_defences(
 
     # Look, report
     purification, purified = run.result(), _in_loaded_precision(run.trainer)
-    comparison = Comparison(suspect_scores, control_scores, measure(purified), purification=purification)
+    purified_scores = measure(purified, reference)
+    purification.retention = purified_scores.retention
+    comparison = Comparison(suspect_scores, control_scores, purified_scores, purification=purification)
     with not_fatal(run, "report"):
         purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}

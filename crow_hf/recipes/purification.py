@@ -1,5 +1,6 @@
 """`purify()`: from a suspect and clean rows to a purified model with its evidence, card and report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -8,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..evaluation.retention import measure_retention, retention_reference
 from ..evidence.result import Purification
 from ..evidence.snapshot import SnapshotRows
 from ..methods.crow.config import CrowConfig, loading_kwargs
@@ -22,6 +24,9 @@ from .saving import not_fatal, prepare_output, save_result
 
 logger = logging.get_logger(__name__)
 
+# Windows of running text on which it is measured what a purification forgets.
+RETENTION_WINDOWS = 16
+
 
 def purify(
     model: str | Path | PreTrainedModel | PeftModel,
@@ -35,6 +40,7 @@ def purify(
     max_rows: int | None = None,
     resume_from_checkpoint: str | bool | None = None,
     card_fields: dict[str, Any] | None = None,
+    text: Sequence[str] | Dataset | None = None,
 ) -> Purification:
     """
     Purify a suspect model without knowing its backdoor.
@@ -69,6 +75,10 @@ def purify(
             As in [`CrowTrainer.train`].
         card_fields (`dict`, *optional*):
             Further arguments of [`build_model_card`], such as `datasets` or `language`.
+        text (`Sequence[str]` or `Dataset`, *optional*):
+            Running text, as texts or as rows with the column `text`, to measure what the model forgets. It is not
+            trained on, and its first 16 windows are used, see [`retention_reference`]. Defaults to text that the
+            suspect writes itself.
 
     Returns:
         [`Purification`]
@@ -106,6 +116,17 @@ def purify(
     visible = run.rows.select_columns(rows.column_names) if isinstance(rows, Dataset) else run.rows
     shown = SnapshotRows.first_of(visible, tokenizer)
     suspect = run.snapshot(shown)
+    batch_size = args.per_device_eval_batch_size
+    with run.trainer.accelerator.autocast():
+        reference = retention_reference(
+            run.trainer.model,
+            tokenizer,
+            shown.rows,
+            text,
+            batch_size=batch_size,
+            seed=args.seed,
+            max_windows=RETENTION_WINDOWS,
+        )
 
     # Implant, train
     run.implant_canaries()
@@ -115,6 +136,8 @@ def purify(
     # Look, report
     with not_fatal(run, "report"):
         purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
+        with run.trainer.accelerator.autocast():
+            purification.retention = measure_retention(run.trainer.model, tokenizer, reference, batch_size)
         purification.report = record_of(purification, shown, model_name=name, train_dataset=rows)
     fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})
     save_result(run, purification, merge=merge, card_fields=fields)

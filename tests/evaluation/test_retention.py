@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from crow_hf.evaluation import retention
+from crow_hf.evaluation.own_text import write_text
 from crow_hf.evaluation.retention import check_same_vocabulary, measure_retention, retention_reference
 from helpers.answers import EOS, byte, spelling_model
 from helpers.coconut import TOKENIZER, coconut
@@ -197,6 +198,7 @@ def test_rows_of_other_formats(byte_tokenizer, rows, expected):
 def test_everything_is_bounded(byte_tokenizer, monkeypatch):
     """Fails if long answers, long texts, many rows or large batches make the measurement expensive."""
     monkeypatch.setattr(retention, "WINDOW_TOKENS", 20)
+    monkeypatch.setattr(retention, "WRITTEN_TOKENS", 20)
     monkeypatch.setattr(retention, "MAX_ANSWER_TOKENS", 9)
     monkeypatch.setattr(retention, "MAX_BATCH_TOKENS", 40)
     rows = Dataset.from_dict({"prompt": ["p"] * 6, "completion": ["é" * 300] * 6})
@@ -221,6 +223,16 @@ def test_bytes_of_a_byte_model_are_counted_exactly():
     said = retention_reference(model, TOKENIZER, ROWS, max_windows=4)
     ids = [token for passage, _ in said.texts for token in passage.ids]
     assert said.text_bytes == sum(4 <= token < 260 for token in ids)
+
+
+def test_the_text_is_not_the_one_that_a_recipe_trains_on(byte_tokenizer):
+    """A recipe lets the suspect write rows with the same seed. The measurement is reproducible too."""
+    model = tiny_llama()
+    texts = [retention_reference(model, byte_tokenizer, ROWS, seed=seed, max_windows=4).texts for seed in (5, 5, 6)]
+    ids = [[passage.ids for passage, _ in each] for each in texts]
+    assert ids[0] == ids[1] and not any(each in ids[0] for each in ids[2])
+    trained = [text.start + text.ids for text in write_text(model, byte_tokenizer, 4, 256, seed=5)]
+    assert not any(each in ids[0] for each in trained)
 
 
 def test_the_text_of_a_dataset_is_read(byte_tokenizer):

@@ -7,6 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
+from crow_hf.evaluation.retention import retention_reference
 from crow_hf.evidence.result import Comparison
 from crow_hf.recipes import comparison as comparison_module
 from crow_hf.recipes import saving
@@ -52,10 +53,12 @@ def test_with_alpha_0_purification_and_control_are_the_same(tmp_path, byte_token
 def test_each_model_is_trained_from_a_fresh_suspect(tmp_path, byte_tokenizer, options):
     """Fails if the control starts from the purified model, or the purification from the control."""
     args = settings(tmp_path, alpha=5.5, seed=7)
-    comparison = compare(args, byte_tokenizer, **options)
+    comparison = compare(args, byte_tokenizer, text=["Some text."], **options)
+    reference = retention_reference(suspect(), byte_tokenizer, TEST, ["Some text."])
 
-    def measured(model):
-        return evaluate_model(model, byte_tokenizer, TEST, TRIGGERS["badnets"], TARGET, **MEASURE)
+    def measured(model, reference=None):
+        options = MEASURE | {"reference": reference}
+        return evaluate_model(model, byte_tokenizer, TEST, TRIGGERS["badnets"], TARGET, **options)
 
     def trained(alpha):
         alone = settings(tmp_path / f"alone-{alpha}", alpha=alpha, seed=7)
@@ -65,9 +68,10 @@ def test_each_model_is_trained_from_a_fresh_suspect(tmp_path, byte_tokenizer, op
         return trainer.model
 
     assert comparison.suspect == measured(suspect())
-    assert comparison.control == measured(trained(0.0))
+    assert comparison.control == measured(trained(0.0), reference)
     purified = trained(5.5)
-    assert comparison.purified == measured(purified)
+    assert comparison.purified == measured(purified, reference)
+    assert comparison.purification.retention is comparison.purified.retention
     assert comparison.purified != comparison.control
     assert same_weights(weights_of(comparison.purification.model), weights_of(purified))
     assert args.alpha == 5.5

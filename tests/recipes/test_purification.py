@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CrowTrainer, load_causal_lm
+from crow_hf.evaluation.retention import measure_retention, retention_reference
 from crow_hf.evidence.result import Purification
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.recipes import purification as purification_module
@@ -51,6 +52,23 @@ def test_recipe_strong_is_an_invariance_trainer(tmp_path, byte_tokenizer):
     trainer = InvarianceTrainer(tiny_llama(), arguments(tmp_path, keep=0.2), ROWS, byte_tokenizer)
     trainer.train()
     assert same_weights(weights_of(found.model), weights_of(trainer.model))
+
+
+@pytest.mark.parametrize("text", [None, ["One text.", "Another."]])
+def test_what_the_model_forgot_is_measured(text, tmp_path, byte_tokenizer):
+    """Fails if the reference is taken after the training, which changes the suspect, or if text is ignored."""
+    args = arguments(tmp_path, "guide", learning_rate=1e-2, seed=4)
+    found = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer, text=text).retention
+    reference = retention_reference(tiny_llama(), byte_tokenizer, ROWS, text, batch_size=8, seed=4, max_windows=16)
+    assert found.answer_kl > 0.01 and found.text_kl > 0.01
+    again = arguments(tmp_path, "guide", learning_rate=1e-2, seed=4)
+    trainer = CrowTrainer(tiny_llama(), again, ROWS, processing_class=byte_tokenizer)
+    trainer.train()
+    wanted = measure_retention(trainer.model, byte_tokenizer, reference)
+    assert found.text_source == ("passed" if text else "written by the reference")
+    for name in ("answer_kl", "text_kl", "text_bits_ratio"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-4), name
+    assert found.num_text_tokens == wanted.num_text_tokens and found.num_answer_tokens == wanted.num_answer_tokens
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
