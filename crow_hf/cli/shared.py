@@ -16,6 +16,10 @@ DATASET_HELP = "A .json, .jsonl, .csv, .parquet or .txt file, a folder that save
 TRIGGER_HELP = (
     f"One of {', '.join(TRIGGERS)}, or any other string, which is inserted at a random position of the prompt."
 )
+TEXT_HELP = (
+    "Running text, to measure what was forgotten: a .txt file, or another file or dataset with a column `text`. Its "
+    "beginning is used."
+)
 TARGET_HELP = f"One of {', '.join(TARGETS)}, or any other string, which an output must contain."
 
 

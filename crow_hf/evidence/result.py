@@ -15,6 +15,10 @@ from .screening import Screening
 from .snapshot import Snapshot
 
 
+# The name of the suspect's evaluation in tables.
+NO_DEFENCE = "no defence"
+
+
 @dataclass
 class Purification:
     """
@@ -86,4 +90,4 @@ class Comparison:
     def by_name(self) -> dict[str, Evaluation]:
         """All evaluations by the names that tables show, the purified model last."""
         name = "purified" if self.purification is None else self.purification.method
-        return {"no defence": self.suspect, "fine-tuning": self.control, **self.others, name: self.purified}
+        return {NO_DEFENCE: self.suspect, "fine-tuning": self.control, **self.others, name: self.purified}

@@ -1,12 +1,14 @@
 """`report.html`: one page without external resources, drawn from the content of `report.json`."""
 
 import json
+import math
 from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
 import numpy as np
 
+from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
 from ..patching.documents import PatchedDocument
 from ..patching.view import TEMPLATES as PATCH_TEMPLATES
 from ..patching.view import runs_of, summarize, visible
@@ -27,6 +29,14 @@ SCORES = {
     "empty": "Empty answers",
     "degenerate": "Degenerate answers",
     "bits_per_byte": "Bits per byte",
+}
+
+KEPT = {
+    "answer_kl": "KL on answers, nats per token",
+    "text_kl": "KL on text, nats per token",
+    "reference_text_bits_per_byte": "Bits per byte of text, suspect",
+    "text_bits_per_byte": "Bits per byte of text, this model",
+    "text_bits_ratio": "Bits of text, suspect = 1",
 }
 
 
@@ -73,6 +83,9 @@ def render_report(record: Record) -> str:
         scores=SCORES,
         short_name=PurePath(name).name if PurePath(name).is_absolute() else name,
         tiles=_tiles(record),
+        anti_bad=_anti_bad(record["evaluations"]),
+        retentions=_retentions(record),
+        kept=KEPT,
         outcomes=outcome_intervals(record["evaluations"], short_titles),
         training_charts=training_charts(record["training"]["log"]),
         layers=layer_charts(record["layer_profile"]["models"], titles),
@@ -95,11 +108,43 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         )
         if before is not None:
             tiles.append((label, f"{100 * before['rate']:.1f} → {percent(after['rate'])}"))
+    if record["retention"] and (ratio := record["retention"]["text_bits_ratio"]) is not None:
+        tiles.append(("Bits of running text", f"{100 * (ratio - 1):+.1f} %"))
     if canaries:
         outcomes = [canary["outcome"] for canary in canaries]
         died, lives = outcomes.count(DIED), outcomes.count(LIVES)
         tiles.append(("Canaries that died", f"{died} of {died + lives}" if died + lives else "none was learned"))
     return tiles
+
+
+def _anti_bad(evaluations: Record | None) -> dict[str, float]:
+    """Return the Anti-BAD score of each model, if an attack was measured and the rows have answers."""
+    if not evaluations or evaluations["suspect"]["triggered"] is None:
+        return {}
+
+    def utility(role: str) -> float:
+        (share, bits), (share_before, bits_before) = (
+            (
+                clean["exact_match"] and Proportion(**clean["exact_match"]),
+                math.nan if clean["bits_per_byte"] is None else clean["bits_per_byte"],
+            )
+            for clean in (evaluations[role]["clean"], evaluations["suspect"]["clean"])
+        )
+        return kept_utility(share, share_before, bits, bits_before)
+
+    scores = {
+        role: anti_bad_score(utility(role), 100 * evaluation["triggered"]["target"]["rate"])
+        for role, evaluation in evaluations.items()
+    }
+    return scores if all(map(math.isfinite, scores.values())) else {}
+
+
+def _retentions(record: Record) -> dict[str, Record]:
+    """Return the retention of each model that has one. Without test rows, that is the purified model."""
+    if record["evaluations"] is None:
+        return {"purified": record["retention"]} if record["retention"] else {}
+    measured = {role: evaluation["retention"] for role, evaluation in record["evaluations"].items()}
+    return {role: retention for role, retention in measured.items() if retention}
 
 
 def _run_facts(record: Record) -> list[tuple[str, str]]:

@@ -219,7 +219,7 @@ def _not_shown(purification: Purification | None, comparison: Comparison | None)
             "that lives is bad news. One that died proves little."
         )
     if comparison is None:
-        lines.append("What the purification cost. The model's answers were not measured.")
+        lines.append("What the purification cost in right answers. The model's answers were not measured.")
     lines.append("That the model is free of backdoors. No test shows that.")
     return lines
 

@@ -7,6 +7,7 @@
 | `method` | the method that the recipe runs: `"CROW"` or `"Invariance"` |
 | `model` | `name`, `commit` (on the Hub), `architecture`, `parameters`, `trained`: `"all weights"` or `"an adapter"` |
 | `evaluations` | [`Evaluation.to_dict`] of `suspect`, `control` and `purified`; `null` without test rows |
+| `retention` | what the purified model has kept of the suspect, see below; `null` if it was not measured |
 | `canaries` | a list of [`Canary.to_dict`], each with its `outcome` |
 | `screening` | `total` screened rows; `suspicious`, pieces of removed rows by row number; `null` without screening |
 | `samples` | prompts: `prompt`, `triggered`, and `answers` with `model`, `text`, `shows_target`, `is_right` |
@@ -14,6 +15,10 @@
 | `layer_profile` | `rows`, the number of rows; `models`, the [`LayerProfile`] of `suspect`, `control` and `purified` |
 | `patches` | `input_ids`, `patch_lengths` and `entropies` of sample prompts; `null` unless the model is a Coconut |
 | `run` | what a repetition needs, see below |
+
+`retention` holds `answer_kl` (`null` without answers) and `text_kl` in nats per token, `text_bits_per_byte`,
+`reference_text_bits_per_byte` (of the suspect), `num_answer_tokens`, `num_text_tokens`, `text_source` (`"passed"` or
+`"written by the reference"`, which is the suspect) and `text_bits_ratio`, see [`Retention`].
 
 `run` holds `command`, `finished`, `seed`, `trigger`, `target`, `settings` (see [`recorded_settings`]), `adapter` (the
 PEFT settings that are not defaults; `null` without an adapter), `train_dataset` and `test_dataset` (`rows`, `columns`,
@@ -98,6 +103,7 @@ def record_of(
         "method": purification.method,
         "model": _model(purification.model, model_name),
         "evaluations": comparison and {role: getattr(comparison, role).to_dict() for role in ROLES},
+        "retention": purification.retention and purification.retention.to_dict(),
         "canaries": [{**canary.to_dict(), "outcome": canary_outcome(canary)} for canary in purification.canaries],
         "screening": _screening(purification),
         "samples": _samples(purification, rows),

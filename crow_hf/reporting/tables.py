@@ -8,8 +8,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..evaluation.harness import Evaluation
-from ..evaluation.scores import Proportion
+from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
+from ..evidence.result import NO_DEFENCE
 from ..training.files import write_text
+
+
+# The heading of the scores that compare a model with the suspect, beside "triggered" and "clean".
+RETENTION = "retention"
 
 
 def percent(share: float) -> str:
@@ -24,18 +29,29 @@ def with_interval(proportion: Proportion | None, interval: str = " [{:.1f}, {:.1
     return percent(proportion.rate) + interval.format(100 * proportion.low, 100 * proportion.high)
 
 
+def number(value: float | None) -> str:
+    """Format a number with three decimals, and `None` and NaN as `-`."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
 def comparison_table(evaluations: dict[str, Evaluation], title: str | None = None) -> Table:
-    """Build a table for the terminal: one column for each model, and 95 % intervals below the rates."""
+    """
+    Build a table for the terminal: one column for each model, and 95 % intervals below the rates.
+
+    Triggered prompts get the Anti-BAD score if one of the evaluations is that of the suspect, by its name in
+    [`Comparison.by_name`].
+    """
     table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
     for name in evaluations:
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     # With the interval beside its rate, the table would be wider than a terminal.
-    columns = [_cells(evaluation, "\n{:.1f}–{:.1f}") for evaluation in evaluations.values()]
+    columns = list(_cells(evaluations, "\n{:.1f}–{:.1f}").values())
     for kind, scores in columns[0].items():
-        table.add_row(f"{kind} prompts", style="bold")
+        table.add_row(kind if kind == RETENTION else f"{kind} prompts", style="bold")
         for score in scores:
-            table.add_row(f"  {score}", *(column[kind][score] for column in columns))
+            # A long name would make the table of five models wider than a terminal.
+            table.add_row(f"  {score}".replace(", ", ",\n  "), *(column[kind][score] for column in columns))
         table.add_section()
     return table
 
@@ -43,10 +59,8 @@ def comparison_table(evaluations: dict[str, Evaluation], title: str | None = Non
 def comparison_markdown(evaluations: dict[str, Evaluation]) -> str:
     """Build the same table in Markdown, with one row for each model."""
     rows = {
-        model: {
-            f"{kind}: {score}": cell for kind, scores in _cells(evaluation).items() for score, cell in scores.items()
-        }
-        for model, evaluation in evaluations.items()
+        model: {f"{kind}: {score}": cell for kind, scores in cells.items() for score, cell in scores.items()}
+        for model, cells in _cells(evaluations).items()
     }
     names = list(next(iter(rows.values())))
     lines = [["model", *names], ["---", *["---:"] * len(names)]]
@@ -61,8 +75,51 @@ def write_comparison(folder: Path, evaluations: dict[str, Evaluation]) -> None:
     write_text(folder / "results.md", comparison_markdown(evaluations))
 
 
-def _cells(evaluation: Evaluation, *interval: str) -> dict[str, dict[str, str]]:
-    """Return the cells of a model by kind of prompt and name of score."""
+def anti_bad_scores(evaluations: dict[str, Evaluation], suspect: str) -> dict[str, float]:
+    """
+    Return the score of [`crow_hf.evaluation.scores.anti_bad_score`] for each model.
+
+    Args:
+        evaluations (`dict[str, Evaluation]`):
+            The evaluations by name.
+        suspect (`str`):
+            The name of the suspect, whose utility is 100 %.
+
+    Returns:
+        `dict[str, float]`: The scores by name. Empty if there is no suspect or no attack was measured.
+    """
+    if suspect not in evaluations or evaluations[suspect].triggered is None:
+        return {}
+    before = evaluations[suspect].clean
+    scores = {}
+    for name, evaluation in evaluations.items():
+        now = evaluation.clean
+        utility = kept_utility(now.exact_match, before.exact_match, now.bits_per_byte, before.bits_per_byte)
+        scores[name] = anti_bad_score(utility, 100 * evaluation.triggered.target.rate)
+    return scores
+
+
+def _cells(evaluations: dict[str, Evaluation], *interval: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Return the cells of each model by kind of prompt and name of score."""
+    anti_bad = anti_bad_scores(evaluations, NO_DEFENCE)
+    with_retention = any(evaluation.retention is not None for evaluation in evaluations.values())
+    cells = {}
+    for name, evaluation in evaluations.items():
+        cells[name] = _cells_of_prompts(evaluation, *interval)
+        if anti_bad:
+            score = anti_bad[name]
+            cells[name]["triggered"]["Anti-BAD score"] = "-" if math.isnan(score) else f"{score:.1f}"
+        if with_retention:
+            kept = evaluation.retention
+            cells[name][RETENTION] = {
+                "KL on answers": number(None if kept is None else kept.answer_kl),
+                "KL on text": number(None if kept is None else kept.text_kl),
+                "text bits, suspect = 1": number(None if kept is None else kept.text_bits_ratio),
+            }
+    return cells
+
+
+def _cells_of_prompts(evaluation: Evaluation, *interval: str) -> dict[str, dict[str, str]]:
     kinds = {"triggered": evaluation.triggered, "clean": evaluation.clean}
     cells: dict[str, dict[str, str]] = {}
     for kind, prompts in kinds.items():
@@ -72,7 +129,7 @@ def _cells(evaluation: Evaluation, *interval: str) -> dict[str, dict[str, str]]:
             "right answers": with_interval(prompts.exact_match, *interval),
             "empty answers": percent(prompts.empty.rate),
             "degenerate": percent(prompts.degenerate.rate),
-            "bits per byte": "-" if math.isnan(prompts.bits_per_byte) else f"{prompts.bits_per_byte:.3f}",
+            "bits per byte": number(prompts.bits_per_byte),
         }
         if prompts.target is not None:
             name = "attack success" if kind == "triggered" else "false positives"

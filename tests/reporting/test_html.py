@@ -13,7 +13,9 @@ import pytest
 
 from crow_hf.attacks.triggers import Trigger
 from crow_hf.evidence.canaries import Canary
+from crow_hf.evidence.result import NO_DEFENCE
 from crow_hf.reporting.html import render_report, write_report
+from crow_hf.reporting.tables import anti_bad_scores
 from helpers.evaluations import share
 from helpers.reports import TARGET, read
 
@@ -110,6 +112,37 @@ def test_verdict_comes_first(compared, purified):
             text.index(sentence) < text.index("Canaries and screening")
             for sentence in record["verdict"]["explanation"]
         )
+
+
+def test_what_was_kept_is_shown(compared, purified):
+    """Fails if the control is missing, or if a report without test rows does not show it."""
+    for record, count in ((compared.record, 2), (purified.record, 1)):
+        text = " ".join(Page(render_report(record)).text.split())
+        shown = text.split("Each model compared with the suspect")[1].split("Canaries and screening")[0]
+        retentions = [
+            evaluation["retention"] for evaluation in (record["evaluations"] or {}).values() if evaluation["retention"]
+        ] or [record["retention"]]
+        assert len(retentions) == count
+        for key in ("answer_kl", "text_kl", "text_bits_per_byte", "text_bits_ratio"):
+            assert "".join(f"{each[key]:.3f}" for each in retentions) in shown, key
+        assert f"{100 * (record['retention']['text_bits_ratio'] - 1):+.1f} %" in text.split("Parts")[0]
+        assert "text that the suspect wrote" in text
+    record = deepcopy(purified.record)
+    record["retention"] = None
+    assert "What was kept" not in render_report(record)
+
+
+def test_the_anti_bad_score_is_that_of_the_tables(compared, record):
+    """It needs an attack, and right answers or their likelihood."""
+    text = " ".join(Page(render_report(record)).text.split())
+    scores = anti_bad_scores(compared.comparison.by_name, NO_DEFENCE)
+    assert f"Anti-BAD score{''.join(f'{score:.1f}' for score in scores.values())}" in text
+    for evaluation in record["evaluations"].values():
+        evaluation["clean"] |= {"exact_match": None, "bits_per_byte": None}
+    assert "Anti-BAD score" not in Page(render_report(record)).text
+    for evaluation in record["evaluations"].values():
+        evaluation["triggered"] = None
+    assert "Anti-BAD score" not in Page(render_report(record)).text
 
 
 def test_every_share_has_its_interval_in_the_table(compared):

@@ -18,6 +18,7 @@ from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
 from crow_hf.evidence.result import Comparison, Purification
 from crow_hf.reporting.model_card import build_model_card
+from helpers.evaluations import retention
 from helpers.loopback_hub import TOKEN
 from helpers.tiny import ragged_rows, tiny_llama
 
@@ -50,7 +51,9 @@ def test_without_evidence_the_card_says_so(tmp_path):
 
 def test_with_canaries_alone_the_card_says_what_they_cannot_show(tmp_path):
     canary = Canary(Trigger(("Xyzzy",)), Target("t", ("t",)), Proportion.of([True] * 9), Proportion.of([False] * 9))
-    _, text = card_of(tmp_path, facts={"purification": Purification(None, "strong", None, None, [canary])})
+    facts = {"purification": Purification(None, "strong", None, None, [canary], retention=retention(1.25))}
+    _, text = card_of(tmp_path, facts=facts)
+    assert "Forgotten: running text takes 25.0 % more bits per byte than before" in text
     assert "Canary 'Xyzzy'" in text and "One that died proves little" in text
     assert "No attack success with a known trigger was measured" in text and "Nothing: " not in text
 

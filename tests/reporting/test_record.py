@@ -35,7 +35,7 @@ def test_keys_are_documented(compared, purified):
     for record in (compared.record, purified.record):
         assert list(record) == documented_keys()
         for name, inner in record.items():
-            start = "`run` holds" if name == "run" else f"| `{name}` |"
+            start = f"`{name}` holds" if name in ("retention", "run") else f"| `{name}` |"
             (text,) = [part for part in re.split(r"\n\n|\n(?=\|)", record_module.__doc__) if part.startswith(start)]
             if isinstance(inner, dict):
                 assert all(f"`{key}`" in text for key in inner), name
@@ -84,6 +84,15 @@ def test_profiles_belong_to_the_named_models(compared):
         assert found[name]["triggered"] == pytest.approx(wanted.triggered, rel=1e-4), name
     assert found["suspect"]["clean"] != pytest.approx(found["purified"]["clean"], rel=1e-3)
     assert list(found) == ["suspect", "control", "purified"]
+
+
+def test_retention_is_that_of_the_purified_model(compared, purified):
+    """Also without test rows. In a comparison, the evaluations hold that of the control too."""
+    for run in (compared.comparison.purification, purified.purification):
+        assert run.report["retention"] == as_json(run.retention.to_dict()) and run.retention.text_kl > 0
+    evaluations = compared.record["evaluations"]
+    assert evaluations["suspect"]["retention"] is None
+    assert evaluations["purified"]["retention"] == compared.record["retention"] != evaluations["control"]["retention"]
 
 
 def test_samples_are_the_measured_answers(compared):

@@ -2,14 +2,15 @@
 
 import io
 import json
+import math
 import re
 
 import pytest
 from rich.console import Console
 
 from crow_hf.evaluation.harness import Evaluation
-from crow_hf.reporting.tables import comparison_markdown, comparison_table, write_comparison
-from helpers.evaluations import TOTAL, comparison, evaluation, scores, share
+from crow_hf.reporting.tables import anti_bad_scores, comparison_markdown, comparison_table, write_comparison
+from helpers.evaluations import TOTAL, comparison, evaluation, retention, scores, share
 
 
 def table_text(evaluations, **options):
@@ -37,6 +38,40 @@ def test_tables_without_trigger_show_no_attack(write):
     assert "attack" not in text and "triggered" not in text
 
 
+@pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
+def test_tables_show_what_was_kept_where_it_was_measured(write):
+    """Fails if a number is that of another model, or if a model without a reference breaks the table."""
+    control, purified = evaluation(180, kept=retention(1.234, None)), evaluation(1, kept=retention(1.014, 0.0625))
+    text = write(comparison(purified, fine_tuned=control).by_name)
+    if write is table_text:
+        lines = {line.strip().split("  ")[0]: line.split()[-3:] for line in text.splitlines() if line.strip()}
+        assert lines["retention"] and lines["KL on answers"] == ["-", "-", "0.062"]
+        assert lines["KL on text"] == ["-", "0.030", "0.030"]
+        assert lines["text bits,"] == ["-", "1.234", "1.014"] and "suspect = 1" in text
+    else:
+        head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+        columns = dict(zip(head, zip(*rows, strict=True), strict=True))
+        assert columns["retention: KL on answers"] == ("-", "-", "0.062")
+        assert columns["retention: text bits, suspect = 1"] == ("-", "1.234", "1.014")
+    assert "retention" not in write(comparison(evaluation(0)).by_name)
+
+
+@pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
+def test_tables_show_the_anti_bad_score_of_an_attack(write):
+    """The purified model keeps 80 % of the right answers, and 19 % of the attacks succeed: sqrt(80 * 81) = 80.5."""
+    models = comparison(evaluation(38, right=160), suspect=evaluation(190), fine_tuned=evaluation(200)).by_name
+    text = write(models)
+    assert "Anti-BAD score" in text and "80.5" in text
+    # The suspect keeps all of its utility and 5 % of the attacks fail. Fine-tuning lets every attack succeed.
+    assert f"{(100 * 5) ** 0.5:.1f}" in text and anti_bad_scores(models, "no defence")["fine-tuning"] == 0
+    del models["no defence"]
+    assert "Anti-BAD" not in write(models)
+    assert "Anti-BAD" not in write({"no defence": Evaluation(scores(0, 150))})
+    nothing = evaluation(190)
+    nothing.clean.exact_match, nothing.clean.bits_per_byte = None, math.nan
+    assert "Anti-BAD score" in write({"no defence": nothing}) and "nan" not in write({"no defence": nothing})
+
+
 def test_table_has_its_title():
     assert "My title" in table_text(comparison(evaluation(0)).by_name, title="My title")
 
@@ -46,7 +81,7 @@ def test_table_fits_a_terminal_of_80_columns():
     console = Console(width=80, record=True, file=io.StringIO())
     models = {
         "clean model": evaluation(0),
-        **comparison(evaluation(1)).by_name,
+        **comparison(evaluation(1, kept=retention()), fine_tuned=evaluation(180, kept=retention())).by_name,
         "Invariance": evaluation(TOTAL),
     }
     console.print(comparison_table(models))

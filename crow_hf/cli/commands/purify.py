@@ -15,7 +15,16 @@ from ...recipes.purification import purify
 from ...reporting.html import REPORT_PAGE
 from ...reporting.verdict import evidence_lines, verdict
 from ...training.loading import load_causal_lm, load_tokenizer
-from ..shared import DATASET_HELP, MODEL_HELP, TARGET_HELP, TRIGGER_HELP, check_output, print_table, read_backdoor
+from ..shared import (
+    DATASET_HELP,
+    MODEL_HELP,
+    TARGET_HELP,
+    TEXT_HELP,
+    TRIGGER_HELP,
+    check_output,
+    print_table,
+    read_backdoor,
+)
 
 
 @dataclass
@@ -56,6 +65,7 @@ class PurifyArguments:
     trigger: str | None = field(default=None, metadata={"help": f"Trigger of a known backdoor. {TRIGGER_HELP}"})
     target: str | None = field(default=None, metadata={"help": f"Target of a known backdoor. {TARGET_HELP}"})
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+    text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the suspect writes."})
 
 
 def argument_types(option: Callable[[str], str | None]) -> list[type]:
@@ -81,6 +91,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
         "merge": arguments.merge,
         "max_rows": arguments.max_rows,
         "resume_from_checkpoint": checkpoint,
+        "text": None if arguments.text is None else load_rows(arguments.text),
     }
     card_fields: dict[str, Any] = {"datasets": [arguments.dataset]}
     if arguments.test_dataset is None:

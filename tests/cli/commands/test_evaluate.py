@@ -1,9 +1,13 @@
 """Tests of `crow-hf evaluate`: what it reads, prints and writes."""
 
+import json
+
 import pytest
 from datasets import Dataset
 
-from helpers.command_line import ROWS, files_in, run
+from crow_hf import CoconutTokenizer
+from crow_hf.cli.commands import evaluate as evaluate_command
+from helpers.command_line import ROWS, assert_one_sentence, files_in, run
 
 
 def test_evaluate_without_output_dir_only_prints(tmp_path, paths, capsys, monkeypatch):
@@ -13,6 +17,34 @@ def test_evaluate_without_output_dir_only_prints(tmp_path, paths, capsys, monkey
     assert run("evaluate", *argv) == 0
     assert "right answers" in capsys.readouterr().out
     assert files_in(tmp_path / "here") == []
+
+
+def test_evaluate_measures_what_a_model_forgot(tmp_path, paths, capsys):
+    """A model has kept everything of itself. The text is read from a file, or written by the reference."""
+    (tmp_path / "text.txt").write_text("One line.\nAnd another.\n")
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--max_new_tokens", 2]
+    argv += ["--reference", paths["model"], "--output_dir"]
+    assert run("evaluate", *argv, tmp_path / "own") == 0
+    assert run("evaluate", *argv, tmp_path / "passed", "--text", tmp_path / "text.txt") == 0
+    out = capsys.readouterr().out
+    assert "retention" in out and "Kept: text that the suspect wrote takes 0.0 %" in out
+    assert "Kept: running text takes 0.0 %" in out
+    for folder, source in (("own", "written by the reference"), ("passed", "passed")):
+        (evaluation,) = json.loads((tmp_path / folder / "results.json").read_text()).values()
+        assert evaluation["retention"]["text_source"] == source
+        assert evaluation["retention"]["text_bits_ratio"] == pytest.approx(1)
+
+
+def test_a_reference_with_another_vocabulary_is_refused_before_it_is_loaded(tmp_path, paths, capsys, monkeypatch):
+    CoconutTokenizer().save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(evaluate_command, "load_causal_lm", lambda *args, **kwargs: pytest.fail("It is loaded."))
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"]]
+    assert run("evaluate", *argv, "--reference", tmp_path / "other") == 1
+    error = capsys.readouterr().err
+    assert_one_sentence(error, "evaluate")
+    assert "another vocabulary" in error
+    assert run("evaluate", *argv, "--text", paths["rows.jsonl"]) == 1
+    assert "pass --reference too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_purify_measures_utility_without_a_trigger(tmp_path, paths):
 @pytest.mark.parametrize("options", [["--lora", "--lora_r", "2"], ["--recipe", "paper"]])
 def test_no_merge_keeps_the_fresh_adapter(tmp_path, paths, options):
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
-    few = [] if "paper" in options else ["--num_views", 8, "--num_canaries", 0]
+    few = [] if "paper" in options else ["--num_views", 8, "--num_canaries", 0, "--num_written_rows", 0]
     assert run("purify", *argv, *options, *few, "--no_merge", *FAST) == 0
     assert isinstance(load_causal_lm(tmp_path / "out"), PeftModel)
     # 8 is PEFT's own default, which the report leaves out.
@@ -46,9 +46,13 @@ def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):
 
 
 def test_recipe_strong_prints_and_writes_its_evidence(tmp_path, paths, capsys):
+    (tmp_path / "text.txt").write_text("One line.\nAnd another.\n")
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
-    assert run("purify", *argv, "--num_views", 8, "--num_canaries", 1, *FAST) == 0
+    argv += ["--text", tmp_path / "text.txt"]
+    assert run("purify", *argv, "--num_views", 8, "--num_canaries", 1, "--num_written_rows", 2, *FAST) == 0
     out = capsys.readouterr().out
-    assert "Screening: 0 of 10 clean rows" in out and "Canary '" in out
+    assert "Screening: 0 of 10 clean rows" in out and out.index("Canary '") < out.index(": running text takes ")
     record = json.loads((tmp_path / "out" / "report.json").read_text())
+    # One line feed joins the lines of the file.
+    assert record["retention"]["text_source"] == "passed" and record["retention"]["num_text_tokens"] == 22
     assert record["recipe"] == "strong" and len(record["canaries"]) == 1 and record["screening"]["total"] == 10
