@@ -24,6 +24,7 @@ from .. import __version__
 from ..data.rows import render
 from ..demo import demo_tokenizer
 from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
+from ..evaluation.retention import RetentionReference, retention_reference
 from ..evaluation.scores import Proportion
 from ..reporting.tables import percent
 from ..training.files import write_text
@@ -31,12 +32,14 @@ from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .defences import METHODS
 from .subjects import SUBJECTS
-from .table import attack_success_rates, load_results, results_markdown
+from .table import KEPT, attack_success_rates, load_results, results_markdown
 
 
 logger = logging.get_logger(__name__)
 
 NUM_SAMPLES = 3
+# Texts that a suspect writes to measure what the methods forget. These models write only a few words each.
+NUM_TEXTS = 8
 BATCH_SIZE = 200
 RESULTS = "results"
 
@@ -226,19 +229,30 @@ def _run_group(arena: Arena, group: Runs, runs: Runs) -> None:
         missing = arena.missing(attack, seed)
         try:
             suspect = build_suspect(attack, seed, arena.folder, arena.num_clean, arena.alpaca)
+            reference = _reference_of(suspect, seed)
         except Exception as error:
             for method in missing:
                 _write_row(arena, attack, seed, method, _failure(error), runs)
             continue
         for method in missing:
             try:
-                outcome = _run_method(arena, suspect, seed, method)
+                outcome = _run_method(arena, suspect, seed, method, reference)
             except Exception as error:
                 outcome = _failure(error)
             _write_row(arena, attack, seed, method, outcome, runs)
 
 
-def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[str, Any]:
+def _reference_of(suspect: Suspect, seed: int) -> RetentionReference:
+    """Record what a suspect says, with which every method is compared."""
+    with TemporaryDirectory() as scratch:
+        model = move(suspect.load(), TrainingArguments(scratch).device)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "seed": seed, "max_windows": NUM_TEXTS}
+    return retention_reference(model, demo_tokenizer(), suspect.test_rows, **options)
+
+
+def _run_method(
+    arena: Arena, suspect: Suspect, seed: int, method: str, reference: RetentionReference
+) -> dict[str, Any]:
     tokenizer, rows = demo_tokenizer(), suspect.test_rows
     if arena.num_test is not None:
         rows = rows.select(range(min(arena.num_test, len(rows))))
@@ -252,6 +266,7 @@ def _run_method(arena: Arena, suspect: Suspect, seed: int, method: str) -> dict[
         rows,
         suspect.trigger,
         suspect.target,
+        reference=reference,
         max_new_tokens=max_new_tokens,
         batch_size=BATCH_SIZE,
         seed=seed,
@@ -303,6 +318,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
         "false_positives": counts_of(evaluation.clean.target),
         **scores_of("triggered", evaluation.triggered),
         **scores_of("clean", evaluation.clean),
+        **{name: evaluation.retention.to_dict()[name] for name in KEPT},
     }
 
 

@@ -30,6 +30,8 @@ SHARES = (
     "mute_clean",
 )
 FIGURES = ("bits_per_byte_triggered", "bits_per_byte_clean", "steps", "seconds")
+# What a model has kept of the suspect, by its head in the tables. Rows of older versions do not have it.
+KEPT = {"text_bits_ratio": "text bits, suspect = 1", "answer_kl": "KL on answers"}
 
 
 class Estimate(NamedTuple):
@@ -185,12 +187,21 @@ def results_markdown(rows: list[Row]) -> str:
         "## Methods\n",
         "Each line covers the attacks that the method ran on. Mute answers are empty or degenerate. "
         f"`minus {CONTROL}` is the difference in right answers to clean prompts. Bits per byte, steps and seconds are "
-        f"relative to {CONTROL}. Both compare runs on the same attacks and seeds.\n",
+        f"relative to {CONTROL}. Both compare runs on the same attacks and seeds.{_note_on_kept(rows)}\n",
         _methods_table(rows, summary),
         "## All cells\n",
         _cells_table(rows, summary),
     ]
     return "\n".join(parts) + _canaries(rows) + _failures(rows)
+
+
+def _note_on_kept(rows: list[Row]) -> str:
+    if not any(row.get(name) is not None for row in rows for name in KEPT):
+        return ""
+    return (
+        " The last columns compare the models with the suspects: the bits that text of the suspect takes, and the KL "
+        "divergence on clean answers in nats per token. They are means over the runs that measured them."
+    )
 
 
 def _position(known: dict[str, Any], name: str) -> tuple[int, str]:
@@ -218,7 +229,17 @@ def _methods_table(rows: list[Row], summary: dict) -> str:
     runs = _by_run(rows)
     heads = ["attacks", "attack success", "worst", "right if clean", f"minus {CONTROL}", "right if triggered / clean"]
     heads += ["mute if triggered", "mute if clean", f"bits per byte, {CONTROL} = 1", "steps", "seconds"]
-    return _table(["method", *heads], [_method_line(method, runs, summary) for method in _methods_in_order(summary)])
+    kept = [name for name in KEPT if any(row.get(name) is not None for row in runs.values())]
+    lines = []
+    for method in _methods_in_order(summary):
+        own = [row for (_, _, name), row in runs.items() if name == method]
+        lines.append([*_method_line(method, runs, summary), *(_mean_of(own, name) for name in kept)])
+    return _table(["method", *heads, *(KEPT[name] for name in kept)], lines)
+
+
+def _mean_of(rows: list[Row], name: str) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return f"{fmean(values):.3f}" if values else "-"
 
 
 def _by_run(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:

@@ -12,6 +12,7 @@ from crow_hf.arena.run import answer_length, file_name, run_arena
 from crow_hf.arena.table import summarize
 from crow_hf.demo import demo_tokenizer
 from crow_hf.evaluation.harness import evaluate_model
+from crow_hf.evaluation.retention import measure_retention, retention_reference
 from helpers.arena import ROWS, counts, save_suspect, tiny_suspect
 
 
@@ -39,10 +40,22 @@ def test_a_row_holds_what_the_evaluation_says(arena):
     evaluation = evaluate_model(
         suspect.load(), demo_tokenizer(), ROWS, suspect.trigger, suspect.target, max_new_tokens=40, seed=5
     )
+    assert row["text_bits_ratio"] == pytest.approx(1) and row["answer_kl"] == pytest.approx(0, abs=1e-5)
     for kind, prompts in (("clean", evaluation.clean), ("triggered", evaluation.triggered)):
         assert row[f"bits_per_byte_{kind}"] == pytest.approx(prompts.bits_per_byte)
         assert [sample[kind] for sample in row["samples"]] == prompts.outputs[:3]
     assert row["bits_per_byte_clean"] != row["bits_per_byte_triggered"]
+
+
+def test_what_was_forgotten_is_measured_against_the_suspect(arena):
+    """Fails if the reference is the purified or the clean model, or has another seed."""
+    (row,) = arena(["int4"], seeds=(5,))
+    suspect = tiny_suspect(arena.folder / "suspects" / "5", ATTACKS["tiny"])
+    reference = retention_reference(suspect.load(), demo_tokenizer(), ROWS, batch_size=200, seed=5, max_windows=8)
+    model = METHODS["int4"](suspect, 5, arena.folder).model
+    found = measure_retention(model, demo_tokenizer(), reference)
+    assert row["answer_kl"] == pytest.approx(found.answer_kl, rel=1e-4) and row["answer_kl"] > 1e-3
+    assert row["text_bits_ratio"] == pytest.approx(found.text_bits_ratio, rel=1e-5)
 
 
 def test_finished_runs_are_not_repeated(arena):

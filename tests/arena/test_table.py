@@ -1,6 +1,9 @@
 """The arena's tables: intervals, prose and numbers, against values worked out by hand."""
 
+import gzip
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +63,30 @@ def test_the_tables_say_what_the_rows_say():
     assert strong["bits per byte, fine-tuning = 1"] == "1.50"
     assert (strong["steps"], strong["seconds"]) == ("1.00", "3.00")
     assert len(lines) == 5 + 4 + 2 + 4
+
+
+def test_what_was_kept_is_shown_where_rows_have_it():
+    """Rows of older versions do not have it. A mean covers the runs that do."""
+    rows = [
+        result("badnets", "fine-tuning", 0, 190),
+        result("badnets", "strong", 0, 10, text_bits_ratio=1.1, answer_kl=0.25),
+        result("badnets", "strong", 1, 10, text_bits_ratio=1.3, answer_kl=None),
+        result("phrase", "strong", 1, 10),
+    ]
+    text = results_markdown(rows)
+    (head,) = [line for line in text.splitlines() if line.startswith("| method |")]
+    assert head.endswith("| text bits, suspect = 1 | KL on answers |") and "means over the runs" in text
+    strong, control = (
+        [line for line in text.splitlines() if line.startswith(f"| {name} |")][0] for name in ("strong", "fine-tuning")
+    )
+    assert strong.endswith("| 1.200 | 0.250 |") and control.endswith("| - | - |")
+    assert "KL" not in results_markdown(rows[:1]) and "text bits" not in results_markdown(rows[:1])
+
+
+def test_the_published_rows_are_still_shown():
+    path = Path(__file__).parents[2] / "docs" / "results.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        assert "## Methods" in results_markdown([json.loads(line) for line in lines])
 
 
 def test_missing_scores_are_shown_as_a_dash():
