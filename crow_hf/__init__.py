@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .data.collators import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
     from .data.encoding import prepare_dataset
     from .evaluation.harness import Evaluation, evaluate_model
+    from .evaluation.own_text import write_rows, write_text
+    from .evaluation.retention import Retention, RetentionReference, measure_retention, retention_reference
     from .evidence.canaries import Canary
     from .evidence.result import Comparison, Purification
     from .evidence.screening import Screening, screen_dataset
@@ -72,6 +74,8 @@ _HOMES = {
     "data.collators": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator"],
     "data.encoding": ["prepare_dataset"],
     "evaluation.harness": ["Evaluation", "evaluate_model"],
+    "evaluation.own_text": ["write_rows", "write_text"],
+    "evaluation.retention": ["Retention", "RetentionReference", "measure_retention", "retention_reference"],
     "evidence.canaries": ["Canary"],
     "evidence.result": ["Comparison", "Purification"],
     "evidence.screening": ["Screening", "screen_dataset"],

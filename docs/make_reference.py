@@ -42,7 +42,15 @@ PAGES = {
     ),
     "measure": (
         "Measure a model, and implant backdoors",
-        ["evaluation.harness", "attacks.triggers", "attacks.targets", "attacks.poison", "attacks.implanting"],
+        [
+            "evaluation.harness",
+            "evaluation.retention",
+            "evaluation.own_text",
+            "attacks.triggers",
+            "attacks.targets",
+            "attacks.poison",
+            "attacks.implanting",
+        ],
     ),
     "data": ("Rows and batches", ["data.encoding", "data.collators"]),
     "patches": (

@@ -190,8 +190,7 @@ def retention_reference(
         text (`Sequence[str]` or `Dataset`, *optional*):
             Running text: texts, or rows with the column `text`. They are joined by line feeds, and cut into windows of
             at most 512 tokens or the model's context, of which the first `max_windows` are used. Defaults to
-            `max_windows` texts of at most 256 tokens that the model writes itself, see
-            [`crow_hf.evaluation.own_text.write_text`].
+            `max_windows` texts of at most 256 tokens that the model writes itself, see [`write_text`].
         batch_size (`int`, *optional*, defaults to 32):
             Number of rows per batch. Batches of more than 4,096 tokens are split.
         seed (`int`, *optional*, defaults to 0):
