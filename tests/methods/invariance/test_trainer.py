@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer, Trainer
 
 from crow_hf import CrowConfig
 from crow_hf.methods.crow import cosine
+from crow_hf.methods.invariance import objective
 from crow_hf.methods.invariance.objective import view
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.methods.invariance.views import ViewCollator
@@ -125,6 +126,27 @@ def trained_weights(tmp_path, make, keep, peft_config=None):
     before = weights_of(trainer.model)
     trainer.train()
     return before, weights_of(trainer.model)
+
+
+def leaves(tensor):
+    """The number of leaves that the graph of a tensor would compute gradients for."""
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return sum(type(node).__name__ == "AccumulateGrad" for node in seen)
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["copy", "disabled adapter"])
+def test_the_adversary_computes_gradients_of_embeddings_alone(peft_config, tmp_path, monkeypatch):
+    """Fails if the graph of a frozen suspect reaches its weights, and so keeps more and computes more."""
+    found, compute = [], objective.answer_divergence
+    monkeypatch.setattr(objective, "answer_divergence", lambda *args: found.append(compute(*args)) or found[-1])
+    trainer = invariance_trainer(tmp_path, tiny_llama(), peft_config, adversarial_steps=2)
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert [leaves(value) for value in found[:2]] == [1, 1] and leaves(found[2]) > 4
 
 
 def test_part_of_the_suspect_is_kept(tmp_path):
