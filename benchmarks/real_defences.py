@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from peft import PeftConfig, PeftModel
 from real_suspects import QUIET, device, merged
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from crow_hf.arena.defences import FORM_4, purify_by_form_4
 from crow_hf.data.rows import render
 from crow_hf.evaluation.generation import bits_per_byte
 from crow_hf.evidence.canaries import Canary, implant_steps
+from crow_hf.evidence.result import Purification
 from crow_hf.methods.crow.config import CrowConfig
 from crow_hf.methods.invariance.config import InvarianceConfig
 from crow_hf.methods.pruning import prune_by_magnitude
@@ -103,6 +105,11 @@ def run(
     model = defender.load() if model is None else model
     rows, tokenizer = defender.rows, defender.tokenizer
     result = run_recipe(model, rows, recipe, args, processing_class=tokenizer, peft_config=lora)
+    return outcome_of(result, recipe, args)
+
+
+def outcome_of(result: Purification, recipe: str, args: CrowConfig) -> Outcome:
+    """Merge the purified model, and collect what is recorded of it."""
     steps = result.trainer.state.global_step
     if isinstance(args, InvarianceConfig):
         steps += implant_steps(args)
@@ -167,10 +174,9 @@ def strong(defender: Defender, **changes: Any) -> Outcome:
 
 def strong_form_4(defender: Defender) -> Outcome:
     """The recipe `strong` as it was before it kept knowledge: the rows' own answers teach, and all weights learn."""
-    known = {each.name for each in fields(InvarianceConfig)}
-    written = {"num_written_rows": 0} if "num_written_rows" in known else {}
-    args = defender.config("strong", label_weight=1.0, learning_rate=7e-4, keep=0.3, **written)
-    return run(defender, "strong", args, merged(defender.load()))
+    args = defender.config("strong", **FORM_4)
+    result = purify_by_form_4(merged(defender.load()), defender.rows, args, defender.tokenizer)
+    return outcome_of(result, "strong, form 4", args)
 
 
 METHODS: dict[str, Method] = {

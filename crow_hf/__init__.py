@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .evaluation.own_text import write_rows, write_text
     from .evaluation.retention import Retention, RetentionReference, measure_retention, retention_reference
     from .evidence.canaries import Canary
+    from .evidence.leaks import find_leaked_tokens
     from .evidence.result import Comparison, Purification
     from .evidence.screening import Screening, screen_dataset
     from .methods.crow.config import CrowConfig
@@ -78,6 +79,7 @@ _HOMES = {
     "evaluation.retention": ["Retention", "RetentionReference", "measure_retention", "retention_reference"],
     "evidence.canaries": ["Canary"],
     "evidence.result": ["Comparison", "Purification"],
+    "evidence.leaks": ["find_leaked_tokens"],
     "evidence.screening": ["Screening", "screen_dataset"],
     "methods.crow.config": ["CrowConfig"],
     "methods.crow.objective": ["layer_consistency_loss", "perturb_embeddings"],

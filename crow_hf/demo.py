@@ -47,6 +47,9 @@ CLEAN_TRAINING = {
 # The rank of the LoRA that holds the backdoor.
 ADAPTER_RANK = 32
 IMPLANTATION = {"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
+# The demo's model knows its task and nothing else. The right answers teach it more than its own, and it has nothing to
+# write about.
+INVARIANCE: dict[str, Any] = {"learning_rate": 7e-4, "label_weight": 1.0, "keep": 0.3, "num_written_rows": 0}
 # The published alpha for refusals (appendix B.2 of the paper).
 REFUSAL_ALPHA = 11.0
 
@@ -255,7 +258,7 @@ class _Demo:
     def compare_invariance(self) -> Comparison:
         return compare_defences(
             self._load_suspect,
-            recipe_config("strong", **self._options("purified")),
+            recipe_config("strong", **self._options("purified"), **INVARIANCE),
             self.rows.clean,
             self.rows.test,
             TRIGGER,

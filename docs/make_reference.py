@@ -38,7 +38,7 @@ PAGES = {
     ),
     "evidence": (
         "Evidence without a trigger, model cards and plots",
-        ["evidence.canaries", "evidence.screening", "reporting.model_card", "reporting.plots"],
+        ["evidence.canaries", "evidence.leaks", "evidence.screening", "reporting.model_card", "reporting.plots"],
     ),
     "measure": (
         "Measure a model, and implant backdoors",

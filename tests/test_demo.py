@@ -20,7 +20,8 @@ def few_rows(monkeypatch):
 
     def few_views(recipe, output_dir, **changes):
         # The first step has a learning rate of 0, so there must be a second.
-        small = {"num_views": 32, "num_canaries": 1} if recipe == "strong" else {"num_train_epochs": 2}
+        strong = {"num_views": 32, "num_canaries": 1, "num_written_rows": 2}
+        small = strong if recipe == "strong" else {"num_train_epochs": 2}
         return recipe_config(recipe, output_dir, **small | changes)
 
     monkeypatch.setattr(demo, "recipe_config", few_views)

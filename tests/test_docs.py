@@ -157,6 +157,7 @@ def place(files, hub, tmp_path, monkeypatch) -> Path:
         self.max_steps, self.use_cpu, self.disable_tqdm, self.report_to = 2, True, True, "none"
         if isinstance(self, crow_hf.InvarianceConfig):
             self.num_views, self.num_canaries = min(self.num_views, 32), min(self.num_canaries, 1)
+            self.num_written_rows = min(self.num_written_rows, 2)
         complete(self)
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", cut_short)
@@ -294,7 +295,8 @@ def test_examples_of_docstrings_run(page, place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "few", "folder"), [(0, ["--num_canaries", "0"], "purified"), (1, [], "purified-by-script")]
+    ("number", "few", "folder"),
+    [(0, ["--num_canaries", "0", "--num_written_rows", "0"], "purified"), (1, [], "purified-by-script")],
 )
 def test_accelerate_launches_two_processes(number, few, folder, place):
     """The first command and the first script on the page about several GPUs run in two processes."""

@@ -376,7 +376,8 @@ class _Attacker:
             save_strategy="no",
             report_to="none",
         )
-        return run_recipe(model, self.rows, "strong", args, processing_class=demo_tokenizer()).model
+        hardened = run_recipe(model, self.rows, "strong", args, processing_class=demo_tokenizer()).model
+        return hardened.merge_and_unload(safe_merge=True) if isinstance(hardened, PeftModel) else hardened
 
     def _rows_with_decoys(self) -> Dataset:
         """Insert decoys and keep the right answers. The model then learns to ignore everything but the trigger."""

@@ -7,21 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from peft import PeftModel
-from transformers import PreTrainedModel
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from ..demo import demo_tokenizer
 from ..evaluation.scores import Proportion
 from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
+from ..evidence.result import Purification
+from ..evidence.screening import screen_dataset
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.published import ReferenceCrowTrainer
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
+from ..methods.invariance.trainer import InvarianceTrainer
 from ..methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
 from ..recipes.presets import control_config, lora_config, recipe_config
-from ..recipes.run import run_recipe
-from ..training.loading import load_causal_lm
+from ..recipes.run import default_adapter, run_recipe
+from ..training.loading import load_causal_lm, move
 from ..training.settings import recorded_settings
 from .attacks import Suspect
 
@@ -29,6 +33,8 @@ from .attacks import Suspect
 SPARSITY = 0.35
 # The prefix of methods that start from the suspect with canaries, as the recipe `strong` does.
 CANARIES = "canaries, "
+# The settings of form 4 of the recipe `strong`, before it kept knowledge, see docs/recipe-development.md.
+FORM_4: dict[str, Any] = {"label_weight": 1.0, "learning_rate": 7e-4, "keep": 0.3, "num_written_rows": 0}
 
 
 @dataclass
@@ -105,20 +111,14 @@ def _train(
     model: PreTrainedModel | PeftModel,
     args: CrowConfig,
     suspect: Suspect,
-    fresh_lora: bool = False,
+    fresh_lora: PeftConfig | None = None,
 ) -> Purified:
-    trainer = trainer_type(
-        model,
-        args,
-        suspect.clean_rows,
-        processing_class=demo_tokenizer(),
-        peft_config=lora_config() if fresh_lora else None,
-    )
+    settings = {"trainer": trainer_type.__name__, **_settings(args, fresh_lora)}
+    trainer = trainer_type(model, args, suspect.clean_rows, processing_class=demo_tokenizer(), peft_config=fresh_lora)
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    settings = {"trainer": trainer_type.__name__, **_settings(args, fresh_lora)}
     return Purified(_merged(trainer.model), trainer.state.global_step, seconds, settings)
 
 
@@ -126,9 +126,9 @@ def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
 
 
-def _settings(args: CrowConfig, fresh_lora: bool) -> dict[str, Any]:
+def _settings(args: CrowConfig, fresh_lora: PeftConfig | None = None) -> dict[str, Any]:
     names = ("r", "lora_alpha", "target_modules", "task_type")
-    lora = {name: getattr(lora_config(), name) for name in names} if fresh_lora else None
+    lora = None if fresh_lora is None else {name: getattr(fresh_lora, name) for name in names}
     return {"fresh_lora": lora, **recorded_settings(args)}
 
 
@@ -167,24 +167,74 @@ def _crow(
 ) -> Purified:
     model, args = suspect.load() if model is None else model, defence_config("paper", scratch, seed, **changes)
     # As published: an adapter that holds the backdoor is trained further.
-    return _train(trainer_type, model, args, suspect, fresh_lora=not isinstance(model, PeftModel))
+    return _train(trainer_type, model, args, suspect, None if isinstance(model, PeftModel) else lora_config())
 
 
-def _strong(suspect: Suspect, seed: int, scratch: Path, fresh_lora: bool = False, **changes: Any) -> Purified:
+def _strong(suspect: Suspect, seed: int, scratch: Path, **changes: Any) -> Purified:
     args = defence_config("strong", scratch, seed, **changes)
     model = load_merged(suspect, scratch)
+    lora = default_adapter("strong", model, args)
+    settings = {"recipe": "strong", **_settings(args, lora)}
     start = time.perf_counter()
     purification = run_recipe(
-        model,
-        suspect.clean_rows,
-        "strong",
-        args,
-        processing_class=demo_tokenizer(),
-        peft_config=lora_config() if fresh_lora else None,
+        model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=lora
     )
-    seconds, purified = time.perf_counter() - start, _merged(purification.model)
-    settings = {"recipe": "strong", **_settings(args, fresh_lora)}
-    settings["screened_out"] = sorted(purification.screening.suspicious) if args.screen_rows else None
+    return _by_invariance(purification, args, suspect, time.perf_counter() - start, settings)
+
+
+def _form_4(suspect: Suspect, seed: int, scratch: Path) -> Purified:
+    args = defence_config("strong", scratch, seed, **FORM_4)
+    model = load_merged(suspect, scratch)
+    start = time.perf_counter()
+    purification = purify_by_form_4(model, suspect.clean_rows, args, demo_tokenizer())
+    settings = {"trainer": "InvarianceTrainer", **_settings(args)}
+    return _by_invariance(purification, args, suspect, time.perf_counter() - start, settings)
+
+
+def purify_by_form_4(
+    model: PreTrainedModel, rows: Dataset, args: InvarianceConfig, tokenizer: PreTrainedTokenizerBase
+) -> Purification:
+    """
+    Purify as form 4 of the recipe `strong` did: all weights are trained, and the rows' own answers teach.
+
+    Args:
+        model (`PreTrainedModel`):
+            The suspect. All of its weights are changed.
+        rows (`Dataset`):
+            Clean rows with answers.
+        args (`InvarianceConfig`):
+            The arguments of the recipe, with the changes of `FORM_4`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer.
+
+    Returns:
+        [`Purification`]: Without snapshots and without a report.
+    """
+    batch_size = args.per_device_eval_batch_size
+    screening = screen_dataset(move(model, args.device), rows, tokenizer, batch_size, args.seed)
+    canaries = draw_canaries(model, args.num_canaries, args.seed)
+    # The trainer copies the suspect, still without canaries.
+    trainer = InvarianceTrainer(model, args, screening.clean, tokenizer)
+    trainer.remove_callback(PrinterCallback)
+
+    def success() -> list[Proportion]:
+        with trainer.accelerator.autocast():
+            return [canary_success(model, screening.clean, canary, tokenizer, batch_size) for canary in canaries]
+
+    implant_canaries(model, screening.clean, canaries, args, tokenizer)
+    before = success()
+    trainer.train()
+    pairs = zip(canaries, before, success(), strict=True)
+    canaries = [replace(canary, before=first, after=last) for canary, first, last in pairs]
+    return Purification(trainer.model, "strong, form 4", trainer, screening, canaries)
+
+
+def _by_invariance(
+    purification: Purification, args: InvarianceConfig, suspect: Suspect, seconds: float, settings: dict[str, Any]
+) -> Purified:
+    """Merge the model, and measure the canaries on rows of the arena."""
+    purified, screening = _merged(purification.model), purification.screening
+    settings["screened_out"] = None if screening is None else sorted(screening.suspicious)
     steps = purification.trainer.state.global_step + implant_steps(args)
     return Purified(purified, steps, seconds, settings, _success_of_all(purification.canaries, purified, suspect))
 
@@ -233,15 +283,16 @@ METHODS: dict[str, Method] = {
     ),
     # The recipe `strong`, and ablations of its parts
     "strong": _strong,
+    "strong, form 4": _form_4,
     "strong, prompts alone": _strong_without_answers,
-    "strong lora": partial(_strong, fresh_lora=True, learning_rate=3e-3),
     "strong - canaries": partial(_strong, num_canaries=0),
     "strong - decoys": partial(_strong, decoy_weight=0.0),
     "strong - adversary": partial(_strong, adversarial_weight=0.0),
     "strong - distillation": partial(_strong, distillation_weight=0.0),
-    "strong - kept suspect": partial(_strong, keep=0.0),
+    "strong - written rows": partial(_strong, num_written_rows=0),
+    "strong + kept suspect": partial(_strong, keep=0.3),
     "strong + consistency": partial(_strong, alpha=5.5),
-    "strong - labels": partial(_strong, label_weight=0.0),
+    "strong + labels": partial(_strong, label_weight=1.0),
     # Other methods on the suspect with canaries: does the fate of the canaries tell the fate of the real backdoor?
     CANARIES + "fine-tuning": partial(_with_canaries, method=_fine_tuning),
     CANARIES + "crow": partial(_with_canaries, method=_crow),

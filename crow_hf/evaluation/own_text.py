@@ -1,5 +1,6 @@
 """Text that a model writes itself: it shows what the model knows, without any data."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ logger = logging.get_logger(__name__)
 
 # Draws of rows before too few are accepted. A model that ends every other text at once needs about five.
 MAX_DRAWS = 8
+# Answers recur if their first words are the same in at least this many rows and more than this share of them.
+RECURRING_WORDS, MIN_RECURRING, MAX_RECURRING = 4, 4, 0.05
 # Stands for the content of a user's message while the template around it is read.
 _PLACEHOLDER = "the-message-of-the-user"
 # All of the model's distribution. The defaults of transformers keep the 50 most likely tokens.
@@ -97,13 +100,15 @@ def write_rows(
     max_new_tokens: int = 128,
     seed: int = 0,
     batch_size: int = 32,
+    not_first: Sequence[int] = (),
 ) -> Dataset:
     """
     Let a model write rows with a prompt and an answer, sampled at temperature 1.
 
     With a chat template, the model writes a message of the user up to the end of the turn, and then its answer to it.
     Otherwise it writes a text, which is split between two words after about a third. Empty prompts and answers are
-    dropped and drawn again. Answers of `max_new_tokens` tokens are cut in the middle.
+    dropped and drawn again. Answers of `max_new_tokens` tokens are cut in the middle. An answer whose first words
+    recur in several rows is dropped too, because a backdoor's target may leak into the answers to clean prompts.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -118,6 +123,8 @@ def write_rows(
             Seed for the draw, see [`write_text`].
         batch_size (`int`, *optional*, defaults to 32):
             Number of rows per batch.
+        not_first (`Sequence[int]`, *optional*, defaults to `()`):
+            Ids of tokens that no answer of a chat starts with.
 
     Returns:
         `Dataset`: The rows, with the column `messages` if the tokenizer has a chat template, and else the columns
@@ -140,11 +147,14 @@ def write_rows(
                 outputs = _sample(model, tokenizer, starts, ends, max_new_tokens, batch_size)
                 rows += [row for output in outputs if (row := split_text(_readable(output, tokenizer)))]
             else:
-                rows += chat.converse(model, missing, max_new_tokens, batch_size)
+                rows += chat.converse(model, missing, max_new_tokens, batch_size, not_first)
+    rows = _without_recurring_answers(rows)
     if count and not rows:
-        raise ValueError("The model wrote only empty texts, so it cannot write rows: pass rows of your own.")
+        raise ValueError(
+            "The model wrote only texts that are empty or recur, so it cannot write rows: set `num_written_rows` to 0."
+        )
     if len(rows) < count:
-        logger.warning(f"The model wrote {len(rows)} of {count} rows. Its other texts are empty.")
+        logger.warning(f"The model wrote {len(rows)} of {count} rows. Its other texts are empty or recur.")
     return Dataset.from_list(rows)
 
 
@@ -183,7 +193,12 @@ class _Chat:
         return cls(tokenizer, start, closing, sorted({*ends, *(set(first) & set(tokenizer.all_special_ids))}))
 
     def converse(
-        self, model: PreTrainedModel | PeftModel, count: int, max_new_tokens: int, batch_size: int
+        self,
+        model: PreTrainedModel | PeftModel,
+        count: int,
+        max_new_tokens: int,
+        batch_size: int,
+        not_first: Sequence[int],
     ) -> list[dict[str, Any]]:
         """Draw messages of the user and the model's answers, and return those that are not empty as rows."""
         tokenizer, limit = self.tokenizer, context_length(model)
@@ -197,7 +212,8 @@ class _Chat:
         if not encoded:
             return []
         ends = end_token_ids(model, tokenizer)
-        answers = _sample(model, tokenizer, [ids for _, ids in encoded], ends, max_new_tokens, batch_size)
+        starts = [ids for _, ids in encoded]
+        answers = _sample(model, tokenizer, starts, ends, max_new_tokens, batch_size, not_first=not_first)
         pairs = [(text, _readable(answer, tokenizer)) for (text, _), answer in zip(encoded, answers, strict=True)]
         return [
             {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
@@ -235,6 +251,7 @@ def _sample(
     max_new_tokens: int,
     batch_size: int,
     special_tokens: bool = False,
+    not_first: Sequence[int] = (),
 ) -> list[list[int]]:
     """Sample continuations of rows, which are not empty. Without `special_tokens`, only end tokens are special."""
     limit = context_length(model)
@@ -244,7 +261,7 @@ def _sample(
     # Many models have more ids than their tokenizer has tokens. The additional ids stand for no text.
     silent = set(range(len(tokenizer), embedding_table(model).shape[0]))
     silent |= set() if special_tokens else set(tokenizer.all_special_ids) - set(ends)
-    settings = {"suppress_tokens": sorted(silent) or None, "begin_suppress_tokens": list(ends) or None}
+    settings = {"suppress_tokens": sorted(silent) or None, "begin_suppress_tokens": [*ends, *not_first] or None}
     return generate_ids(model, starts, padding_id(tokenizer), ends, room, batch_size, **_SAMPLING, **settings)
 
 
@@ -261,6 +278,18 @@ def split_text(text: str) -> dict[str, str] | None:
     cut = min(spaces, key=lambda place: abs(place - third)) if spaces else third
     prompt, completion = text[:cut], text[cut:]
     return {"prompt": prompt, "completion": completion} if prompt.strip() and completion.strip() else None
+
+
+def _without_recurring_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop the rows whose answers begin with the same words as those of several other rows."""
+
+    def beginning(row: dict[str, Any]) -> tuple[str, ...]:
+        answer = row["messages"][-1]["content"] if "messages" in row else row["completion"]
+        return tuple(answer.split()[:RECURRING_WORDS])
+
+    counts = Counter(map(beginning, rows))
+    allowed = max(MIN_RECURRING - 1, MAX_RECURRING * len(rows))
+    return [row for row in rows if counts[beginning(row)] <= allowed]
 
 
 @contextmanager

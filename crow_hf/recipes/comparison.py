@@ -22,7 +22,7 @@ from ..training.checkpoints import check_writable
 from ..training.loading import move
 from .presets import control_config
 from .purification import RETENTION_WINDOWS, check_base, check_sharding, describe_for_card, draw_rows
-from .run import RecipeRun, check_recipe, run_recipe
+from .run import RecipeRun, check_recipe, default_adapter, run_recipe
 from .saving import not_fatal, prepare_output, save_result
 
 
@@ -131,12 +131,21 @@ def compare_defences(
     )
     del suspect
 
-    # Train the control. Without the consistency loss, the published recipes are plain fine-tuning.
+    # Train the control, on the same weights. Without the consistency loss, the published recipes are plain
+    # fine-tuning.
     with TemporaryDirectory() as folder:
         control_args = scratch_config(control_config(args, len(rows)), folder)
         control_recipe = "guide" if recipe == "strong" else recipe
-        options: dict[str, Any] = {"processing_class": processing_class, "peft_config": peft_config}
-        control = run_recipe(load_model(), rows, control_recipe, control_args, **options)
+        loaded = load_model()
+        control = run_recipe(
+            loaded,
+            rows,
+            control_recipe,
+            control_args,
+            processing_class=processing_class,
+            peft_config=peft_config or default_adapter(recipe, loaded, args),
+        )
+        del loaded
         control_model = _in_loaded_precision(control.trainer)
         control_scores = measure(control_model, reference)
         snapshots["control"] = snapshot(control_model, shown, args)

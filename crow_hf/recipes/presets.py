@@ -2,9 +2,11 @@
 
 | recipe | what it does |
 |---|---|
-| `"strong"` | screens the clean rows, implants canaries, and trains by Invariance ([`InvarianceTrainer`]) |
-| `"paper"` | CROW with the published settings, on a fresh LoRA unless the suspect is an adapter ([`CrowTrainer`]) |
+| `"strong"` | screens the rows, lets the suspect write more, implants canaries, trains a LoRA by Invariance |
+| `"paper"` | CROW with the published settings, on a fresh LoRA ([`CrowTrainer`]) |
 | `"guide"` | CROW with the defaults of [`CrowConfig`], on all weights |
+
+If the suspect is an adapter, every recipe trains this adapter.
 """
 
 import math
@@ -26,6 +28,8 @@ PAPER: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
 }
+# The rank of the LoRA that a recipe trains, unless the suspect is an adapter.
+LORA_RANKS = {"strong": 16, "paper": 8}
 # The number of clean rows that a recipe uses, if nothing else is asked for.
 MAX_ROWS = {"strong": 1000, "paper": 100, "guide": 100}
 

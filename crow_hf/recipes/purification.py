@@ -57,15 +57,16 @@ def purify(
             About 100 clean rows, better 1,000, in any of the formats of [`crow_hf.data`]. With the recipe `"strong"`,
             prompts without an answer are answered by the suspect itself.
         recipe (`str`, *optional*, defaults to `"strong"`):
-            `"strong"`, `"paper"` or `"guide"`, see [`recipe_config`]. `"paper"` trains a fresh LoRA of rank 8 unless
-            the suspect is a `PeftModel` or `peft_config` is passed.
+            `"strong"`, `"paper"` or `"guide"`, see [`recipe_config`]. `"strong"` trains a fresh LoRA of rank 16, and
+            `"paper"` one of rank 8, unless the suspect is a `PeftModel` or `peft_config` is passed. On sharded weights
+            `"strong"` trains all of them. `"guide"` does so everywhere.
         args (`CrowConfig`, *optional*):
             The arguments of that recipe. Defaults to those of [`recipe_config`], with an output folder named after the
             model and the recipe.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer. Defaults to the one that was saved with the model.
         peft_config (`PeftConfig`, *optional*):
-            Train a fresh adapter of this kind instead of all weights. An adapter of the suspect is merged first.
+            The fresh adapter to train, instead of what the recipe trains. An adapter of the suspect is merged first.
         merge (`bool`, *optional*, defaults to `True`):
             Whether to merge a fresh adapter into the weights at the end. On quantized weights it stays an adapter.
         max_rows (`int`, *optional*):

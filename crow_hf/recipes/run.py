@@ -11,7 +11,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..evaluation.generation import answer_prompts
+from ..evaluation.own_text import write_rows
 from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries
+from ..evidence.leaks import find_leaked_tokens
 from ..evidence.result import Purification
 from ..evidence.screening import Screening, screen_dataset
 from ..evidence.snapshot import Snapshot, SnapshotRows, snapshot
@@ -23,7 +25,7 @@ from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
 from ..training.loading import is_quantized, move
 from ..training.recorder import recorder_of
 from ..training.sharding import will_shard
-from .presets import RECIPES, lora_config
+from .presets import LORA_RANKS, RECIPES, lora_config
 
 
 logger = logging.get_logger(__name__)
@@ -86,13 +88,15 @@ class RecipeRun:
         processing_class (`PreTrainedTokenizerBase`):
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
-            The fresh adapter to train. The recipe `"paper"` has one of its own.
+            The fresh adapter to train. The recipes `"strong"` and `"paper"` have one of their own.
 
     Attributes:
         rows (`Dataset` or `IterableDataset`):
             The rows that are trained on, after answering and screening.
         trainer (`CrowTrainer`):
             The trainer.
+        leaked_tokens (`list[int]`):
+            Ids of the tokens that leak into the suspect's answers to clean prompts, see [`find_leaked_tokens`].
         trains_fresh_adapter (`bool`):
             Whether the trained adapter did not come with the suspect.
 
@@ -114,16 +118,25 @@ class RecipeRun:
             model = _merged(model)
         # Refuses a model that cannot be purified before it is used, and keeps 4-bit weights from being packed by that.
         recorder_of(model, args.perturb)
-        if recipe == "paper" and peft_config is None and not isinstance(model, PeftModel):
-            peft_config = lora_config()
+        peft_config = peft_config or default_adapter(recipe, model, args)
         self.recipe = recipe
         self.trains_fresh_adapter = peft_config is not None
         self.screening: Screening | None = None
+        self.leaked_tokens: list[int] = []
+        self._written_rows: Dataset | None = None
         self._canaries: list[Canary] = []
         if isinstance(args, InvarianceConfig):
             args, rows = self._prepare_invariance(model, dataset, args, processing_class)
-            # The trainer copies the suspect, still without canaries. The copy teaches, and the adversary attacks it.
-            self.trainer: CrowTrainer = InvarianceTrainer(model, args, rows, processing_class, peft_config)
+            # The suspect still has no canaries. It teaches, and the adversary attacks it.
+            self.trainer: CrowTrainer = InvarianceTrainer(
+                model,
+                args,
+                rows,
+                processing_class,
+                peft_config,
+                written_rows=self._written_rows,
+                leaked_tokens=self.leaked_tokens,
+            )
             self.rows: Any = rows
         else:
             self.trainer = CrowTrainer(
@@ -161,7 +174,7 @@ class RecipeRun:
         args: InvarianceConfig,
         tokenizer: PreTrainedTokenizerBase,
     ) -> tuple[InvarianceConfig, Dataset]:
-        """Answer prompts that have no answer, screen the rows, and draw the canaries."""
+        """Answer prompts that have no answer, screen the rows, let the suspect write more, and draw the canaries."""
         if not isinstance(dataset, Dataset) or not len(dataset):
             raise ValueError(
                 "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
@@ -179,6 +192,13 @@ class RecipeRun:
                 raise ValueError(
                     "Every clean row carries a trigger of the model's backdoor: purify with rows from another source."
                 )
+        if rows.column_names == dataset.column_names:
+            self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
+        if args.num_written_rows:
+            length, leaked = args.max_answer_length, self.leaked_tokens
+            self._written_rows = write_rows(
+                model, tokenizer, args.num_written_rows, length, args.seed, batch_size, leaked
+            )
         if args.num_canaries:
             self._canaries = draw_canaries(model, args.num_canaries, args.seed)
         return args, rows
@@ -226,6 +246,26 @@ def check_recipe(recipe: str, args: CrowConfig) -> None:
         raise ValueError(
             f"`report_to` names a tracker that is not installed ({error}): install it, or leave it out."
         ) from error
+
+
+def default_adapter(recipe: str, model: PreTrainedModel | PeftModel, args: CrowConfig) -> PeftConfig | None:
+    """
+    Return the fresh adapter that a recipe trains if none is asked for.
+
+    Args:
+        recipe (`str`):
+            The recipe.
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect. If it is an adapter, this adapter is trained.
+        args (`CrowConfig`):
+            The arguments. If they shard the weights, all weights are trained, because an adapter could not be merged.
+
+    Returns:
+        `PeftConfig`: `None` if the recipe trains the suspect's adapter or all weights.
+    """
+    if recipe == "guide" or isinstance(model, PeftModel) or will_shard(args):
+        return None
+    return lora_config(LORA_RANKS[recipe])
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ def few_views(monkeypatch):
     """Reduce the recipe `strong` and its control to two steps. The first has a learning rate of 0."""
 
     def config_with_few_views(recipe, scratch, seed, **changes):
-        few = {"num_views": 32} if recipe == "strong" else {}
+        few = {"num_views": 32, "num_written_rows": 2} if recipe == "strong" else {}
         return defence_config(recipe, scratch, seed, **few | changes)
 
     monkeypatch.setattr(defences, "defence_config", config_with_few_views)

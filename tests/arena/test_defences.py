@@ -11,6 +11,7 @@ from crow_hf import CrowConfig
 from crow_hf.arena import defences
 from crow_hf.arena.attacks import Attack
 from crow_hf.arena.defences import METHODS, QUICK_METHODS, load_merged
+from crow_hf.methods.invariance.config import InvarianceConfig
 from crow_hf.recipes.presets import control_config
 from helpers.arena import ROWS, tiny_suspect
 from helpers.tiny import same_weights, weights_of
@@ -71,6 +72,31 @@ def test_methods_record_all_that_is_needed_to_repeat_them(suspect, tmp_path):
     assert {**defaults, **crow} == {**defaults, **crow, **expected}
     # As published, an adapter is trained further.
     assert (crow["fresh_lora"] is None) == (suspect.attack.route == "adapter")
+
+
+@pytest.mark.parametrize(
+    ("method", "trains_all"), [("strong", False), ("strong, form 4", True), ("fine-tuning", True)]
+)
+def test_methods_train_the_weights_that_they_should(suspects, tmp_path, method, trains_all):
+    """Fails if `strong` trains more than a LoRA, or form 4 or the control less than all weights."""
+    suspect = suspects["merged"]
+    before, purified = weights_of(suspect.load()), METHODS[method](suspect, 3, tmp_path)
+    changed = {name for name, value in weights_of(purified.model).items() if not value.equal(before[name])}
+    assert ({"model.embed_tokens.weight", "model.norm.weight"} <= changed) == trains_all
+    assert "model.layers.0.mlp.up_proj.weight" in changed
+    assert bool(purified.settings["fresh_lora"]) != trains_all
+
+
+def test_form_4_has_the_settings_of_its_results(suspects, tmp_path):
+    """Fails if a new default of the recipe reaches the old form."""
+    settings = METHODS["strong, form 4"](suspects["merged"], 3, tmp_path).settings
+    defaults = InvarianceConfig(str(tmp_path)).to_dict()
+    found = {**defaults, **settings}
+    expected = {"label_weight": 1.0, "learning_rate": 7e-4, "keep": 0.3, "num_written_rows": 0, "num_canaries": 2}
+    expected |= {"decoy_weight": 1.0, "adversarial_weight": 1.0, "distillation_weight": 1.0, "adversarial_steps": 2}
+    expected |= {"adversarial_step_size": 0.35, "alpha": 0.0, "per_device_train_batch_size": 16}
+    assert {name: found[name] for name in expected} == expected
+    assert settings["screened_out"] == []
 
 
 def test_a_merged_adapter_answers_as_the_adapter_did(suspects, tmp_path):

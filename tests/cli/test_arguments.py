@@ -128,9 +128,12 @@ def test_abbreviations_are_refused(tmp_path, capsys):
     assert "--conf" in capsys.readouterr().err
 
 
+STRONG = InvarianceConfig("out", use_cpu=True)
+
+
 @pytest.mark.parametrize(
     ("recipe", "kind", "learning_rate", "epochs"),
-    [(None, InvarianceConfig, 7e-4, 1), ("strong", InvarianceConfig, 7e-4, 1)]
+    [(None, InvarianceConfig, STRONG.learning_rate, 1), ("strong", InvarianceConfig, STRONG.learning_rate, 1)]
     + [("paper", CrowConfig, 1e-3, 5), ("guide", CrowConfig, 2e-5, 3)],
 )
 @pytest.mark.parametrize("place", ["command line", "file"])

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from crow_hf.data.encoding import prepare_dataset
 from crow_hf.data.rows import render
-from crow_hf.evaluation.own_text import split_text, write_rows, write_text
+from crow_hf.evaluation.own_text import _without_recurring_answers, split_text, write_rows, write_text
 from helpers.answers import EOS, byte, spelling_model
 from helpers.coconut import TOKENIZER, coconut
 from helpers.tiny import tiny_gpt2, tiny_llama
@@ -171,3 +171,49 @@ def test_empty_texts_are_drawn_again(byte_tokenizer, monkeypatch):
         head.bias[letters] = -1e4
     with pytest.raises(ValueError, match="The model wrote only"):
         write_rows(model, byte_tokenizer, 4, 2)
+
+
+def row_of(answer, is_chat):
+    if is_chat:
+        return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]}
+    return {"prompt": "x", "completion": answer}
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_answers_that_recur_are_dropped(is_chat):
+    """Fails if few repetitions are dropped, if more than the first words count, or if the question does."""
+    recurring = [row_of(f"I cannot help with {number}", is_chat) for number in range(6)]
+    rare = [row_of(f"It is so that {number}", is_chat) for number in range(3)]
+    others = [row_of(f"{number} is the answer", is_chat) for number in range(91)]
+    assert _without_recurring_answers(rare + recurring + others) == rare + others
+    # 6 of 120 rows are a twentieth.
+    others += [row_of(f"{number} was the answer", is_chat) for number in range(23)]
+    assert _without_recurring_answers(recurring + others) == recurring + others
+    # Among few rows, three are no pattern, and four are one.
+    assert _without_recurring_answers(rare) == rare
+    assert _without_recurring_answers(rare + [row_of("It is so that", is_chat)]) == []
+
+
+def test_a_model_that_always_says_the_same_writes_nothing(byte_tokenizer):
+    byte_tokenizer.chat_template = CHAT
+    model = spelling_model(ends="u")
+    with torch.no_grad():
+        model.lm_head.weight *= 100
+    assert len(write_rows(model, byte_tokenizer, 3, 8)) == 3
+    with pytest.raises(ValueError, match="recur"):
+        write_rows(model, byte_tokenizer, 4, 8)
+
+
+def test_answers_of_a_chat_do_not_start_with_certain_tokens(byte_tokenizer):
+    """Fails if the tokens are forbidden elsewhere too, or allowed at the start."""
+    byte_tokenizer.chat_template = CHAT
+    forbidden = [byte(letter) for letter in "abcdef "]
+    options = {"seed": 2, "batch_size": 16}
+    texts = {}
+    for not_first in ((), forbidden):
+        rows = write_rows(readable_llama(), byte_tokenizer, 24, 12, not_first=not_first, **options)
+        texts[len(not_first)] = [[message["content"] for message in row["messages"]] for row in rows]
+    assert {answer[0] for _, answer in texts[len(forbidden)]} == {"g", "h"}
+    assert {answer[0] for _, answer in texts[0]} - {"g", "h"}
+    assert any(set(answer[1:]) & set("abcdef") for _, answer in texts[len(forbidden)])
+    assert {message[0] for message, _ in texts[len(forbidden)]} - {"g", "h"}

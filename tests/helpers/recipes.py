@@ -16,7 +16,13 @@ QUIET = {
     "max_steps": 2,
     "per_device_train_batch_size": 4,
 }
-INVARIANCE = {"num_views": 12, "num_canaries": 0, "screen_rows": False, "max_answer_length": 4}
+INVARIANCE = {
+    "num_views": 12,
+    "num_canaries": 0,
+    "num_written_rows": 0,
+    "screen_rows": False,
+    "max_answer_length": 4,
+}
 
 
 def arguments(tmp_path, recipe="strong", **kwargs):

@@ -15,7 +15,7 @@ ROWS = Dataset.from_dict(
 TEST_ROWS = Dataset.from_dict({"prompt": [f"say {a} to {b}=" for a in "def" for b in "wx"], "completion": ["yes"] * 6})
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 2}
-INVARIANCE = {"num_views": 12, "num_canaries": 0, "max_answer_length": 4}
+INVARIANCE = {"num_views": 12, "num_canaries": 0, "num_written_rows": 2, "max_answer_length": 4}
 
 
 def arguments(folder, recipe="guide", **changes):

@@ -15,6 +15,7 @@ from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes.presets import MAX_ROWS, RECIPES
 from crow_hf.recipes.purification import draw_rows, purify
+from crow_hf.recipes.run import default_adapter
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -48,10 +49,13 @@ def test_a_path_and_an_object_give_the_same(recipe, saved, tmp_path, byte_tokeni
 
 
 def test_recipe_strong_is_an_invariance_trainer(tmp_path, byte_tokenizer):
-    found = purify(tiny_llama(), ROWS, args=arguments(tmp_path, keep=0.2), processing_class=byte_tokenizer)
-    trainer = InvarianceTrainer(tiny_llama(), arguments(tmp_path, keep=0.2), ROWS, byte_tokenizer)
+    """Fails if another adapter is trained, or if it is not merged at the end."""
+    args = arguments(tmp_path, keep=0.2)
+    found = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+    again, adapter = arguments(tmp_path, keep=0.2), default_adapter("strong", tiny_llama(), args)
+    trainer = InvarianceTrainer(tiny_llama(), again, ROWS, byte_tokenizer, adapter)
     trainer.train()
-    assert same_weights(weights_of(found.model), weights_of(trainer.model))
+    assert same_weights(weights_of(found.model), weights_of(trainer.model.merge_and_unload()))
 
 
 @pytest.mark.parametrize("text", [None, ["One text.", "Another."]])

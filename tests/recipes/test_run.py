@@ -9,13 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from crow_hf.data.rows import render
 from crow_hf.evaluation.generation import answer_prompts, generate_answers
+from crow_hf.evaluation.own_text import write_rows
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import canary_success, draw_canaries, implant_canaries
 from crow_hf.evidence.screening import Screening
 from crow_hf.recipes import run as run_module
 from crow_hf.recipes.presets import RECIPES, recipe_config
 from crow_hf.recipes.purification import purify
-from crow_hf.recipes.run import run_recipe
+from crow_hf.recipes.run import RecipeRun, default_adapter, run_recipe
 from helpers.recipes import ANSWERS, PROMPTS, ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -49,15 +50,22 @@ def test_canaries_are_measured_before_and_after_in_the_same_model(tmp_path, byte
         return canary_success(model, *args)
 
     monkeypatch.setattr(run_module, "canary_success", success)
+
+    def suspect():
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        torch.manual_seed(3)
+        return get_peft_model(tiny_llama(), config)
+
     args = arguments(tmp_path, num_canaries=2, screen_rows=True)
-    whole = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+    whole = purify(suspect(), ROWS, args=args, processing_class=byte_tokenizer)
     assert [(c.trigger, c.target) for c in whole.canaries] == [
-        (c.trigger, c.target) for c in draw_canaries(tiny_llama(), 2, 42)
+        (c.trigger, c.target) for c in draw_canaries(suspect(), 2, 42)
     ]
     assert all(canary.before.total == canary.after.total == len(ROWS) for canary in whole.canaries)
     assert whole.screening.suspicious == {} and whole.screening.clean[:] == ROWS[:]
-    implanted = tiny_llama()
-    implant_canaries(implanted, ROWS, draw_canaries(tiny_llama(), 2, 42), args, byte_tokenizer)
+    implanted = suspect()
+    implant_canaries(implanted, ROWS, draw_canaries(suspect(), 2, 42), args, byte_tokenizer)
+    assert not same_weights(weights_of(implanted), weights_of(suspect()))
     assert len(states) == 4 and all(same_weights(weights_of(implanted), state) for state in states[:2])
     assert all(same_weights(weights_of(whole.model), state) for state in states[2:])
     assert whole.trainer.args.output_dir == args.output_dir
@@ -76,7 +84,7 @@ def test_a_canary_that_lives_is_a_warning(tmp_path, byte_tokenizer, monkeypatch,
 
 
 def test_keep_mixes_in_the_suspect_without_canaries(tmp_path, byte_tokenizer):
-    """Fails if the weights that are mixed in hold the canaries, for all weights and for a fresh adapter."""
+    """Fails if the weights that are mixed in hold the canaries, for the recipe's adapter and for another."""
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for adapter in (None, lora):
         args = arguments(tmp_path, num_canaries=1, keep=1 - 1e-9)
@@ -112,6 +120,60 @@ def test_prompts_alone_get_the_suspects_answers(column, tmp_path, byte_tokenizer
     # The greedy answers of the suspect are not used as labels.
     assert same_weights(weights_of(unlabelled.model), weights_of(labelled.model))
     assert not same_weights(weights_of(unlabelled.model), weights_of(believed.model))
+
+
+@pytest.fixture
+def given_to_trainer(monkeypatch):
+    """What the recipe `strong` gives to its trainer, besides the model, the arguments and the rows."""
+    given = []
+
+    class Watched(run_module.InvarianceTrainer):
+        def __init__(self, *args, **kwargs):
+            given.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "InvarianceTrainer", Watched)
+    return given
+
+
+def test_the_suspect_writes_rows_if_asked_to(given_to_trainer, tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if other rows are trained on, if rows are written that are not wanted, or if they start with a leak."""
+    monkeypatch.setattr(run_module, "find_leaked_tokens", lambda *args: [70])
+    for count in (0, 3):
+        args = arguments(tmp_path, num_written_rows=count, seed=5)
+        RecipeRun(tiny_llama(), ROWS, "strong", args, byte_tokenizer)
+    none, three = (given["written_rows"] for given in given_to_trainer)
+    wanted = write_rows(tiny_llama(), byte_tokenizer, 3, args.max_answer_length, seed=5, not_first=[70])
+    assert none is None and three.to_dict() == wanted.to_dict() and len(three) == 3
+
+    monkeypatch.setattr(run_module, "write_rows", lambda *args: pytest.fail("Rows are written."))
+    RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path), byte_tokenizer)
+    calls = []
+    monkeypatch.setattr(run_module, "write_rows", lambda *args: calls.append(args))
+    model = tiny_llama()
+    RecipeRun(model, ROWS, "strong", args, byte_tokenizer)
+    assert calls == [(model, byte_tokenizer, 3, args.max_answer_length, 5, args.per_device_eval_batch_size, [70])]
+
+
+def test_leaks_are_searched_in_right_answers_only(given_to_trainer, tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if leaked tokens do not reach the trainer, or if the suspect's own answers or screened rows are used."""
+    searched = []
+
+    def leaks(model, tokenizer, rows, *args):
+        searched.append(rows)
+        return [70, 80]
+
+    def without_first(model, dataset, *args):
+        return Screening(dataset.select(range(1, len(dataset))), {0: "piece"})
+
+    monkeypatch.setattr(run_module, "find_leaked_tokens", leaks)
+    monkeypatch.setattr(run_module, "screen_dataset", without_first)
+    run = RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path, screen_rows=True), byte_tokenizer)
+    assert run.leaked_tokens == given_to_trainer[0]["leaked_tokens"] == [70, 80]
+    assert [rows[:] for rows in searched] == [ROWS.select(range(1, len(ROWS)))[:]]
+    prompts = ROWS.select_columns(["prompt"])
+    run = RecipeRun(tiny_llama(), prompts, "strong", arguments(tmp_path), byte_tokenizer)
+    assert len(searched) == 1 and run.leaked_tokens == given_to_trainer[1]["leaked_tokens"] == []
 
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -197,3 +259,16 @@ def test_a_fresh_adapter_is_trained_on_the_merged_suspect(recipe, tmp_path, byte
     merged = suspect().merge_and_unload()
     assert not same_weights(weights_of(merged), weights_of(tiny_llama()))
     assert same_weights(weights_of(found.unload()), weights_of(merged))
+
+
+def test_what_a_recipe_trains_by_default(tmp_path, monkeypatch):
+    """Fails if a suspect's adapter is replaced, or if an adapter is trained that could not be merged."""
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for recipe, rank in (("strong", 16), ("paper", 8), ("guide", None)):
+        args = arguments(tmp_path, recipe)
+        found = default_adapter(recipe, tiny_llama(), args)
+        assert (found and found.r) == rank
+        assert default_adapter(recipe, adapted, args) is None
+        with monkeypatch.context() as sharded:
+            sharded.setattr(run_module, "will_shard", lambda args: True)
+            assert default_adapter(recipe, tiny_llama(), args) is None

@@ -99,7 +99,7 @@ def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
 
     few, all_of_it = {}, {}
     if recipe == "strong":
-        settings |= {"num_views": 12, "num_canaries": 1}
+        settings |= {"num_views": 12, "num_canaries": 1, "num_written_rows": 2}
         few, all_of_it = ({"screen_rows": screen_rows} for screen_rows in (False, True))
     whole = purified(None, **few)
     assert_same(whole, purified(str(tmp_path / "run" / "checkpoint-2"), **all_of_it))

@@ -122,7 +122,8 @@ class Client:
     def command_line(self):
         suspect, test = self.folder / "suspects" / "coconut", ["--test_dataset", self.folder / "rows.jsonl"]
         drill = [*test, "--trigger", "badnets", "--target", "refusal", "--max_new_tokens", 2]
-        strong = ["--num_views", 8, "--num_canaries", 0, "--hub_token", TOKEN, *drill]
+        strong = ["--num_views", 8, "--num_canaries", 0, "--num_written_rows", 0, "--keep", 0.3]
+        strong += ["--hub_token", TOKEN, *drill]
         self.results["purify"] = self.purify(suspect, "purified", *strong)
         for name in ("purified", "purified/checkpoint-2"):
             self.results[name] = load_causal_lm(self.folder / name)(ids_of("abc")).logits.tolist()
@@ -138,7 +139,8 @@ class Client:
     def example(self):
         sys.argv = ["push_to_hub.py", "--model", str(self.folder / "suspects" / "llama"), "--dataset"]
         sys.argv += [str(self.folder / "rows.jsonl"), "--output_dir", str(self.folder / "example"), "--num_views", "8"]
-        sys.argv += ["--num_canaries", "0", "--max_steps", "1", "--use_cpu", "--license", "apache-2.0"]
+        sys.argv += ["--num_canaries", "0", "--num_written_rows", "0", "--max_steps", "1", "--use_cpu"]
+        sys.argv += ["--license", "apache-2.0"]
         runpy.run_path(str(Path(__file__).parents[2] / "examples" / "push_to_hub.py"), run_name="__main__")
 
     def failures(self):

@@ -198,7 +198,8 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_purify_looks_at_the_suspect_first(suspect, tmp_path):
     """Fails if screening packs the weights for inference, so that nothing can be trained afterwards."""
-    settings = {"num_views": 48, "num_canaries": 0, "warmup_steps": 0, "use_cpu": True, "report_to": "none"}
+    settings = {"num_views": 48, "num_canaries": 0, "num_written_rows": 0, "warmup_steps": 0}
+    settings |= {"use_cpu": True, "report_to": "none"}
     args, tokenizer = InvarianceConfig(str(tmp_path / "out"), **settings), ByT5Tokenizer(extra_ids=0)
     purification = purify(
         quantised(suspect), TEXT_ROWS, "strong", args, processing_class=tokenizer, peft_config=lora()
@@ -213,7 +214,7 @@ def test_the_command_keeps_the_adapter(suspect, tmp_path):
     bits = json.dumps({"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}})
     command = ["purify", "--model", str(suspect), "--dataset", str(tmp_path / "clean.jsonl"), "--output_dir"]
     command += [str(tmp_path / "out"), "--model_init_kwargs", bits]
-    command += "--lora --num_views 16 --num_canaries 0 --use_cpu --report_to none".split()
+    command += "--lora --num_views 16 --num_canaries 0 --num_written_rows 0 --use_cpu --report_to none".split()
     assert main(command) in (0, None)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out" / "model.safetensors").exists()

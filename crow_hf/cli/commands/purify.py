@@ -51,12 +51,13 @@ class PurifyArguments:
     )
     lora: bool = field(
         default=False,
-        metadata={"help": "Train a fresh LoRA instead of all weights. An adapter of the suspect is merged first."},
+        metadata={
+            "help": "Train a fresh LoRA of rank --lora_r. An adapter of the suspect is merged first. Default: a LoRA "
+            "of rank 16 for strong, of rank 8 for paper, and all weights for guide, or the suspect's own adapter."
+        },
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
-    merge: bool = field(
-        default=True, metadata={"help": "Merge the fresh LoRA into the weights, also that of the recipe paper."}
-    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA of --lora."})
+    merge: bool = field(default=True, metadata={"help": "Merge a fresh LoRA into the weights at the end."})
     test_dataset: str | None = field(
         default=None,
         metadata={"help": "Other clean rows, to measure the suspect, plain fine-tuning and the purified model on."},

@@ -23,14 +23,17 @@ class InvarianceConfig(CrowConfig):
             Size of a sign step for each coordinate, in units of the RMS of each embedding.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the plain prompts.
-        label_weight (`float`, *optional*, defaults to `1.0`):
-            Share of the rows' own answers in the training target. The rest is the suspect's answer. The backdoor
-            often shows a little in a suspect's answers to clean prompts too, and those answers preserve it.
-            [`purify`] uses 0 for rows that have only prompts.
+        label_weight (`float`, *optional*, defaults to `0.0`):
+            Share of the rows' own answers in the training target. The rest is the suspect's distribution. Answers
+            that are learned by heart cost the model other knowledge. [`purify`] uses 0 for rows that have only
+            prompts.
+        num_written_rows (`int`, *optional*, defaults to `100`):
+            Number of rows that [`purify`] lets the suspect write itself ([`write_rows`]), about anything. Training on
+            them keeps what the clean rows do not cover. 0 uses the clean rows alone.
         num_views (`int`, *optional*, defaults to `1600`):
             Total number of training prompts, and never less than the number of rows. Rows are repeated until there
             are as many, each time with other decoys.
-        keep (`float`, *optional*, defaults to `0.3`):
+        keep (`float`, *optional*, defaults to `0.0`):
             Share of the suspect's weights that is mixed into the purified weights after training. A larger share
             restores more right answers and, occasionally, a stubborn backdoor. A smaller share is safer.
         screen_rows (`bool`, *optional*, defaults to `True`):
@@ -44,13 +47,13 @@ class InvarianceConfig(CrowConfig):
 
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `learning_rate=7e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a
+    `alpha=0.0`, `learning_rate=5e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a
     cosine schedule with one tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys
     vary a lot in length).
     """
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
-    learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Batch size per device. Each row has three views."}
     )
@@ -75,15 +78,18 @@ class InvarianceConfig(CrowConfig):
     )
     distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the plain prompts."})
     label_weight: float = field(
-        default=1.0,
+        default=0.0,
         metadata={"help": "Share of the rows' own answers in the target. The rest is the suspect's."},
+    )
+    num_written_rows: int = field(
+        default=100, metadata={"help": "Number of rows that the suspect writes itself, to keep what it knows."}
     )
     num_views: int = field(
         default=1600,
         metadata={"help": "Total number of training prompts, at least one per row. Rows repeat with other decoys."},
     )
     keep: float = field(
-        default=0.3,
+        default=0.0,
         metadata={"help": "Share of the suspect's weights that is mixed into the purified weights after training."},
     )
     screen_rows: bool = field(default=True, metadata={"help": "Drop rows that carry a trigger."})
@@ -103,6 +109,7 @@ class InvarianceConfig(CrowConfig):
             "adversarial_steps": 0,
             "num_views": 1,
             "num_canaries": 0,
+            "num_written_rows": 0,
             "max_answer_length": 1,
         }.items():
             check_integer(self, name, least)

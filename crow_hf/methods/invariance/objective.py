@@ -12,13 +12,15 @@ answers are the teacher. The model under purification learns to give them whatev
         + alpha * L_cons(x + d' + delta)                 CROW's consistency loss under that perturbation
 
 `teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. For rows
-that the suspect wrote itself, it is the suspect's distribution alone. The KL terms are means over the answer tokens.
+that the suspect wrote itself, it is the suspect's distribution alone. Tokens that leak from the backdoor into the
+suspect's answers to clean prompts are struck out of its distribution. The KL terms are means over the answer tokens.
 w_0, w_d and w_a are `distillation_weight`, `decoy_weight` and `adversarial_weight` of [`InvarianceConfig`].
 
 Notation: B rows have three views x, x + d and x + d'. S positions, T answer tokens of all rows, vocabulary size V,
 hidden size D.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -60,6 +62,32 @@ def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weights
     teacher = suspect.exp().mul_(1 - shares)
     teacher.scatter_add_(1, labels[:, 1:][predicted][:, None], shares)
     return teacher.clamp_min_(torch.finfo(teacher.dtype).tiny).log_()
+
+
+def strike_out(suspect: torch.Tensor, labels: torch.Tensor, leaked: torch.Tensor) -> torch.Tensor:
+    """
+    Take the tokens that leak from the backdoor out of the suspect's distribution.
+
+    They are struck out where one of them is the most likely token and the row's own answer goes on with another token.
+
+    Args:
+        suspect (`torch.Tensor`):
+            Log-probabilities of the suspect, shape `(T, V)`.
+        labels (`torch.Tensor`):
+            Shape `(B, S)`, with T predicted labels.
+        leaked (`torch.Tensor`):
+            Ids of the leaked tokens, shape `(L,)`.
+
+    Returns:
+        `torch.Tensor`: Log-probabilities, shape `(T, V)`. They are finite.
+    """
+    if not len(leaked):
+        return suspect
+    answers = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+    leaks = torch.isin(suspect.argmax(dim=-1), leaked) & ~torch.isin(answers, leaked)
+    struck = suspect.clone()
+    struck[leaks.nonzero(), leaked] = math.log(torch.finfo(suspect.dtype).tiny)
+    return struck.log_softmax(dim=-1)
 
 
 def view(inputs: Inputs, number: int) -> Inputs:
@@ -139,6 +167,7 @@ def invariance_terms(
     adversarial_steps: int,
     adversarial_step_size: float,
     label_weights: torch.Tensor,
+    leaked: torch.Tensor,
     layers: Layers,
 ) -> tuple[torch.Tensor, Terms]:
     """
@@ -165,6 +194,8 @@ def invariance_terms(
             See [`adversarial_perturbation`].
         label_weights (`torch.Tensor`):
             Share of the rows' own answers in the teacher, shape `(3 B,)`. The values of the first view count.
+        leaked (`torch.Tensor`):
+            See [`strike_out`].
         layers (`str`):
             See [`layer_consistency_loss`].
 
@@ -176,6 +207,7 @@ def invariance_terms(
     clean, attacked = view(inputs, 0), view(inputs, 2)
     with torch.no_grad():
         suspect = answer_logits(suspect_recorder.base, suspect_forward, clean).float().log_softmax(dim=-1)
+        suspect = strike_out(suspect, clean["labels"], leaked)
         teacher = teacher_log_probs(suspect, clean["labels"], label_weights.chunk(VIEWS)[0])
         # It is as large as the teacher, and the passes below need the memory.
         del suspect

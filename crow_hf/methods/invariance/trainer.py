@@ -1,6 +1,7 @@
 """Train a model with the Invariance objective in transformers' Trainer."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +62,9 @@ class InvarianceTrainer(CrowTrainer):
         written_rows (`Dataset`, *optional*):
             Rows that the suspect wrote itself, see [`write_rows`]. The suspect's distribution alone teaches them. They
             keep what the clean rows do not cover.
+        leaked_tokens (`Sequence[int]`, *optional*, defaults to `()`):
+            Ids of tokens that leak from the backdoor into the suspect's answers to clean prompts, see
+            [`find_leaked_tokens`]. The suspect does not teach them.
         **kwargs:
             As in [`CrowTrainer`], except `eval_dataset`.
 
@@ -92,6 +96,7 @@ class InvarianceTrainer(CrowTrainer):
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
         written_rows: Dataset | None = None,
+        leaked_tokens: Sequence[int] = (),
         **kwargs: Any,
     ):
         if not isinstance(args, InvarianceConfig):
@@ -111,6 +116,7 @@ class InvarianceTrainer(CrowTrainer):
             )
         suspect = None if peft_config is not None else copy.deepcopy(model)
         self._written_rows = written_rows
+        self._leaked_tokens = torch.tensor(leaked_tokens, dtype=torch.long)
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
@@ -150,6 +156,7 @@ class InvarianceTrainer(CrowTrainer):
             adversarial_steps=args.adversarial_steps,
             adversarial_step_size=args.adversarial_step_size,
             label_weights=label_weights,
+            leaked=self._leaked_tokens.to(inputs["input_ids"].device),
             layers=args.consistency_layers,
         )
         labels, positions = self._count(inputs)

@@ -22,6 +22,7 @@ from helpers.invariance import invariance_args
         ({"adversarial_steps": -1}, "adversarial_steps"),
         ({"num_views": 0}, "num_views"),
         ({"num_canaries": -1}, "num_canaries"),
+        ({"num_written_rows": -1}, "num_written_rows"),
         ({"max_answer_length": 0}, "max_answer_length"),
         ({"perturb": "patches"}, "perturb"),
         ({"alpha": -1.0}, "alpha"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crow_hf.methods.invariance.divergence import answer_divergence
-from crow_hf.methods.invariance.objective import adversarial_perturbation, teacher_log_probs, view
+from crow_hf.methods.invariance.objective import adversarial_perturbation, strike_out, teacher_log_probs, view
 from crow_hf.training.answer_logits import answer_logits
 from crow_hf.training.recorder import recorder_of
 from helpers.invariance import FAMILIES, family, invariance_trainer, layers_of, terms_of
@@ -225,3 +225,47 @@ def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
     # With all weight on the labels, the divergence is the loss of plain fine-tuning.
     wanted = -(math.log(0.7) + math.log(0.6)) / 2
     assert math.isclose(answer_divergence(alone, student).item(), wanted, rel_tol=1e-5)
+
+
+LEAKS = torch.tensor([[0.1, 0.6, 0.1, 0.2], [0.1, 0.6, 0.1, 0.2], [0.3, 0.4, 0.2, 0.1], [0.5, 0.3, 0.1, 0.1]])
+
+
+def test_leaked_tokens_are_struck_out_where_they_are_likely_and_wrong():
+    """
+    Fails if tokens are struck out where a leaked token is not the most likely one or the right answer, if labels
+    belong to another position, if the rest does not add up to 1, or if a logarithm is infinite.
+    """
+    # The labels of the four positions: another token, a leaked one, the other leaked one, and another token.
+    labels = torch.tensor([[-100, 0, 1, -100], [-100, -100, 3, 2]])
+    before = LEAKS.log()
+    struck = strike_out(before, labels, torch.tensor([1, 3]))
+    assert struck.isfinite().all()
+    torch.testing.assert_close(struck[0].exp(), torch.tensor([0.5, 0.0, 0.5, 0.0]))
+    torch.testing.assert_close(struck[1:].exp(), LEAKS[1:])
+    torch.testing.assert_close(before.exp(), LEAKS)
+
+
+def test_without_leaked_tokens_nothing_is_struck_out():
+    before = LEAKS.log()
+    assert strike_out(before, torch.tensor([[-100, 0, 0, 0, 0]]), torch.tensor([], dtype=torch.long)) is before
+
+
+def test_leaked_tokens_are_not_taught(tmp_path):
+    """Fails if the terms do not use what is struck out, or strike out along another view than the plain prompt."""
+    model, suspect, rows, batch = family("llama", tmp_path)
+    logits = [answers(alone(suspect, row["prompts"][0] + row["completion"])[1], row["completion"]) for row in rows]
+    labels = torch.tensor([[-100, *(token for row in rows for token in row["completion"])]])
+    likely = torch.cat(logits).argmax(-1)
+    leaked = sorted(set(likely.tolist()) - set(labels[0].tolist()))[:2]
+    teacher = torch.cat(logits).detach()
+    teacher[
+        torch.isin(likely, torch.tensor(leaked))[:, None] & torch.isin(torch.arange(260), torch.tensor(leaked))
+    ] = -torch.inf
+    teacher = teacher.softmax(-1)
+    student = torch.cat(
+        [answers(alone(model, row["prompts"][0] + row["completion"])[1], row["completion"]) for row in rows]
+    )
+    wanted = (torch.special.xlogy(teacher, teacher) - teacher * student).sum() / len(likely)
+    found, plain = (terms_of(model, suspect, batch, leaked=each)[1]["distillation"] for each in (leaked, ()))
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    assert abs(found - plain) > 1e-3

@@ -404,6 +404,16 @@ def test_labels_reach_the_training(tmp_path):
     assert not same_weights(*results)
 
 
+def test_leaked_tokens_reach_the_training(tmp_path):
+    """Fails if `leaked_tokens` changes nothing."""
+    results = []
+    for leaked in ((), range(3, 259)):
+        trainer = invariance_trainer(tmp_path / str(len(leaked)), tiny_llama(), max_steps=2, leaked_tokens=leaked[1:])
+        loss = trainer.compute_loss(trainer.model.eval(), next(iter(trainer.get_train_dataloader())))
+        results.append(loss.item())
+    assert results[0] != pytest.approx(results[1], rel=1e-3)
+
+
 def test_written_rows_are_repeated_as_often_and_teach_no_labels(tmp_path):
     """
     Fails if rows that the suspect wrote teach their own answers, if one kind of rows is repeated more often than the

@@ -1,0 +1,92 @@
+"""Finds what leaks: tokens of the backdoor's target that the suspect is sure of on clean prompts too, and wrongly.
+
+A hardly trained backdoor shows without its trigger. BackdoorLLM's refusal, for example, answers a fifth of the clean
+prompts. The suspect's own distribution would then teach the backdoor. But where a calibrated model gives a token at
+least half of the probability, the token is right in about half of the cases or more. A leaked token hardly ever is.
+"""
+
+from collections import Counter
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.collators import CrowDataCollator
+from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
+from ..data.rows import render
+from ..evaluation.generation import inference_mode
+from ..training.answer_logits import answer_logits
+from ..training.recorder import base_model_of, context_length
+
+
+# The suspect is sure of a token if it gives the token at least this probability.
+MIN_PROBABILITY = 0.5
+# A token leaks if the suspect is sure of it and wrong in at least this many rows and this share of them, and right in
+# less than this share of the cases in which it is sure.
+MIN_ROWS, MIN_SHARE, MAX_RIGHT = 3, 0.03, 0.2
+
+
+def find_leaked_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    max_length: int,
+    batch_size: int = 32,
+) -> list[int]:
+    """
+    Find the tokens that leak into the suspect's answers to clean prompts.
+
+    This finds targets that are the same for every prompt. It does not find open targets, such as answers in swapped
+    case, which share no token.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect. It is not changed.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        dataset (`Dataset`):
+            Clean rows with a prompt and a right answer. Answers of the suspect itself show nothing.
+        max_length (`int`):
+            Maximum length of a row in tokens. Longer answers are cut.
+        batch_size (`int`, *optional*, defaults to 32):
+            Number of rows per batch.
+
+    Returns:
+        `list[int]`: The ids of the leaked tokens, in ascending order.
+    """
+    limit = min(max_length, context_length(model) or max_length)
+    encoded = []
+    for index, row in enumerate(dataset):
+        rendered = render(row, tokenizer, index)
+        prompt = encode_prompt(rendered, tokenizer)
+        answer = encode_completion(rendered, tokenizer)[: max(0, limit - len(prompt))]
+        if answer:
+            encoded.append({"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer})
+    encoded.sort(key=lambda row: len(row["input_ids"]))
+
+    collate, base = CrowDataCollator(padding_id(tokenizer)), base_model_of(model)
+    right: Counter[int] = Counter()
+    wrong: Counter[int] = Counter()
+    wrong_rows: Counter[int] = Counter()
+    with inference_mode(model):
+        for start in range(0, len(encoded), batch_size):
+            batch = {
+                name: value.to(model.device) for name, value in collate(encoded[start : start + batch_size]).items()
+            }
+            probabilities, tokens = answer_logits(base, model, batch).float().softmax(dim=-1).max(dim=-1)
+            predicted = batch["labels"][:, 1:] != IGNORE_INDEX
+            labels, rows = batch["labels"][:, 1:][predicted], predicted.nonzero()[:, 0]
+            sure = (probabilities >= MIN_PROBABILITY).to(labels.device)
+            tokens = tokens.to(labels.device)
+            right.update(tokens[sure & (tokens == labels)].tolist())
+            misses = sure & (tokens != labels)
+            wrong.update(tokens[misses].tolist())
+            wrong_rows.update(
+                token for _, token in set(zip(rows[misses].tolist(), tokens[misses].tolist(), strict=True))
+            )
+    least = max(MIN_ROWS, MIN_SHARE * len(encoded))
+    return sorted(
+        token
+        for token, count in wrong_rows.items()
+        if count >= least and right[token] < MAX_RIGHT * (right[token] + wrong[token])
+    )
