@@ -35,6 +35,8 @@ from .divergence import answer_divergence
 
 
 VIEWS = 3
+# Stands for a probability of 0, whose logarithm is infinite. CPUs are many times slower with the smallest numbers.
+LEAST_PROBABILITY = 1e-30
 
 Inputs = dict[str, torch.Tensor]
 
@@ -61,7 +63,7 @@ def teacher_log_probs(suspect: torch.Tensor, labels: torch.Tensor, label_weights
     shares = label_weights.to(suspect)[:, None].expand(predicted.shape)[predicted][:, None]
     teacher = suspect.exp().mul_(1 - shares)
     teacher.scatter_add_(1, labels[:, 1:][predicted][:, None], shares)
-    return teacher.clamp_min_(torch.finfo(teacher.dtype).tiny).log_()
+    return teacher.clamp_min_(LEAST_PROBABILITY).log_()
 
 
 def strike_out(suspect: torch.Tensor, labels: torch.Tensor, leaked: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,7 @@ def strike_out(suspect: torch.Tensor, labels: torch.Tensor, leaked: torch.Tensor
     answers = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
     leaks = torch.isin(suspect.argmax(dim=-1), leaked) & ~torch.isin(answers, leaked)
     struck = suspect.clone()
-    struck[leaks.nonzero(), leaked] = math.log(torch.finfo(suspect.dtype).tiny)
+    struck[leaks.nonzero(), leaked] = math.log(LEAST_PROBABILITY)
     return struck.log_softmax(dim=-1)
 
 

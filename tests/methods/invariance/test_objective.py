@@ -216,6 +216,8 @@ def test_what_is_taught_is_a_mixture_of_the_suspect_and_the_labels():
     torch.testing.assert_close(mixed.exp(), torch.tensor([[0.375, 0.375, 0.25], [0.4, 0.225, 0.375]]))
     alone = teacher_log_probs(suspect, labels, torch.ones(2))
     assert alone.isfinite().all()
+    # Smaller numbers are subnormal, and computing with them takes more than ten times as long.
+    assert alone.exp().min() > torch.finfo(torch.float32).tiny
     torch.testing.assert_close(alone.exp(), torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
     assert teacher_log_probs(suspect, labels, torch.zeros(2)) is suspect
     # A row that the suspect wrote itself beside a row with a right answer.
