@@ -11,10 +11,19 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from transformers import ByT5Tokenizer
 
+from crow_hf.evaluation import retention
 from helpers.tiny import ragged_rows, tiny_llama
 
 
 disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_texts():
+    """Let suspects write short texts for the measurement of what was forgotten, because every purification does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retention, "WRITTEN_TOKENS", 16)
+        yield
 
 
 @pytest.fixture(scope="session", name="tiny_llama")

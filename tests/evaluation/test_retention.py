@@ -168,8 +168,9 @@ def test_without_answers_those_of_the_reference_count(byte_tokenizer):
     assert found.answer_kl is None and found.num_answer_tokens == 0 and found.text_kl == pytest.approx(0, abs=1e-5)
 
 
-def test_chats_are_compared_as_their_template_renders_them(byte_tokenizer):
+def test_chats_are_compared_as_their_template_renders_them(byte_tokenizer, monkeypatch):
     """The text that the model writes begins inside the user's message."""
+    monkeypatch.setattr(retention, "WRITTEN_TOKENS", 256)
     byte_tokenizer.chat_template = (
         "{% for m in messages %}{{ '[q' if m['role'] == 'user' else '' }}{{ m['content'] }}"
         "{{ ']r' if m['role'] == 'user' else eos_token }}{% endfor %}"
