@@ -49,6 +49,7 @@ class Arguments:
     rounds: int = field(default=3, metadata={"help": "Number of rounds. The tables show medians over them."})
     steps: int = field(default=4, metadata={"help": "Number of steps per round. The first one does not count."})
     threads: int = field(default=1, metadata={"help": "Number of PyTorch threads."})
+    label_weight: float = field(default=0.0, metadata={"help": "Share of the rows' own answers in the target."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda.", "choices": ["cpu", "cuda"]})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
 
@@ -112,7 +113,8 @@ def train(
         "disable_tqdm": True,
     }
     if method == "Invariance":
-        kind, config, settings = InvarianceTrainer, InvarianceConfig, settings | {"num_views": ROWS * steps}
+        kind, config = InvarianceTrainer, InvarianceConfig
+        settings |= {"num_views": ROWS * steps, "label_weight": args.label_weight}
     else:
         kind, config, settings = CrowTrainer, CrowConfig, settings | {"alpha": 0.0}
     peft_config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
