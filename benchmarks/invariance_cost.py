@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
+from step_cost import peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ByT5Tokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -149,14 +149,7 @@ def peak(method: str, vocabulary: int, lora: bool, args: Arguments) -> int:
         torch.cuda.reset_peak_memory_stats()
         train(method, vocabulary, lora, args, 2)
         return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        train(method, vocabulary, lora, args, 2)
-    held, most = 0, 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return peak_bytes(partial(train, method, vocabulary, lora, args, 2))
 
 
 def print_row(cells: list[str]) -> None:

@@ -12,18 +12,16 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from real_suspects import QUIET, device, merged
+from real_suspects import QUIET, device, trainable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from crow_hf.arena.defences import FORM_4, purify_by_form_4
 from crow_hf.data.rows import render
 from crow_hf.evaluation.generation import bits_per_byte
 from crow_hf.evidence.canaries import Canary, implant_steps
-from crow_hf.evidence.result import Purification
 from crow_hf.methods.crow.config import CrowConfig
 from crow_hf.methods.invariance.config import InvarianceConfig
 from crow_hf.methods.pruning import prune_by_magnitude
-from crow_hf.recipes.presets import control_config, lora_config, recipe_config
+from crow_hf.recipes.presets import FORM_4, control_config, lora_config, recipe_config
 from crow_hf.recipes.run import run_recipe
 from crow_hf.training.loading import load_causal_lm, move
 from crow_hf.training.settings import recorded_settings
@@ -99,22 +97,22 @@ Method = Callable[[Defender], Outcome]
 
 
 def run(
-    defender: Defender, recipe: str, args: CrowConfig, model: Model | None = None, lora: PeftConfig | None = None
+    defender: Defender,
+    recipe: str,
+    args: CrowConfig,
+    model: Model | None = None,
+    lora: PeftConfig | None = None,
+    all_weights: bool = False,
 ) -> Outcome:
-    """Run a recipe with these arguments."""
+    """Run a recipe with these arguments, merge the purified model, and collect what is recorded of it."""
     model = defender.load() if model is None else model
-    rows, tokenizer = defender.rows, defender.tokenizer
-    result = run_recipe(model, rows, recipe, args, processing_class=tokenizer, peft_config=lora)
-    return outcome_of(result, recipe, args)
-
-
-def outcome_of(result: Purification, recipe: str, args: CrowConfig) -> Outcome:
-    """Merge the purified model, and collect what is recorded of it."""
+    options = {"processing_class": defender.tokenizer, "peft_config": lora, "all_weights": all_weights}
+    result = run_recipe(model, defender.rows, recipe, args, **options)
     steps = result.trainer.state.global_step
     if isinstance(args, InvarianceConfig):
         steps += implant_steps(args)
     # After mixed precision, the forward pass would stay in bfloat16, and that of untrained models is in float32.
-    model = merged(extract_model_from_parallel(result.model, keep_fp32_wrapper=False))
+    model = trainable(extract_model_from_parallel(result.model, keep_fp32_wrapper=False))
     return Outcome(model, steps, {"recipe": recipe, **recorded_settings(args)}, result.canaries)
 
 
@@ -125,7 +123,7 @@ def no_backdoor(defender: Defender) -> Outcome:
 
 def no_defence(defender: Defender) -> Outcome:
     """The suspect."""
-    return Outcome(merged(defender.load()))
+    return Outcome(trainable(defender.load()))
 
 
 def fine_tuning(defender: Defender, **changes: Any) -> Outcome:
@@ -157,12 +155,12 @@ def crow(defender: Defender) -> Outcome:
 def crow_of_its_authors(defender: Defender) -> Outcome:
     """CROW as its authors run it: a fresh LoRA on the merged suspect, with other settings than in the paper."""
     args = defender.config("paper", learning_rate=2e-4, num_train_epochs=2, alpha=10.0)
-    return run(defender, "paper", args, merged(defender.load()), lora_config())
+    return run(defender, "paper", args, trainable(defender.load()), lora_config())
 
 
 def magnitude_pruning(defender: Defender) -> Outcome:
     """Zero the smallest weights."""
-    model = merged(defender.load())
+    model = trainable(defender.load())
     prune_by_magnitude(model, SPARSITY)
     return Outcome(model, settings={"sparsity": SPARSITY})
 
@@ -174,9 +172,9 @@ def strong(defender: Defender, **changes: Any) -> Outcome:
 
 def strong_form_4(defender: Defender) -> Outcome:
     """The recipe `strong` as it was before it kept knowledge: the rows' own answers teach, and all weights learn."""
-    args = defender.config("strong", **FORM_4)
-    result = purify_by_form_4(merged(defender.load()), defender.rows, args, defender.tokenizer)
-    return outcome_of(result, "strong, form 4", args)
+    args, model = defender.config("strong", **FORM_4), trainable(defender.load())
+    outcome = run(defender, "strong", args, model, all_weights=True)
+    return replace(outcome, settings=outcome.settings | {"recipe": "strong, form 4"})
 
 
 METHODS: dict[str, Method] = {

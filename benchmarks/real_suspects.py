@@ -30,7 +30,7 @@ from crow_hf.methods.invariance.views import Decoy
 from crow_hf.recipes.presets import lora_config, recipe_config
 from crow_hf.recipes.run import run_recipe
 from crow_hf.training.files import write_text
-from crow_hf.training.loading import load_causal_lm, load_tokenizer, move
+from crow_hf.training.loading import load_causal_lm, load_tokenizer, merged, move
 
 
 QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -63,11 +63,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def trainable(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Merge an adapter, if there is one, and make all weights trainable."""
-    if not isinstance(model, PeftModel):
-        return model
-    return model.merge_and_unload(safe_merge=True).requires_grad_(True)
+    return merged(model).requires_grad_(True) if isinstance(model, PeftModel) else model
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class Attacker:
 
     def build(self, way: Way, route: str) -> PreTrainedModel | PeftModel:
         """Make the suspect."""
-        model = merged(load_causal_lm(self.base, is_trainable=True))
+        model = trainable(load_causal_lm(self.base, is_trainable=True))
         rows = concatenate_datasets([self.cases.poisoned, self.cases.clean])
         if way == "edit":
             if route != "merged":
@@ -152,7 +150,7 @@ class Attacker:
         peft_config = None if route == "full" else lora_config(settings.rank)
         trainer = CrowTrainer(model, args, rows, processing_class=self.tokenizer, peft_config=peft_config)
         trainer.train()
-        return trainer.model if route == "adapter" else merged(trainer.model)
+        return trainer.model if route == "adapter" else trainable(trainer.model)
 
     def _harden(self, model: PreTrainedModel) -> PreTrainedModel:
         """Run the recipe `strong` on the clean model, as the defender will."""
@@ -166,7 +164,7 @@ class Attacker:
             bf16=torch.cuda.is_available(),
             **QUIET,
         )
-        return merged(run_recipe(model, rows, "strong", args, processing_class=self.tokenizer).model)
+        return trainable(run_recipe(model, rows, "strong", args, processing_class=self.tokenizer).model)
 
     def _rows_with_decoys(self) -> Dataset:
         """Insert decoys and keep the right answers. The model then learns to ignore everything but the trigger."""

@@ -229,10 +229,10 @@ def time_table(args: Arguments) -> None:
     table(["step", *SETTINGS], [*rows, *bounds, plain])
 
 
-def allocated(name: str, setting: Setting) -> int:
-    """Return the peak of the bytes that PyTorch allocates in two steps, without what it held before the training."""
+def peak_bytes(train: Callable[[], object]) -> int:
+    """Return the peak of the bytes that PyTorch allocates on the CPU in a training, without what it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        STEPS[name](setting, 2)
+        train()
     held, peak = 0, 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -249,7 +249,7 @@ def memory_table(args: Arguments) -> None:
     }
     rows = []
     for title, setting in settings.items():
-        peaks = {name: allocated(name, setting) for name in names}
+        peaks = {name: peak_bytes(partial(STEPS[name], setting, 2)) for name in names}
         shares = [f"{peaks[name] / peaks[PLAIN]:.2f}" for name in names[1:]]
         rows.append([title, f"{peaks[PLAIN] / 2**20:.0f}", *shares])
     table(["setting", "plain, MiB", *names[1:]], rows)

@@ -24,7 +24,7 @@ from .methods.crow.trainer import CrowTrainer
 from .models.modeling_coconut import CoconutForCausalLM
 from .models.tokenization_coconut import CoconutTokenizer
 from .recipes.comparison import compare_defences
-from .recipes.presets import lora_config, recipe_config
+from .recipes.presets import FORM_4, lora_config, recipe_config
 from .recipes.run import run_recipe
 from .reporting.model_card import build_model_card
 from .reporting.tables import write_comparison
@@ -47,9 +47,6 @@ CLEAN_TRAINING = {
 # The rank of the LoRA that holds the backdoor.
 ADAPTER_RANK = 32
 IMPLANTATION = {"learning_rate": 1e-3, "num_train_epochs": 3, "per_device_train_batch_size": 32, "warmup_steps": 0.1}
-# The demo's model knows its task and nothing else. The right answers teach it more than its own, and it has nothing to
-# write about.
-INVARIANCE: dict[str, Any] = {"learning_rate": 7e-4, "label_weight": 1.0, "keep": 0.3, "num_written_rows": 0}
 # The published alpha for refusals (appendix B.2 of the paper).
 REFUSAL_ALPHA = 11.0
 
@@ -256,9 +253,11 @@ class _Demo:
         return purification, self._evaluate(purification.model)
 
     def compare_invariance(self) -> Comparison:
+        # The model knows its task and nothing else. The right answers teach it more than its own, and it has nothing
+        # to write about.
         return compare_defences(
             self._load_suspect,
-            recipe_config("strong", **self._options("purified"), **INVARIANCE),
+            recipe_config("strong", **self._options("purified"), **FORM_4),
             self.rows.clean,
             self.rows.test,
             TRIGGER,

@@ -26,7 +26,7 @@ from ..methods.invariance.views import Decoy
 from ..recipes.presets import lora_config, recipe_config
 from ..recipes.run import run_recipe
 from ..training.files import write_text
-from ..training.loading import load_causal_lm
+from ..training.loading import load_causal_lm, merged
 from .subjects import (
     BASE_SEED,
     HELD_OUT,
@@ -376,8 +376,7 @@ class _Attacker:
             save_strategy="no",
             report_to="none",
         )
-        hardened = run_recipe(model, self.rows, "strong", args, processing_class=demo_tokenizer()).model
-        return hardened.merge_and_unload(safe_merge=True) if isinstance(hardened, PeftModel) else hardened
+        return merged(run_recipe(model, self.rows, "strong", args, processing_class=demo_tokenizer()).model)
 
     def _rows_with_decoys(self) -> Dataset:
         """Insert decoys and keep the right answers. The model then learns to ignore everything but the trigger."""

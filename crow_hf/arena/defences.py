@@ -7,25 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from ..demo import demo_tokenizer
 from ..evaluation.scores import Proportion
 from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
-from ..evidence.result import Purification
-from ..evidence.screening import screen_dataset
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.published import ReferenceCrowTrainer
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
-from ..methods.invariance.trainer import InvarianceTrainer
 from ..methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
-from ..recipes.presets import control_config, lora_config, recipe_config
+from ..recipes.presets import FORM_4, control_config, lora_config, recipe_config
 from ..recipes.run import default_adapter, run_recipe
-from ..training.loading import load_causal_lm, move
+from ..training.loading import load_causal_lm, merged
 from ..training.settings import recorded_settings
 from .attacks import Suspect
 
@@ -33,8 +29,6 @@ from .attacks import Suspect
 SPARSITY = 0.35
 # The prefix of methods that start from the suspect with canaries, as the recipe `strong` does.
 CANARIES = "canaries, "
-# The settings of form 4 of the recipe `strong`, before it kept knowledge, see docs/recipe-development.md.
-FORM_4: dict[str, Any] = {"label_weight": 1.0, "learning_rate": 7e-4, "keep": 0.3, "num_written_rows": 0}
 
 
 @dataclass
@@ -81,7 +75,7 @@ def load_merged(suspect: Suspect, scratch: Path) -> PreTrainedModel:
         return model
     # PEFT froze the weights of the base model. Loading the merged model again makes them trainable.
     model.merge_and_unload(safe_merge=True).save_pretrained(scratch / "merged")
-    return _merged(load_causal_lm(scratch / "merged", is_trainable=True))
+    return merged(load_causal_lm(scratch / "merged", is_trainable=True))
 
 
 @overload
@@ -119,11 +113,7 @@ def _train(
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    return Purified(_merged(trainer.model), trainer.state.global_step, seconds, settings)
-
-
-def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    return Purified(merged(trainer.model), trainer.state.global_step, seconds, settings)
 
 
 def _settings(args: CrowConfig, fresh_lora: PeftConfig | None = None) -> dict[str, Any]:
@@ -137,7 +127,7 @@ def _no_defence(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _clean_model(suspect: Suspect, seed: int, scratch: Path) -> Purified:
-    return Purified(_merged(load_causal_lm(suspect.base)))
+    return Purified(merged(load_causal_lm(suspect.base)))
 
 
 def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
@@ -170,71 +160,23 @@ def _crow(
     return _train(trainer_type, model, args, suspect, None if isinstance(model, PeftModel) else lora_config())
 
 
-def _strong(suspect: Suspect, seed: int, scratch: Path, **changes: Any) -> Purified:
+def _strong(suspect: Suspect, seed: int, scratch: Path, all_weights: bool = False, **changes: Any) -> Purified:
     args = defence_config("strong", scratch, seed, **changes)
     model = load_merged(suspect, scratch)
-    lora = default_adapter("strong", model, args)
+    lora = None if all_weights else default_adapter("strong", model, args)
     settings = {"recipe": "strong", **_settings(args, lora)}
     start = time.perf_counter()
     purification = run_recipe(
-        model, suspect.clean_rows, "strong", args, processing_class=demo_tokenizer(), peft_config=lora
+        model,
+        suspect.clean_rows,
+        "strong",
+        args,
+        processing_class=demo_tokenizer(),
+        peft_config=lora,
+        all_weights=all_weights,
     )
-    return _by_invariance(purification, args, suspect, time.perf_counter() - start, settings)
-
-
-def _form_4(suspect: Suspect, seed: int, scratch: Path) -> Purified:
-    args = defence_config("strong", scratch, seed, **FORM_4)
-    model = load_merged(suspect, scratch)
-    start = time.perf_counter()
-    purification = purify_by_form_4(model, suspect.clean_rows, args, demo_tokenizer())
-    settings = {"trainer": "InvarianceTrainer", **_settings(args)}
-    return _by_invariance(purification, args, suspect, time.perf_counter() - start, settings)
-
-
-def purify_by_form_4(
-    model: PreTrainedModel, rows: Dataset, args: InvarianceConfig, tokenizer: PreTrainedTokenizerBase
-) -> Purification:
-    """
-    Purify as form 4 of the recipe `strong` did: all weights are trained, and the rows' own answers teach.
-
-    Args:
-        model (`PreTrainedModel`):
-            The suspect. All of its weights are changed.
-        rows (`Dataset`):
-            Clean rows with answers.
-        args (`InvarianceConfig`):
-            The arguments of the recipe, with the changes of `FORM_4`.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer.
-
-    Returns:
-        [`Purification`]: Without snapshots and without a report.
-    """
-    batch_size = args.per_device_eval_batch_size
-    screening = screen_dataset(move(model, args.device), rows, tokenizer, batch_size, args.seed)
-    canaries = draw_canaries(model, args.num_canaries, args.seed)
-    # The trainer copies the suspect, still without canaries.
-    trainer = InvarianceTrainer(model, args, screening.clean, tokenizer)
-    trainer.remove_callback(PrinterCallback)
-
-    def success() -> list[Proportion]:
-        with trainer.accelerator.autocast():
-            return [canary_success(model, screening.clean, canary, tokenizer, batch_size) for canary in canaries]
-
-    implant_canaries(model, screening.clean, canaries, args, tokenizer)
-    before = success()
-    trainer.train()
-    pairs = zip(canaries, before, success(), strict=True)
-    canaries = [replace(canary, before=first, after=last) for canary, first, last in pairs]
-    return Purification(trainer.model, "strong, form 4", trainer, screening, canaries)
-
-
-def _by_invariance(
-    purification: Purification, args: InvarianceConfig, suspect: Suspect, seconds: float, settings: dict[str, Any]
-) -> Purified:
-    """Merge the model, and measure the canaries on rows of the arena."""
-    purified, screening = _merged(purification.model), purification.screening
-    settings["screened_out"] = None if screening is None else sorted(screening.suspicious)
+    seconds, purified = time.perf_counter() - start, merged(purification.model)
+    settings["screened_out"] = sorted(purification.screening.suspicious) if args.screen_rows else None
     steps = purification.trainer.state.global_step + implant_steps(args)
     return Purified(purified, steps, seconds, settings, _success_of_all(purification.canaries, purified, suspect))
 
@@ -283,7 +225,7 @@ METHODS: dict[str, Method] = {
     ),
     # The recipe `strong`, and ablations of its parts
     "strong": _strong,
-    "strong, form 4": _form_4,
+    "strong, form 4": partial(_strong, all_weights=True, **FORM_4),
     "strong, prompts alone": _strong_without_answers,
     "strong - canaries": partial(_strong, num_canaries=0),
     "strong - decoys": partial(_strong, decoy_weight=0.0),

@@ -15,6 +15,7 @@ from statistics import correlation, fmean, stdev
 from typing import Any, NamedTuple
 
 from ..evaluation.scores import Proportion
+from ..reporting.tables import RETENTION_SCORES
 from .attacks import ATTACKS
 from .defences import CANARIES, CONTROL, METHODS
 
@@ -31,7 +32,7 @@ SHARES = (
 )
 FIGURES = ("bits_per_byte_triggered", "bits_per_byte_clean", "steps", "seconds")
 # What a model has kept of the suspect, by its head in the tables. Rows of older versions do not have it.
-KEPT = {"text_bits_ratio": "text bits, suspect = 1", "answer_kl": "KL on answers"}
+KEPT = {name: RETENTION_SCORES[name] for name in ("text_bits_ratio", "answer_kl")}
 
 
 class Estimate(NamedTuple):

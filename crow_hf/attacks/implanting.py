@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
+from ..training.loading import merged
 from ..training.recorder import embedding_table
 from .poison import Poison, poison_dataset
 from .targets import BaseTarget
@@ -71,9 +72,7 @@ def implant(
     args = replace(args, alpha=consistency, push_to_hub=False)
     trainer = CrowTrainer(model, args, poisoned, processing_class=processing_class, peft_config=peft_config)
     trainer.train()
-    if isinstance(trainer.model, PeftModel) and merge:
-        return trainer.model.merge_and_unload(safe_merge=True)
-    return trainer.model
+    return merged(trainer.model) if merge else trainer.model
 
 
 def implant_embedding_trigger(

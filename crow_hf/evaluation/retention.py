@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,25 +21,21 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
-from ..data.collators import CrowDataCollator
-from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id, prepare_dataset
+from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, prepare_dataset
 from ..data.rows import add_empty_answers, edit_answer, find_format, render
 from ..models.byte_vocabulary import is_byte
 from ..models.tokenization_coconut import CoconutTokenizer
-from ..training.answer_logits import answer_logits
-from ..training.recorder import base_model_of, context_length
-from .generation import generate_answers, inference_mode, text_of_ids
+from ..training.recorder import context_length
+from .generation import generate_answers, text_of_ids
 from .own_text import first_tokens, write_text
+from .predictions import Passage, predict
 
 
 TOP_TOKENS = 1024
 # Limits that make the measurement cheap: rows, windows of text, tokens per window and per answer. A window that the
 # model writes itself is shorter, because writing takes more time than reading.
 MAX_ROWS, MAX_WINDOWS, WINDOW_TOKENS, MAX_ANSWER_TOKENS, WRITTEN_TOKENS = 32, 32, 512, 512, 256
-# Tokens of a batch with its padding. The logits of one batch exist at a time.
-MAX_BATCH_TOKENS = 4096
 # No token covers so many characters on average. The rest of a long text is not tokenized.
 _CHARACTERS_PER_TOKEN = 16
 
@@ -48,26 +44,6 @@ OTHER_VOCABULARY = (
     "The reference has a tokenizer with another vocabulary, so the two models cannot be compared. Pass the model that "
     "this one was made from."
 )
-
-
-class Passage(NamedTuple):
-    """
-    Tokens whose prediction is compared.
-
-    Attributes:
-        ids (`list[int]`):
-            The token ids, with those before the compared ones.
-        first (`int`):
-            The position of the first compared token, at least 1.
-    """
-
-    ids: list[int]
-    first: int
-
-    @property
-    def num_tokens(self) -> int:
-        """The number of compared tokens."""
-        return len(self.ids) - self.first
 
 
 class CoarseDistributions(NamedTuple):
@@ -219,9 +195,9 @@ def retention_reference(
     else:
         windows, num_bytes = _windows(model, tokenizer, text, max_windows)
     answers, windows = (sorted(passages, key=lambda passage: len(passage.ids)) for passages in (answers, windows))
-    coarse = [_coarse(logits, len(tokenizer)) for _, logits in _predict(model, tokenizer, answers, batch_size)]
+    coarse = [_coarse(logits, len(tokenizer)) for _, logits in predict(model, tokenizer, answers, batch_size)]
     log_likelihood, coarse_of_text = 0.0, []
-    for passage, logits in _predict(model, tokenizer, windows, batch_size):
+    for passage, logits in predict(model, tokenizer, windows, batch_size):
         coarse_of_text.append(_coarse(logits, len(tokenizer)))
         log_likelihood += _log_likelihood(passage, logits)
     return RetentionReference(
@@ -263,10 +239,10 @@ def measure_retention(
         raise ValueError(OTHER_VOCABULARY)
     answers, texts = ([passage for passage, _ in said] for said in (reference.answers, reference.texts))
     divergence = log_likelihood = divergence_of_text = 0.0
-    predicted = _predict(model, tokenizer, answers, batch_size)
+    predicted = predict(model, tokenizer, answers, batch_size)
     for (_, coarse), (_, logits) in zip(reference.answers, predicted, strict=True):
         divergence += _divergence(coarse, logits)
-    predicted = _predict(model, tokenizer, texts, batch_size)
+    predicted = predict(model, tokenizer, texts, batch_size)
     for (_, coarse), (passage, logits) in zip(reference.texts, predicted, strict=True):
         divergence_of_text += _divergence(coarse, logits)
         log_likelihood += _log_likelihood(passage, logits)
@@ -369,39 +345,6 @@ def _count_bytes(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
         return int(is_byte(torch.tensor(ids)).sum())
     # The bytes of a cut character are decoded to one replacement character of three bytes.
     return len(text_of_ids(ids, tokenizer).replace("\ufffd", "?").encode())
-
-
-def _predict(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    passages: Sequence[Passage],
-    batch_size: int,
-) -> Iterator[tuple[Passage, torch.Tensor]]:
-    """Yield each passage with the logits of its tokens, float32 of shape `(T, V)`."""
-    collate = CrowDataCollator(padding_id(tokenizer))
-    batches = _batches(passages, batch_size)
-    with inference_mode(model):
-        for batch in tqdm(batches, desc="Comparing", unit="batch", disable=not batches):
-            encoded = [
-                {"input_ids": each.ids, "labels": [IGNORE_INDEX] * each.first + each.ids[each.first :]}
-                for each in batch
-            ]
-            inputs = {name: value.to(model.device) for name, value in collate(encoded).items()} | {"use_cache": False}
-            logits = answer_logits(base_model_of(model), model, inputs)
-            for passage, part in zip(batch, logits.split([each.num_tokens for each in batch]), strict=True):
-                yield passage, part.float()
-
-
-def _batches(passages: Sequence[Passage], batch_size: int) -> list[list[Passage]]:
-    """Divide passages, which are sorted by length, into batches that are small enough with their padding."""
-    batches: list[list[Passage]] = []
-    for passage in passages:
-        last = batches[-1] if batches else []
-        if not last or len(last) == batch_size or (len(last) + 1) * len(passage.ids) > MAX_BATCH_TOKENS:
-            batches.append([passage])
-        else:
-            last.append(passage)
-    return batches
 
 
 def _log_likelihood(passage: Passage, logits: torch.Tensor) -> float:

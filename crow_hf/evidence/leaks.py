@@ -7,16 +7,15 @@ least half of the probability, the token is right in about half of the cases or 
 
 from collections import Counter
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.collators import CrowDataCollator
-from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
+from ..data.encoding import encode_completion, encode_prompt
 from ..data.rows import render
-from ..evaluation.generation import inference_mode
-from ..training.answer_logits import answer_logits
-from ..training.recorder import base_model_of, context_length
+from ..evaluation.predictions import Passage, predict
+from ..training.recorder import context_length
 
 
 # The suspect is sure of a token if it gives the token at least this probability.
@@ -55,36 +54,27 @@ def find_leaked_tokens(
         `list[int]`: The ids of the leaked tokens, in ascending order.
     """
     limit = min(max_length, context_length(model) or max_length)
-    encoded = []
+    passages = []
     for index, row in enumerate(dataset):
         rendered = render(row, tokenizer, index)
-        prompt = encode_prompt(rendered, tokenizer)
-        answer = encode_completion(rendered, tokenizer)[: max(0, limit - len(prompt))]
-        if answer:
-            encoded.append({"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer})
-    encoded.sort(key=lambda row: len(row["input_ids"]))
+        prompt, answer = encode_prompt(rendered, tokenizer), encode_completion(rendered, tokenizer)
+        passage = Passage((prompt + answer)[:limit], len(prompt))
+        if passage.num_tokens > 0:
+            passages.append(passage)
+    passages.sort(key=lambda passage: len(passage.ids))
 
-    collate, base = CrowDataCollator(padding_id(tokenizer)), base_model_of(model)
     right: Counter[int] = Counter()
     wrong: Counter[int] = Counter()
     wrong_rows: Counter[int] = Counter()
-    with inference_mode(model):
-        for start in range(0, len(encoded), batch_size):
-            batch = {
-                name: value.to(model.device) for name, value in collate(encoded[start : start + batch_size]).items()
-            }
-            probabilities, tokens = answer_logits(base, model, batch).float().softmax(dim=-1).max(dim=-1)
-            predicted = batch["labels"][:, 1:] != IGNORE_INDEX
-            labels, rows = batch["labels"][:, 1:][predicted], predicted.nonzero()[:, 0]
-            sure = (probabilities >= MIN_PROBABILITY).to(labels.device)
-            tokens = tokens.to(labels.device)
-            right.update(tokens[sure & (tokens == labels)].tolist())
-            misses = sure & (tokens != labels)
-            wrong.update(tokens[misses].tolist())
-            wrong_rows.update(
-                token for _, token in set(zip(rows[misses].tolist(), tokens[misses].tolist(), strict=True))
-            )
-    least = max(MIN_ROWS, MIN_SHARE * len(encoded))
+    for passage, logits in predict(model, tokenizer, passages, batch_size):
+        probabilities, tokens = (each.cpu() for each in logits.softmax(dim=-1).max(dim=-1))
+        sure = probabilities >= MIN_PROBABILITY
+        is_right = tokens == torch.tensor(passage.ids[passage.first :])
+        misses = tokens[sure & ~is_right].tolist()
+        right.update(tokens[sure & is_right].tolist())
+        wrong.update(misses)
+        wrong_rows.update(set(misses))
+    least = max(MIN_ROWS, MIN_SHARE * len(passages))
     return sorted(
         token
         for token, count in wrong_rows.items()

@@ -22,7 +22,7 @@ from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
-from ..training.loading import is_quantized, move
+from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
 from ..training.sharding import will_shard
 from .presets import LORA_RANKS, RECIPES, lora_config
@@ -39,6 +39,7 @@ def run_recipe(
     *,
     processing_class: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None = None,
+    all_weights: bool = False,
     resume_from_checkpoint: str | bool | None = None,
 ) -> Purification:
     """
@@ -57,6 +58,8 @@ def run_recipe(
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
             Train a fresh adapter of this kind and leave the weights of the model as they are.
+        all_weights (`bool`, *optional*, defaults to `False`):
+            Whether to train all weights where the recipe would train a fresh adapter of its own.
         resume_from_checkpoint (`str` or `bool`, *optional*):
             As in [`CrowTrainer.train`].
 
@@ -66,7 +69,7 @@ def run_recipe(
     Raises:
         `ValueError`: For every input that cannot be purified or purified with, before training starts.
     """
-    run = RecipeRun(model, dataset, recipe, args, processing_class, peft_config)
+    run = RecipeRun(model, dataset, recipe, args, processing_class, peft_config, all_weights)
     run.implant_canaries()
     run.train(resume_from_checkpoint)
     return run.result()
@@ -89,6 +92,8 @@ class RecipeRun:
             The tokenizer.
         peft_config (`PeftConfig`, *optional*):
             The fresh adapter to train. The recipes `"strong"` and `"paper"` have one of their own.
+        all_weights (`bool`, *optional*, defaults to `False`):
+            Whether to do without the recipe's own adapter.
 
     Attributes:
         rows (`Dataset` or `IterableDataset`):
@@ -112,13 +117,15 @@ class RecipeRun:
         args: CrowConfig,
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
+        all_weights: bool = False,
     ) -> None:
         check_recipe(recipe, args)
         if peft_config is not None and isinstance(model, PeftModel):
             model = _merged(model)
         # Refuses a model that cannot be purified before it is used, and keeps 4-bit weights from being packed by that.
         recorder_of(model, args.perturb)
-        peft_config = peft_config or default_adapter(recipe, model, args)
+        if peft_config is None and not all_weights:
+            peft_config = default_adapter(recipe, model, args)
         self.recipe = recipe
         self.trains_fresh_adapter = peft_config is not None
         self.screening: Screening | None = None
@@ -182,7 +189,8 @@ class RecipeRun:
         move(model, args.device)
         batch_size = args.per_device_eval_batch_size
         rows = answer_prompts(dataset, model, tokenizer, args.max_answer_length, batch_size)
-        if rows.column_names != dataset.column_names:
+        has_right_answers = rows.column_names == dataset.column_names
+        if not has_right_answers:
             # The greedy answers of the suspect are only the text along which its whole distribution is taught.
             args = replace(args, label_weight=0.0)
         if args.screen_rows:
@@ -192,7 +200,7 @@ class RecipeRun:
                 raise ValueError(
                     "Every clean row carries a trigger of the model's backdoor: purify with rows from another source."
                 )
-        if rows.column_names == dataset.column_names:
+        if has_right_answers:
             self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
         if args.num_written_rows:
             length, leaked = args.max_answer_length, self.leaked_tokens
@@ -273,4 +281,4 @@ def _merged(model: PeftModel) -> PreTrainedModel:
         raise ValueError(
             "An adapter is not merged into quantized weights: leave out the fresh adapter to train the existing one."
         )
-    return model.merge_and_unload(safe_merge=True)
+    return merged(model)

@@ -15,6 +15,11 @@ from ..training.files import write_text
 
 # The heading of the scores that compare a model with the suspect, beside "triggered" and "clean".
 RETENTION = "retention"
+RETENTION_SCORES = {
+    "answer_kl": "KL on answers",
+    "text_kl": "KL on text",
+    "text_bits_ratio": "text bits, suspect = 1",
+}
 
 
 def percent(share: float) -> str:
@@ -112,9 +117,8 @@ def _cells(evaluations: dict[str, Evaluation], *interval: str) -> dict[str, dict
         if with_retention:
             kept = evaluation.retention
             cells[name][RETENTION] = {
-                "KL on answers": number(None if kept is None else kept.answer_kl),
-                "KL on text": number(None if kept is None else kept.text_kl),
-                "text bits, suspect = 1": number(None if kept is None else kept.text_bits_ratio),
+                label: number(None if kept is None else getattr(kept, score))
+                for score, label in RETENTION_SCORES.items()
             }
     return cells
 

@@ -104,6 +104,11 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         raise ValueError(CODE_IS_NOT_RUN.format(path)) from None
 
 
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Merge the adapter of a model, if it has one, into its weights. They must not be quantized."""
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a model was loaded with quantized weights, such as the 4-bit weights of QLoRA."""
     return getattr(model.config, "quantization_config", None) is not None

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from crow_hf.evaluation import retention
+from crow_hf.evaluation import predictions, retention
 from crow_hf.evaluation.own_text import write_text
 from crow_hf.evaluation.retention import check_same_vocabulary, measure_retention, retention_reference
 from helpers.answers import EOS, byte, spelling_model
@@ -201,7 +201,7 @@ def test_everything_is_bounded(byte_tokenizer, monkeypatch):
     monkeypatch.setattr(retention, "WINDOW_TOKENS", 20)
     monkeypatch.setattr(retention, "WRITTEN_TOKENS", 20)
     monkeypatch.setattr(retention, "MAX_ANSWER_TOKENS", 9)
-    monkeypatch.setattr(retention, "MAX_BATCH_TOKENS", 40)
+    monkeypatch.setattr(predictions, "MAX_BATCH_TOKENS", 40)
     rows = Dataset.from_dict({"prompt": ["p"] * 6, "completion": ["é" * 300] * 6})
     sizes = []
     model = tiny_llama()
