@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = overview.parse_args(argv[:1]).command
     try:
         command_module(command).run(*parse_arguments(command, argv[1:]))
+        _leave_process_group()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"crow-hf {command}: {error}", file=sys.stderr)
         return 1
@@ -38,3 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The exit code of a program that a shell's user stopped with Ctrl-C.
         return 130
     return 0
+
+
+def _leave_process_group() -> None:
+    """
+    Leave the group of processes that `accelerate launch` started, if this process is in one.
+
+    Threads of a group that is still open can run while Python shuts down, and abort the process after its work is done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
