@@ -245,3 +245,15 @@ def test_programming_errors_keep_their_traceback(paths, monkeypatch):
     monkeypatch.setattr(evaluate, "load_rows", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("evaluate", "--model", paths["model"], "--dataset", paths["rows.jsonl"])
+
+
+def test_the_process_group_is_left(tmp_path, paths):
+    """Fails if threads of the group can run while Python shuts down. They aborted a process after its work."""
+    command = ["import torch, sys", "from crow_hf.cli import main", "distributed = torch.distributed"]
+    command += ["distributed.init_process_group('gloo', init_method=sys.argv[1], rank=0, world_size=1)"]
+    command += ["code = main(sys.argv[2:])", "sys.exit(code or distributed.is_initialized())"]
+    store = (tmp_path / "store").as_uri()
+    words = command_line("evaluate", paths, None, max_new_tokens=8)
+    argv = [sys.executable, "-c", "; ".join(command), store, *map(str, words)]
+    process = subprocess.run(argv, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
