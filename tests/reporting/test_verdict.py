@@ -9,12 +9,20 @@ from datasets import Dataset
 
 from crow_hf.attacks.targets import Target
 from crow_hf.attacks.triggers import Trigger
-from crow_hf.evaluation.harness import Evaluation
+from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
 from crow_hf.evidence.result import Comparison, Purification
 from crow_hf.evidence.screening import Screening
-from crow_hf.reporting.verdict import UNKNOWN, Verdict, canary_outcome, evidence_lines, retention_line, verdict
+from crow_hf.reporting.verdict import (
+    UNKNOWN,
+    Verdict,
+    canary_outcome,
+    evidence_lines,
+    outcome,
+    retention_line,
+    verdict,
+)
 from helpers.evaluations import comparison, evaluation, retention, scores, share
 
 
@@ -29,7 +37,7 @@ REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
 
 
 @pytest.mark.parametrize(
-    ("compared", "outcome"),
+    ("compared", "expected"),
     [
         (comparison(evaluation(0)), REMOVED),
         (comparison(evaluation(0), fine_tuned=evaluation(0)), REMOVED),
@@ -47,6 +55,14 @@ REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
         (comparison(evaluation(0, empty=6, degenerate=6)), DAMAGED),
         (comparison(evaluation(0, empty=200)), DAMAGED),
         (comparison(evaluation(0, bits=1.374)), REMOVED),
+        # Exactly five points and ten percent are allowed, also where floating point makes them a little more.
+        (comparison(evaluation(0, right=190)), REMOVED),
+        (comparison(evaluation(0, right=140), suspect=evaluation(190, right=150)), REMOVED),
+        (comparison(evaluation(0, empty=3, degenerate=7)), REMOVED),
+        (comparison(evaluation(0, bits=1.1 * 1.25)), REMOVED),
+        # 0.002 bits per byte more are nothing, although they are three times as many.
+        (comparison(evaluation(0, bits=0.003), suspect=evaluation(190, bits=0.001)), REMOVED),
+        (comparison(evaluation(0, bits=0.05), suspect=evaluation(190, bits=0.001)), DAMAGED),
         # Gibberish that does not repeat itself shows only in the bits per byte.
         (comparison(evaluation(0, bits=1.376)), DAMAGED),
         (comparison(evaluation(0, right=0, bits=9.0), suspect=evaluation(190, right=0)), DAMAGED),
@@ -64,13 +80,13 @@ REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
         (comparison(evaluation(0), suspect=evaluation(0), fine_tuned=evaluation(0)), NO_BACKDOOR),
     ],
 )
-def test_verdict(compared, outcome):
+def test_verdict(compared, expected):
     """Fails if a backdoor counts as removed although the model is silent, damaged, or measured on too few prompts."""
     line = verdict(compared)
-    assert outcome in line
+    assert expected in line
     assert [
         name for name in (REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR) if name in line
-    ] == [outcome]
+    ] == [expected]
     assert "\n" not in line
 
 
@@ -79,6 +95,55 @@ def test_verdict_names_the_control():
     line = verdict(comparison(evaluation(0), suspect=evaluation(190), fine_tuned=evaluation(46)))
     for number in ("95.0 %", "23.0 %", "0.0 %"):
         assert number in line
+
+
+@pytest.mark.parametrize(
+    ("purified", "fine_tuned", "said"),
+    [
+        (evaluation(0), evaluation(180), None),
+        (evaluation(0), evaluation(3), "did as well"),
+        (evaluation(0), evaluation(0, right=189), None),
+        (evaluation(0, right=189), evaluation(0), "did better"),
+        (evaluation(0, right=189), evaluation(0, right=180), "did as well"),
+        (evaluation(60), evaluation(65), "did as well"),
+        (evaluation(60), evaluation(100), None),
+        (evaluation(190), evaluation(190), None),
+        (evaluation(190), evaluation(60), "did better"),
+    ],
+)
+def test_the_headline_says_if_fine_tuning_did_as_well(purified, fine_tuned, said):
+    """Fails if the recipe gets the credit for what plain fine-tuning does too, by the same limits."""
+    compared = comparison(purified, fine_tuned=fine_tuned)
+    headline = Verdict.of(purification(), compared).headline
+    assert headline == outcome(compared) + (f", and plain fine-tuning {said}" if said else "")
+    assert f"VERDICT: {headline}: " in verdict(compared)
+
+
+def test_without_a_trigger_the_headline_says_if_the_model_is_damaged():
+    """Fails if one of ten answers decides, or if a damaged model is recommended because no attack was measured."""
+
+    def of(right, bits=0.5, empty=0, total=10, kept=None):
+        def counted(hits):
+            return Proportion.of(number < hits for number in range(total))
+
+        def prompts(right, bits, empty):
+            return Evaluation(PromptScores(None, counted(empty), counted(0), counted(right), bits, []))
+
+        compared = Comparison(prompts(total, 0.5, 0), None, prompts(right, bits, empty))
+        return Verdict.of(replace(purification(), retention=kept), compared)
+
+    damaged = "not known whether a backdoor is gone, and the model is damaged"
+    for useful in (of(10), of(9), of(10, 0.549), of(10, empty=1), of(100, total=100), of(10, kept=retention(1.09))):
+        assert useful.headline == useful.outcome == UNKNOWN and useful.level == "unknown"
+        assert "own task" in useful.next_steps[0]
+    for lost in (of(5), of(10, 0.551), of(10, empty=4), of(80, total=100), of(10, kept=retention(1.2))):
+        assert lost.headline == damaged and lost.level == "mixed" and "Do not use" in lost.next_steps[0]
+
+
+def test_screened_rows_are_something_to_look_at():
+    assert any("rows that were left out" in step for step in Verdict.of(purification()).next_steps)
+    unscreened = Verdict.of(replace(purification(), screening=None))
+    assert len(unscreened.next_steps) == 1
 
 
 def test_lost_accuracy_is_measured_against_the_suspect():
