@@ -23,6 +23,7 @@ from .methods.crow.config import CrowConfig
 from .methods.crow.trainer import CrowTrainer
 from .models.modeling_coconut import CoconutForCausalLM
 from .models.tokenization_coconut import CoconutTokenizer
+from .progress import phase
 from .recipes.comparison import compare_defences
 from .recipes.presets import FORM_4, lora_config, recipe_config
 from .recipes.run import run_recipe
@@ -181,13 +182,11 @@ def run_demo(output_dir: str | Path, seed: int = 0) -> Comparison:
     # The adapter's config names its base model by this path, so it must be absolute.
     folder = Path(output_dir).resolve()
     demo = _Demo(folder, seed, _draw_splits(seed))
-    logger.warning("1/4 Training a clean model.")
-    clean = demo.train_clean_model()
-    logger.warning(f"2/4 Implanting the backdoor {TRIGGER.phrases[0]!r}.")
+    with phase("Training a clean model"):
+        clean = demo.train_clean_model()
     demo.implant_backdoor()
-    logger.warning(f"3/4 Purifying with CROW as published, on {CLEAN_ROWS} clean rows.")
-    crow_run, crow = demo.purify_with_crow()
-    logger.warning("4/4 Purifying with Invariance, and training the control.")
+    with phase("Purifying with CROW"):
+        crow_run, crow = demo.purify_with_crow()
     comparison = replace(demo.compare_invariance(), others={"clean model": clean, "CROW": crow})
     demo.merge_purified(comparison)
     write_comparison(folder, comparison.by_name)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
+from ..progress import phase
 from ..training.loading import merged
 from ..training.recorder import embedding_table
 from .poison import Poison, poison_dataset
@@ -71,7 +72,8 @@ def implant(
     # A backdoored model is never pushed to the Hub automatically.
     args = replace(args, alpha=consistency, push_to_hub=False)
     trainer = CrowTrainer(model, args, poisoned, processing_class=processing_class, peft_config=peft_config)
-    trainer.train()
+    with phase("Implanting the backdoor"):
+        trainer.train()
     return merged(trainer.model) if merge else trainer.model
 
 

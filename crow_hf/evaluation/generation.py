@@ -15,6 +15,7 @@ from transformers.utils.logging import tqdm
 from ..data.collators import CrowDataCollator
 from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
 from ..data.rows import FORMATS, PROMPT_AND_ANSWER, Rendered, add_empty_answers, render
+from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from ..training.recorder import base_model_of, context_length
 
@@ -122,7 +123,7 @@ def generate_ids(
     generate: Any = model.generate
     continuations: list[list[int]] = [[] for _ in encoded]
     order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
-    with inference_mode(model), tqdm(total=len(order), desc="Generating", unit="prompt") as progress:
+    with inference_mode(model), tqdm(total=len(order), desc="Writing answers", unit="prompt") as progress:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
@@ -219,7 +220,8 @@ def answer_prompts(
         if prompt in dataset.column_names:
             unanswered = add_empty_answers(dataset)
             prompts = [render(row, tokenizer, index) for index, row in enumerate(unanswered)]
-            outputs = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
+            with phase("Answering prompts"):
+                outputs = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
             return dataset.add_column(answer, outputs)
     return dataset
 
@@ -294,7 +296,7 @@ def answer_log_likelihoods(
     collate = CrowDataCollator(pad_token_id)
     with inference_mode(model):
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="Scoring", unit="batch", disable=not (order and show_progress)):
+        for start in tqdm(starts, desc="Scoring answers", unit="batch", disable=not (order and show_progress)):
             numbers = order[start : start + batch_size]
             encoded = [
                 {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}

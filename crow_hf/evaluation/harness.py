@@ -14,6 +14,7 @@ from ..attacks.poison import Poison
 from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.rows import add_empty_answers, render
+from ..progress import phase
 from .generation import bits_per_byte, generate_answers
 from .retention import Retention, RetentionReference, measure_retention
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
@@ -83,6 +84,7 @@ class Evaluation:
         }
 
 
+@phase("Measuring the model")
 def evaluate_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -65,7 +65,7 @@ def predict(
     collate = CrowDataCollator(padding_id(tokenizer))
     batches = _batches(passages, batch_size)
     with inference_mode(model):
-        for batch in tqdm(batches, desc="Comparing", unit="batch", disable=not batches):
+        for batch in tqdm(batches, desc="Reading predictions", unit="batch", disable=not batches):
             encoded = [
                 {"input_ids": each.ids, "labels": [IGNORE_INDEX] * each.first + each.ids[each.first :]}
                 for each in batch

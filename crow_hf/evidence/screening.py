@@ -144,7 +144,7 @@ def _score(
     context.
     """
     limit, likelihoods, questions = context_length(model), [], iter(questions)
-    with tqdm(total=total, desc="Screening", unit="prompt", disable=not total) as progress:
+    with tqdm(total=total, desc="Trying prompts", unit="prompt", disable=not total) as progress:
         while some := list(islice(questions, BATCHES_AT_ONCE * batch_size)):
             encoded = []
             for number, prompt in some:

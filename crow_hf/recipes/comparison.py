@@ -17,12 +17,13 @@ from ..evaluation.retention import RetentionReference, retention_reference
 from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
+from ..progress import phase
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
 from .presets import control_config
 from .purification import RETENTION_WINDOWS, check_base, check_sharding, describe_for_card, draw_rows
-from .run import RecipeRun, check_recipe, default_adapter, run_recipe
+from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, run_recipe
 from .saving import not_fatal, prepare_output, save_result
 
 
@@ -118,22 +119,23 @@ def compare_defences(
     suspect = move(load_model(), args.device)
     check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
-    name, suspect_scores = suspect.name_or_path, measure(suspect)
-    snapshots = {"suspect": snapshot(suspect, shown, args)}
-    reference = retention_reference(
-        suspect,
-        processing_class,
-        shown.rows,
-        text,
-        batch_size=evaluation.get("batch_size", 32),
-        seed=args.seed,
-        max_windows=RETENTION_WINDOWS,
-    )
+    with phase(LOOKING):
+        name, suspect_scores = suspect.name_or_path, measure(suspect)
+        snapshots = {"suspect": snapshot(suspect, shown, args)}
+        reference = retention_reference(
+            suspect,
+            processing_class,
+            shown.rows,
+            text,
+            batch_size=evaluation.get("batch_size", 32),
+            seed=args.seed,
+            max_windows=RETENTION_WINDOWS,
+        )
     del suspect
 
     # Train the control, on the same weights. Without the consistency loss, the published recipes are plain
     # fine-tuning.
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, phase("Training the control"):
         control_args = scratch_config(control_config(args, len(rows)), folder)
         control_recipe = "guide" if recipe == "strong" else recipe
         loaded = load_model()
@@ -158,7 +160,8 @@ def compare_defences(
 
     # Look, report
     purification, purified = run.result(), _in_loaded_precision(run.trainer)
-    purified_scores = measure(purified, reference)
+    with phase(LOOKING_AGAIN):
+        purified_scores = measure(purified, reference)
     purification.retention = purified_scores.retention
     comparison = Comparison(suspect_scores, control_scores, purified_scores, purification=purification)
     with not_fatal(run, "report"):

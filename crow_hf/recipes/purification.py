@@ -13,12 +13,13 @@ from ..evaluation.retention import measure_retention, retention_reference
 from ..evidence.result import Purification
 from ..evidence.snapshot import SnapshotRows
 from ..methods.crow.config import CrowConfig, loading_kwargs
+from ..progress import phase
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import load_causal_lm, load_tokenizer
 from ..training.sharding import will_shard
 from .presets import MAX_ROWS, recipe_config
-from .run import RecipeRun, check_recipe
+from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
 from .saving import not_fatal, prepare_output, save_result
 
 
@@ -116,9 +117,9 @@ def purify(
     # shown.
     visible = run.rows.select_columns(rows.column_names) if isinstance(rows, Dataset) else run.rows
     shown = SnapshotRows.first_of(visible, tokenizer)
-    suspect = run.snapshot(shown)
     batch_size = args.per_device_eval_batch_size
-    with run.trainer.accelerator.autocast():
+    with phase(LOOKING), run.trainer.accelerator.autocast():
+        suspect = run.snapshot(shown)
         reference = retention_reference(
             run.trainer.model,
             tokenizer,
@@ -135,7 +136,7 @@ def purify(
     purification = run.result()
 
     # Look, report
-    with not_fatal(run, "report"):
+    with not_fatal(run, "report"), phase(LOOKING_AGAIN):
         purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
         with run.trainer.accelerator.autocast():
             purification.retention = measure_retention(run.trainer.model, tokenizer, reference, batch_size)

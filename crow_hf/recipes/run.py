@@ -21,6 +21,7 @@ from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
+from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
 from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
@@ -29,6 +30,11 @@ from .presets import LORA_RANKS, RECIPES, lora_config
 
 
 logger = logging.get_logger(__name__)
+
+# The phases of a run by their names, in their order. The callers of a run look at the suspect and look again.
+SCREENING, LEAKS, WRITING = "Screening the rows", "Looking for leaks", "Writing rows"
+LOOKING, CANARIES, PURIFYING = "Looking at the suspect", "Implanting canaries", "Purifying"
+CANARIES_AGAIN, LOOKING_AGAIN = "Looking for the canaries", "Looking again"
 
 
 def run_recipe(
@@ -160,13 +166,17 @@ class RecipeRun:
         """Implant the canaries, if the recipe has any, and measure their success."""
         trainer = self.trainer
         if self._canaries and isinstance(trainer.args, InvarianceConfig):
-            implant_canaries(trainer.model, self.rows, self._canaries, trainer.args, trainer.processing_class)
-            self._measure_canaries("before")
+            with phase(CANARIES):
+                implant_canaries(trainer.model, self.rows, self._canaries, trainer.args, trainer.processing_class)
+                self._measure_canaries("before")
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Train, and measure the success of the canaries again. A canary that lives is reported in a warning."""
-        self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        self._measure_canaries("after")
+        with phase(PURIFYING):
+            self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        if self._canaries:
+            with phase(CANARIES_AGAIN):
+                self._measure_canaries("after")
         if any(canary_outcome(canary) == LIVES for canary in self._canaries):
             logger.warning(CANARY_ADVICE)
 
@@ -194,19 +204,22 @@ class RecipeRun:
             # The greedy answers of the suspect are only the text along which its whole distribution is taught.
             args = replace(args, label_weight=0.0)
         if args.screen_rows:
-            self.screening = screen_dataset(model, rows, tokenizer, batch_size, args.seed)
+            with phase(SCREENING):
+                self.screening = screen_dataset(model, rows, tokenizer, batch_size, args.seed)
             rows = self.screening.clean
             if not len(rows):
                 raise ValueError(
                     "Every clean row carries a trigger of the model's backdoor: purify with rows from another source."
                 )
         if has_right_answers:
-            self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
+            with phase(LEAKS):
+                self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
         if args.num_written_rows:
             length, leaked = args.max_answer_length, self.leaked_tokens
-            self._written_rows = write_rows(
-                model, tokenizer, args.num_written_rows, length, args.seed, batch_size, leaked
-            )
+            with phase(WRITING):
+                self._written_rows = write_rows(
+                    model, tokenizer, args.num_written_rows, length, args.seed, batch_size, leaked
+                )
         if args.num_canaries:
             self._canaries = draw_canaries(model, args.num_canaries, args.seed)
         return args, rows

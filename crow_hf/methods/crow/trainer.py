@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from ...data.collators import CrowDataCollator
 from ...data.encoding import IGNORE_INDEX, columns_of, padding_id, prepare_dataset
+from ...progress import name_progress_bar
 from ...training.checkpoints import (
     OUTPUT_WAS_USED,
     CheckpointMixin,
@@ -183,6 +184,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         self.failures = []
         self._stop_at_ctrl_c = StopAtCtrlC()
         self.add_callback(self._stop_at_ctrl_c)
+        name_progress_bar(self)
 
     @staticmethod
     def _load_model(
