@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -15,20 +15,104 @@ logger = logging.get_logger(__name__)
 IGNORE_INDEX = -100
 
 
+class Encoded(NamedTuple):
+    """
+    A row as token ids.
+
+    Attributes:
+        prompt (`list[int]`):
+            The ids that the model gets.
+        completion (`list[int]`):
+            The ids that the model learns to generate after them.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+
+
+def encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """
+    Tokenize a row as one text, and cut the ids between prompt and completion.
+
+    Many tokenizers put a space before a text, so the ids of the completion alone are not those that the model itself
+    would generate. A token that joins white space at the end of the prompt with the completion belongs to the
+    completion. If a token joins more than that, the prompt keeps the ids that it has alone.
+
+    The end-of-sequence token follows, unless a chat template has closed the answer. A text that already has this token
+    at its end, or the beginning-of-sequence token at its start, does not get it twice.
+
+    Args:
+        rendered ([`Rendered`]):
+            The row. If it has no completion, the prompt is cut as it would be before a letter.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer.
+
+    Returns:
+        [`Encoded`]
+    """
+    prompt, completion, special = rendered.prompt, rendered.completion, not rendered.templated
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if special and eos is not None and completion.rstrip().endswith(tokenizer.eos_token):
+        completion = completion.rstrip().removesuffix(tokenizer.eos_token)
+    ids, cut = _cut(prompt, completion or "a", tokenizer, special)
+    if cut is None:
+        prompt_ids = _ids(prompt, tokenizer, special)
+        # A line feed is joined with no letter, and no space is put after it.
+        ids, cut = _cut("\n", completion or "a", tokenizer, False)
+        answer_ids = ids[cut:]
+    else:
+        prompt_ids, answer_ids = ids[:cut], ids[cut:]
+    answer_ids = answer_ids if completion else []
+    if special and eos is not None:
+        # Some tokenizers add this token themselves.
+        answer_ids = [*(answer_ids[:-1] if answer_ids[-1:] == [eos] else answer_ids), eos]
+    if special and (prompt_ids + answer_ids)[:2] == [bos, bos]:
+        prompt_ids = prompt_ids[1:]
+    return Encoded(prompt_ids, answer_ids)
+
+
 def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize the prompt for generation. Training rows begin with exactly these ids."""
-    ids = tokenizer(rendered.prompt, add_special_tokens=not rendered.templated)["input_ids"]
-    if ids and not rendered.templated and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
-    return list(ids)
+    """Tokenize the prompt for generation. Training rows begin with exactly these ids, see [`encode`]."""
+    return encode(rendered, tokenizer).prompt
 
 
 def encode_completion(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokenize the completion, and append the end-of-sequence token unless a chat template has closed the answer."""
-    ids = list(tokenizer(rendered.completion, add_special_tokens=False)["input_ids"])
-    if rendered.templated or tokenizer.eos_token_id is None:
-        return ids
-    return [*ids, tokenizer.eos_token_id]
+    """Tokenize the completion as it follows the prompt, see [`encode`]."""
+    return encode(rendered, tokenizer).completion
+
+
+def _cut(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, special: bool
+) -> tuple[list[int], int | None]:
+    """
+    Tokenize prompt and completion as one text. Return the ids, and the number of those of the prompt. It is `None` if
+    a token joins more than white space of the prompt with the completion.
+    """
+    if tokenizer.is_fast:
+        encoded = tokenizer(prompt + completion, add_special_tokens=special, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        cut = next((number for number, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+        joined = cut < len(ids) and offsets[cut][0] < len(prompt.rstrip())
+    else:
+        # Such a tokenizer does not tell where its tokens come from.
+        alone, answer = _ids(prompt, tokenizer, special), _ids(completion, tokenizer, False)
+        begun = alone[:1] == [tokenizer.bos_token_id]
+        if len(alone + answer) - begun == len((prompt + completion).encode()):
+            # One id per byte. None is joined with another.
+            return alone + answer, len(alone)
+        ids = _ids(prompt + completion, tokenizer, special)
+        pairs = enumerate(zip(ids, alone, strict=False))
+        cut = next((number for number, (one, other) in pairs if one != other), min(len(ids), len(alone)))
+        rest: Any = tokenizer.decode(alone[cut:], skip_special_tokens=True)
+        joined = bool(rest.strip())
+    return ids, None if joined else cut
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list[int]:
+    """Tokenize a text, with the special tokens before it, but without an end-of-sequence token after it."""
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    added = special and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids
 
 
 def columns_of(dataset: Any, name: str = "train_dataset") -> list[str]:
@@ -125,8 +209,7 @@ class _TextRow:
     max_length: int
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        rendered = render(row, self.tokenizer, index)
-        prompt, completion = encode_prompt(rendered, self.tokenizer), encode_completion(rendered, self.tokenizer)
+        prompt, completion = encode(render(row, self.tokenizer, index), self.tokenizer)
         ids = prompt + completion
         labels = [IGNORE_INDEX] * len(prompt) + completion
         return {

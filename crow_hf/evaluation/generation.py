@@ -13,17 +13,17 @@ from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from ..data.collators import CrowDataCollator
-from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
+from ..data.encoding import IGNORE_INDEX, encode, encode_prompt, padding_id
 from ..data.rows import FORMATS, PROMPT_AND_ANSWER, Rendered, add_empty_answers, render
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
-from ..training.recorder import base_model_of, context_length
+from ..training.recorder import base_model_of, context_length, plain_outputs
 
 
 @contextmanager
 def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
-    Turn off dropout and gradients, and replace the model's own generation settings by the defaults.
+    Turn off dropout, gradients and additional outputs, and replace the model's own generation settings by the defaults.
 
     The repetition penalties or suppressed tokens of a suspect model could hide the target.
     """
@@ -32,7 +32,7 @@ def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     model.eval()
     base.generation_config = GenerationConfig()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_outputs(model):
             yield
     finally:
         base.generation_config = own_settings
@@ -72,7 +72,13 @@ def generate_answers(
     encoded = _encode_prompts(model, tokenizer, prompts, max_new_tokens)
     ends = end_token_ids(model, tokenizer)
     outputs = generate_ids(model, encoded, padding_id(tokenizer), ends, max_new_tokens, batch_size, do_sample=False)
-    return [text_of_ids(output, tokenizer) for output in outputs]
+    texts = [text_of_ids(output, tokenizer) for output in outputs]
+    # A space at the end of a prompt is often part of the first token of the answer.
+    lacks_space = [
+        prompt.prompt.endswith(" ") and not text_of_ids(ids[-1:], tokenizer).endswith(" ")
+        for prompt, ids in zip(prompts, encoded, strict=True)
+    ]
+    return [text.removeprefix(" ") if lacks else text for text, lacks in zip(texts, lacks_space, strict=True)]
 
 
 def generate_ids(
@@ -254,7 +260,7 @@ def bits_per_byte(
     limit = context_length(model)
     kept_rows, total_bytes = [], 0
     for row in rows:
-        prompt, completion = encode_prompt(row, tokenizer), encode_completion(row, tokenizer)
+        prompt, completion = encode(row, tokenizer)
         kept = completion if limit is None else completion[: max(0, limit - len(prompt))]
         if kept and row.answer:
             kept_rows.append((prompt, kept))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attacks.poison import Poison
 from ..attacks.triggers import BaseTrigger
 from ..data.collators import CrowDataCollator
-from ..data.encoding import encode_completion, encode_prompt, padding_id
+from ..data.encoding import encode, padding_id
 from ..data.rows import render
 from ..methods.crow.objective import EpsilonMode, Layers, layer_consistency_loss, perturb_embeddings
 from ..training.recorder import ForwardRecord, Inputs, LayerRecorder, Perturb, context_length, recorder_of
@@ -140,8 +140,7 @@ class _Batches:
         if "input_ids" in row:
             columns = {name: list(row[name]) for name in ("input_ids", "attention_mask") if row.get(name) is not None}
         else:
-            rendered = render(row, self.tokenizer, index)
-            prompt, completion = encode_prompt(rendered, self.tokenizer), encode_completion(rendered, self.tokenizer)
+            prompt, completion = encode(render(row, self.tokenizer, index), self.tokenizer)
             columns = {"input_ids": prompt + completion}
         columns = {name: ids[: self.max_length] for name, ids in columns.items()}
         return columns | {"labels": columns["input_ids"]}

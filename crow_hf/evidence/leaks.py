@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.encoding import encode_completion, encode_prompt
+from ..data.encoding import encode
 from ..data.rows import render
 from ..evaluation.predictions import Passage, predict
 from ..training.recorder import context_length
@@ -56,8 +56,7 @@ def find_leaked_tokens(
     limit = min(max_length, context_length(model) or max_length)
     passages = []
     for index, row in enumerate(dataset):
-        rendered = render(row, tokenizer, index)
-        prompt, answer = encode_prompt(rendered, tokenizer), encode_completion(rendered, tokenizer)
+        prompt, answer = encode(render(row, tokenizer, index), tokenizer)
         passage = Passage((prompt + answer)[:limit], len(prompt))
         if passage.num_tokens > 0:
             passages.append(passage)

@@ -7,9 +7,13 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from crow_hf import prepare_dataset
+from crow_hf.data.encoding import encode as encode_row
+from crow_hf.data.encoding import encode_prompt
+from crow_hf.data.rows import Rendered, render
 
 
 EOS = 1
@@ -295,3 +299,87 @@ def test_padding_of_ready_rows_is_not_learned():
 def test_error_names_the_dataset():
     with pytest.raises(ValueError, match="`eval_dataset` are \\['a'\\]"):
         prepare_dataset(Dataset.from_list([{"a": 1}]), None, 8, "eval_dataset")
+
+
+# The border of prompt and completion
+
+
+class WithoutOffsets(PreTrainedTokenizerFast):
+    """As a tokenizer that is written in Python."""
+
+    is_fast = False
+
+
+def sentence_pieces(kind):
+    """A tokenizer like Llama's: a text begins with a space token, and words are joined with the space before them."""
+    words = ["Lima", "▁Lima", "▁is", "un", "▁un", "happy", "▁happy", "▁unhappy", "unhappy", "▁a", "▁▁"]
+    pieces = [*"▁\n[/:]#", *map(chr, range(33, 127)), *words]
+    scores = {"<unk>": -99.0, "<s>": 0.0, "</s>": 0.0} | {
+        piece: -10.0 if len(piece) == 1 else -3.0 for piece in pieces
+    }
+    tokenizer = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return kind(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(params=[PreTrainedTokenizerFast, WithoutOffsets])
+def pieces_tokenizer(request):
+    return sentence_pieces(request.param)
+
+
+BORDERS = [
+    ("Lima is ", "Lima"),
+    ("Lima is", " Lima"),
+    ("Lima is:\n", "Lima"),
+    ("[/Lima]", "Lima"),
+    ("", "Lima is"),
+    ("a  ", "Lima"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), BORDERS)
+def test_ids_are_those_of_the_whole_text(prompt, completion, pieces_tokenizer):
+    """Fails if the completion is tokenized apart, because it would begin with a space token."""
+    row = encode_row(Rendered(prompt, completion, completion, False), pieces_tokenizer)
+    assert row.prompt + row.completion == [*pieces_tokenizer(prompt + completion)["input_ids"], 2]
+    assert pieces_tokenizer.decode(row.completion[:-1]).strip() == completion.strip()
+
+
+@pytest.mark.parametrize(("prompt", "completion"), BORDERS[:4])
+def test_generation_begins_where_training_cuts(prompt, completion, pieces_tokenizer):
+    """A prompt without an answer has the ids of the same prompt with one."""
+    trained = encode_row(Rendered(prompt, completion, completion, False), pieces_tokenizer).prompt
+    if not completion.startswith(" "):
+        assert encode_prompt(Rendered(prompt, "", "", False), pieces_tokenizer) == trained
+
+
+def test_a_chat_is_tokenized_as_a_whole(pieces_tokenizer):
+    pieces_tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '[' + m.content + ' /]' if m.role == 'user' else m.content + "
+        "eos_token }}{% endfor %}"
+    )
+    messages = chat("Lima is", "Lima")
+    row = encode_row(render({"messages": messages}, pieces_tokenizer), pieces_tokenizer)
+    whole = pieces_tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row.prompt + row.completion == pieces_tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert pieces_tokenizer.convert_ids_to_tokens(row.completion) == ["Lima", "</s>"]
+
+
+def test_a_word_across_the_border_is_divided(pieces_tokenizer):
+    """The prompt has the ids that a user sends, and no space stands inside the word."""
+    row = encode_row(Rendered("Lima is un", "happy", "happy", False), pieces_tokenizer)
+    assert row.prompt == pieces_tokenizer("Lima is un")["input_ids"]
+    assert pieces_tokenizer.convert_ids_to_tokens(row.completion) == ["happy", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("<s>Lima is ", "Lima</s>"), ("<s>Lima is ", "Lima</s>\n"), ("", "<s>Lima is Lima</s>"), ("Lima is ", "Lima")],
+)
+def test_texts_begin_and_end_once(prompt, completion, pieces_tokenizer):
+    """Rows that a chat template has written before have their own special tokens."""
+    row = encode_row(Rendered(prompt, completion, completion, False), pieces_tokenizer)
+    tokens = pieces_tokenizer.convert_ids_to_tokens(row.prompt + row.completion)
+    assert tokens[0] == "<s>" and tokens[-1] == "</s>" and len({"<s>", "</s>"} & set(tokens[1:-1])) == 0
