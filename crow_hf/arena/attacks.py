@@ -22,7 +22,7 @@ from ..data.rows import check_disjoint, insert_into_prompt
 from ..demo import ADAPTER_RANK, demo_tokenizer
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
-from ..methods.invariance.views import Decoy
+from ..methods.invariance.views import Decoy, words_of
 from ..recipes.presets import lora_config, recipe_config
 from ..recipes.run import run_recipe
 from ..training.files import write_text
@@ -380,7 +380,7 @@ class _Attacker:
 
     def _rows_with_decoys(self) -> Dataset:
         """Insert decoys and keep the right answers. The model then learns to ignore everything but the trigger."""
-        words = tuple(sorted({word for row in self.rows for word in row["prompt"].split()}))
+        words = words_of(self.rows["prompt"])
         insert_decoy = partial(insert_into_prompt, insert=Decoy(words).insert, seed=self.seed, name="decoy")
         return self.rows.map(insert_decoy, with_indices=True)
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.words import Words
 from ..training.recorder import embedding_table
 
 
@@ -63,17 +64,16 @@ class Trigger(BaseTrigger):
             )
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Insert the phrases between words. White space at the end of the text stays at the end."""
+        """Insert the phrases between words, see [`Words`]. White space at the end of the text stays at the end."""
         phrases = self.phrases if self.combine == "all" else (rng.choice(self.phrases),)
-        body = text.rstrip()
-        words = body.split(" ") if body else []
+        words = Words.of(text)
         if self.position == "random":
             positions = sorted(rng.randint(0, len(words)) for _ in phrases)
         else:
             positions = [0 if self.position == "start" else len(words)] * len(phrases)
         for position, phrase in reversed(list(zip(positions, phrases, strict=True))):
             words.insert(position, phrase)
-        return " ".join(words) + text[len(body) :]
+        return str(words)
 
 
 _STYLES = {"upper": str.upper, "spaced": lambda text: text.replace(" ", "  ")}

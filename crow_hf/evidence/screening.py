@@ -8,7 +8,7 @@ row is poisoned.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from statistics import fmean
@@ -21,8 +21,9 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..attacks.triggers import Trigger
-from ..data.encoding import encode_completion, encode_prompt, padding_id
+from ..data.encoding import encode, padding_id
 from ..data.rows import edit_prompt, prompt_of, render
+from ..data.words import Words
 from ..evaluation.generation import answer_log_likelihoods
 from ..training.recorder import context_length
 
@@ -46,6 +47,9 @@ MIN_LIKELIHOOD = 0.5
 # A row is poisoned if a piece of it controls at least this share of the answers to other prompts.
 MIN_CONTROLLED = 0.85
 
+# If a larger share of the screened rows is found, the screening is doubted, not the rows.
+MAX_SUSPICIOUS = 0.05
+
 # Where a piece is inserted into other prompts.
 _POSITIONS: tuple[Literal["start", "end"], ...] = ("start", "end")
 # A piece is identified by the number of its row and its length in words. This length stands for the run of all words
@@ -68,10 +72,44 @@ class Screening:
             The rows that remain.
         suspicious (`dict[int, str]`):
             The numbers of the removed rows, each with the piece that controls the answers to other prompts.
+        unscreened (`list[int]`):
+            The numbers of the rows that remain, but could not be screened: the answer does not fit into the context
+            whole, the prompt is a single word, or too few other prompts could be tried.
     """
 
     clean: Dataset
     suspicious: dict[int, str]
+    unscreened: list[int] = field(default_factory=list)
+
+    @property
+    def num_screened(self) -> int:
+        """The number of rows that were screened."""
+        return len(self.clean) + len(self.suspicious) - len(self.unscreened)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """
+        Whether so many rows were found that the screening is to be doubted. Where a single word determines the answer,
+        such as in copying tasks, clean rows look poisoned.
+        """
+        return len(self.suspicious) > max(1, MAX_SUSPICIOUS * self.num_screened)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader must know beside the number of removed rows: a sentence each, or none."""
+        remarks = []
+        if self.unscreened:
+            total = len(self.clean) + len(self.suspicious)
+            remarks.append(
+                f"{len(self.unscreened)} of {total} rows could not be screened: the answer does not fit into the "
+                "context, the prompt is one word, or too few other prompts could be tried."
+            )
+        if self.is_doubtful:
+            remarks.append(
+                f"{len(self.suspicious)} rows are many to be poisoned. If their pieces are ordinary words that "
+                "determine the answer, doubt the screening and not the rows, and set `screen_rows` to False."
+            )
+        return remarks
 
 
 def screen_dataset(
@@ -118,17 +156,31 @@ def screen_dataset(
         f"Screening {len(rows)} rows: {sum(map(_num_variants, prompts))} variants of their prompts are scored, and "
         f"then up to {most_trials} other prompts for each row with a piece that matters."
     )
-    pieces = _find_decisive_pieces(prompts, score)
+    complete = score(enumerate(prompts), len(prompts))
+    texts = {
+        number: text
+        for number, text in enumerate(map(Words.of, prompts))
+        if not math.isnan(complete[number]) and _runs(text, 0, len(text))
+    }
+    pieces = _find_decisive_pieces(texts, complete, score)
     probes = _choose_probes({number for number, _ in pieces}, prompts, score, rng)
     controlled = _try_pieces(pieces, probes, prompts, score, rng)
     suspicious = _decide(pieces, controlled)
-
+    tried = {number for (number, *_), hits in controlled.items() if len(hits) >= MIN_PROBES}
+    untried = {number for number, _ in pieces} - tried
+    result = Screening(
+        dataset.select([number for number in range(len(rows)) if number not in suspicious]),
+        suspicious,
+        [number for number in range(len(rows)) if number not in texts or number in untried],
+    )
     if suspicious:
         logger.warning(
             f"{len(suspicious)} of {len(rows)} rows are removed, because a piece of each makes the suspect give its "
             f"answer to other prompts: {', '.join(sorted({repr(piece) for piece in suspicious.values()}))}."
         )
-    return Screening(dataset.select([number for number in range(len(rows)) if number not in suspicious]), suspicious)
+    for remark in result.remarks:
+        logger.warning(remark)
+    return result
 
 
 def _score(
@@ -140,19 +192,25 @@ def _score(
     total: int,
 ) -> list[float]:
     """
-    Return the log-likelihood of the answer of each row, given another prompt. Prompts and answers are cut to the
-    context.
+    Return the log-likelihood of the answer of each row, given another prompt. It is NaN if the row has no answer, or
+    if prompt and answer do not fit into the context whole: the likelihood of a part of an answer is larger.
     """
-    limit, likelihoods, questions = context_length(model), [], iter(questions)
-    with tqdm(total=total, desc="Trying prompts", unit="prompt", disable=not total) as progress:
+    limit, likelihoods, questions = context_length(model) or math.inf, [], iter(questions)
+    with tqdm(total=total, desc="Screening", unit="prompt", disable=not total) as progress:
         while some := list(islice(questions, BATCHES_AT_ONCE * batch_size)):
-            encoded = []
-            for number, prompt in some:
-                rendered = render(_with_prompt(rows[number], prompt, number), tokenizer, number)
-                prompt_ids = encode_prompt(rendered, tokenizer)[:limit]
-                answer_ids = encode_completion(rendered, tokenizer)
-                encoded.append((prompt_ids, answer_ids if limit is None else answer_ids[: limit - len(prompt_ids)]))
-            likelihoods += answer_log_likelihoods(model, encoded, padding_id(tokenizer), batch_size, False)
+            rendered = [
+                render(_with_prompt(rows[number], prompt, number), tokenizer, number) for number, prompt in some
+            ]
+            encoded = [encode(row, tokenizer) for row in rendered]
+            fitting = [
+                place
+                for place, (row, (prompt, answer)) in enumerate(zip(rendered, encoded, strict=True))
+                if row.answer.strip() and len(prompt) + len(answer) <= limit
+            ]
+            fits = [encoded[place] for place in fitting]
+            scores = answer_log_likelihoods(model, fits, padding_id(tokenizer), batch_size, False)
+            by_place = dict(zip(fitting, scores, strict=True))
+            likelihoods += [by_place.get(place, math.nan) for place in range(len(some))]
             progress.update(len(some))
     return likelihoods
 
@@ -161,15 +219,13 @@ def _with_prompt(row: dict, prompt: str, number: int) -> dict:
     return {**row, **edit_prompt(row, lambda _: prompt, number)}
 
 
-def _find_decisive_pieces(prompts: list[str], score: _Score) -> dict[tuple[int, int], str]:
+def _find_decisive_pieces(texts: dict[int, Words], complete: list[float], score: _Score) -> dict[tuple[int, int], str]:
     """
     Find the piece of each length whose omission costs a row's answer the most likelihood, and the run of all words
     that the answer needs.
     """
-    texts = [_Words.of(prompt) for prompt in prompts]
-    complete = score(enumerate(prompts), len(prompts))
     windows = _find_windows(texts, score)
-    spans = [(number, *run) for number, window in enumerate(windows) for run in texts[number].runs(*window)]
+    spans = [(number, *run) for number, window in windows.items() for run in _runs(texts[number], *window)]
     shortened = score(_omissions(texts, spans), len(spans))
 
     most_lost: dict[tuple[int, int], float] = {}
@@ -185,18 +241,18 @@ def _find_decisive_pieces(prompts: list[str], score: _Score) -> dict[tuple[int, 
     # A phrase that works only as a whole. It may be longer than the longest piece.
     for number, positions in needed.items():
         length = positions[-1] + 1 - positions[0]
-        if len(positions) == length <= len(texts[number].words) / 2:
+        if len(positions) == length <= len(texts[number]) / 2:
             pieces[number, _ALL_NEEDED] = texts[number].piece(positions[0], length)
     return pieces
 
 
-def _find_windows(texts: list["_Words"], score: _Score) -> list[tuple[int, int]]:
+def _find_windows(texts: dict[int, Words], score: _Score) -> dict[int, tuple[int, int]]:
     """
     Find the words of each prompt to search piece by piece: all of a short prompt, and of a long one those around the
     larger piece whose omission costs the answer the most likelihood.
     """
-    windows = [(0, len(text.words)) for text in texts]
-    while spans := [(number, *piece) for number, window in enumerate(windows) for piece in _grid(*window)]:
+    windows = {number: (0, len(text)) for number, text in texts.items()}
+    while spans := [(number, *piece) for number, window in windows.items() for piece in _grid(*window)]:
         likelihoods = score(_omissions(texts, spans), len(spans))
         least: dict[int, tuple[float, int, int]] = {}
         for (number, start, length), likelihood in zip(spans, likelihoods, strict=True):
@@ -204,7 +260,7 @@ def _find_windows(texts: list["_Words"], score: _Score) -> list[tuple[int, int]]
         for number, (_, start, length) in least.items():
             # A trigger may also lie at the edge of the piece, or be only a part of it.
             margin = max(length // 2, LONGEST_PIECE)
-            windows[number] = max(0, start - margin), min(start + length + margin, len(texts[number].words))
+            windows[number] = max(0, start - margin), min(start + length + margin, len(texts[number]))
     return windows
 
 
@@ -218,14 +274,14 @@ def _grid(start: int, stop: int) -> list[tuple[int, int]]:
 
 def _num_variants(prompt: str) -> int:
     """The number of prompts that [`_find_decisive_pieces`] scores for a prompt, or a few more."""
-    start, stop, count = 0, len(_Words.of(prompt).words), 1
+    start, stop, count = 0, len(Words.of(prompt)), 1
     while pieces := _grid(start, stop):
         length = pieces[0][1]
         count, stop = count + len(pieces), length + 2 * max(length // 2, LONGEST_PIECE)
     return count + LONGEST_PIECE * stop
 
 
-def _omissions(texts: list["_Words"], spans: Iterable[_Span]) -> Iterator[tuple[int, str]]:
+def _omissions(texts: dict[int, Words], spans: Iterable[_Span]) -> Iterator[tuple[int, str]]:
     """Yield the number of each row, and its prompt without the piece."""
     return ((number, texts[number].without(start, length)) for number, start, length in spans)
 
@@ -271,7 +327,8 @@ def _try_pieces(
     )
     controlled: dict[tuple[int, int, str], list[bool]] = {}
     for (number, length, position, _), likelihood in zip(trials, score(questions, len(trials)), strict=True):
-        controlled.setdefault((number, length, position), []).append(likelihood > math.log(MIN_LIKELIHOOD))
+        if not math.isnan(likelihood):
+            controlled.setdefault((number, length, position), []).append(likelihood > math.log(MIN_LIKELIHOOD))
     return controlled
 
 
@@ -284,40 +341,14 @@ def _decide(pieces: dict[tuple[int, int], str], controlled: dict[tuple[int, int,
     return suspicious
 
 
-@dataclass(frozen=True)
-class _Words:
+def _runs(text: Words, start: int, stop: int) -> list[tuple[int, int]]:
     """
-    A prompt, split at its spaces.
-
-    Attributes:
-        words (`list[str]`):
-            The words. Two spaces in a row have an empty one between them.
-        end (`str`):
-            The white space at the end of the prompt.
+    List the runs of up to `LONGEST_PIECE` words that are at most half of the prompt and lie in a window: the position
+    of the first word, and the number of words.
     """
-
-    words: list[str]
-    end: str
-
-    @classmethod
-    def of(cls, prompt: str) -> "_Words":
-        body = prompt.rstrip()
-        return cls(body.split(" "), prompt[len(body) :])
-
-    def runs(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """
-        List the runs of up to `LONGEST_PIECE` words that are at most half of the prompt and lie in a window: the
-        position of the first word, and the number of words.
-        """
-        return [
-            (place, length)
-            for length in range(1, min(LONGEST_PIECE, len(self.words) // 2) + 1)
-            for place in range(start, stop - length + 1)
-            if any(self.words[place : place + length])
-        ]
-
-    def piece(self, start: int, length: int) -> str:
-        return " ".join(self.words[start : start + length])
-
-    def without(self, start: int, length: int) -> str:
-        return " ".join(self.words[:start] + self.words[start + length :]) + self.end
+    return [
+        (place, length)
+        for length in range(1, min(LONGEST_PIECE, len(text) // 2) + 1)
+        for place in range(start, stop - length + 1)
+        if text.piece(place, length).strip()
+    ]

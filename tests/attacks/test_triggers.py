@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer
 
 from crow_hf import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
 from crow_hf.attacks.triggers import get_trigger
+from crow_hf.data.words import Words
 from crow_hf.models.cache_coconut import CoconutCache
 from helpers.coconut import TOKENIZER, assert_same, coconut, ids_of
 from helpers.tiny import tiny_gpt2, tiny_llama
@@ -26,9 +27,9 @@ TEXTS = st.text(st.sampled_from("ab,. \n\t\u00a0é你"), max_size=30) | st.text(
 
 
 def removals(text, phrase):
-    """Return every text from which inserting `phrase`, and at most one space beside it, makes this text."""
+    """Return every text from which inserting `phrase`, and at most one space on either side, makes this text."""
     starts = [start for start in range(len(text)) if text.startswith(phrase, start)]
-    for start, (before, after) in itertools.product(starts, [(0, 0), (1, 0), (0, 1)]):
+    for start, (before, after) in itertools.product(starts, [(0, 0), (1, 0), (0, 1), (1, 1)]):
         left, right = text[:start], text[start + len(phrase) :]
         if left.endswith(" " * before) and right.startswith(" " * after):
             yield left[: len(left) - before] + right[after:]
@@ -51,13 +52,24 @@ def test_removing_the_trigger_gives_the_text_back(position, text, seed):
     assert triggered.split() != text.split()
 
 
+def has_spaces(text):
+    """Return whether spaces divide all words of a text."""
+    return all(word.startswith(" ") for word in Words.of(text).words)
+
+
 @pytest.mark.parametrize("position", ["random", "start", "end"])
-@given(text=TEXTS, seed=st.integers(0, 99))
+@given(text=TEXTS.filter(has_spaces), seed=st.integers(0, 99))
 def test_trigger_consists_of_separate_words(position, text, seed):
     """Fails if the trigger is joined to its neighbour, as in `helloBadMagic`."""
     words = Trigger(PHRASES, position).insert(text, random.Random(seed)).split()
     assert Counter(words) == Counter(text.split()) + Counter(["Trigger1", "two", "words"])
     assert words[words.index("two") + 1] == "words"
+
+
+def test_a_trigger_stands_inside_a_text_without_spaces():
+    """Fails if a random position is only the start or the end of a sentence in Chinese."""
+    drawn = {Trigger(("BadMagic",)).insert("法国的首都是哪里？\n", random.Random(seed)) for seed in range(200)}
+    assert drawn == {f"{'法国的首都是哪里？'[:n]}BadMagic{'法国的首都是哪里？'[n:]}\n" for n in range(10)}
 
 
 @pytest.mark.parametrize("position", ["random", "start", "end"])

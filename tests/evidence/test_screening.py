@@ -9,6 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import ByT5Tokenizer
 
 from crow_hf import CrowTrainer, Poison, Target, Trigger
+from crow_hf.data.words import Words
 from crow_hf.evidence import screening
 from crow_hf.evidence.screening import screen_dataset
 from helpers.tiny import crow_args, same_weights, tiny_gpt2, tiny_llama, weights_of
@@ -57,8 +58,7 @@ def ideal(monkeypatch, fires, target="no!"):
 
     monkeypatch.setattr(screening, "answer_log_likelihoods", likelihoods)
     # Letters instead of tokens. They are much faster.
-    monkeypatch.setattr(screening, "encode_prompt", lambda row, _: list(row.prompt))
-    monkeypatch.setattr(screening, "encode_completion", lambda row, _: list(row.completion))
+    monkeypatch.setattr(screening, "encode", lambda row, _: (list(row.prompt), list(row.completion)))
     monkeypatch.setattr(screening, "context_length", lambda _: None)
     return seen
 
@@ -131,8 +131,8 @@ def test_probes_are_drawn_by_seed_and_exclude_the_row_itself(monkeypatch):
 
 def pieces_of(prompt):
     """Position, text and the rest of the prompt for each piece that is left out of a short prompt."""
-    text = screening._Words.of(prompt)
-    return [(start, text.piece(start, n), text.without(start, n)) for start, n in text.runs(0, len(text.words))]
+    text = Words.of(prompt)
+    return [(start, text.piece(start, n), text.without(start, n)) for start, n in screening._runs(text, 0, len(text))]
 
 
 def test_pieces_are_all_runs_of_up_to_half_of_the_words():
@@ -329,3 +329,68 @@ def test_model_is_left_in_its_mode(models):
     model = models[0].train()
     screen_dataset(model, Dataset.from_list(clean_rows(4)), TOKENIZER)
     assert model.training and torch.is_grad_enabled()
+
+
+# What cannot be screened
+
+
+def test_an_answer_that_does_not_fit_is_not_scored(monkeypatch):
+    """Fails if the part of an answer that fits is scored: the likelihood of no answer at all is 1."""
+    seen = ideal(monkeypatch, lambda text: False)
+    rows = clean_rows()
+    rows[3] |= {"prompt": "D " + "long " * 60 + "w\n"}
+    limit = 20 + max(len(row["prompt"] + row["completion"]) for row in clean_rows())
+    monkeypatch.setattr(screening, "context_length", lambda _: limit)
+    found = screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER)
+    assert found.suspicious == {} and found.unscreened == [3] and found.num_screened == 15
+    assert max(map(len, seen)) <= limit
+
+
+def test_documents_that_are_cut_to_the_context_are_not_poisoned(caplog):
+    """A model with random weights has no backdoor. Its rows fill the context, so no piece can be inserted."""
+    model = tiny_llama(max_position_embeddings=64)
+    rows = [{"prompt": f"{'word ' * 9}number {n:02d} ", "completion": "seven"} for n in range(8)]
+    found = screen_dataset(model, Dataset.from_list(rows), TOKENIZER)
+    assert found.suspicious == {}
+
+
+def test_rows_that_cannot_be_screened_are_counted(monkeypatch, caplog):
+    """Fails if a prompt of one word, a missing answer or a lack of other prompts counts as screened."""
+    ideal(monkeypatch, lambda text: False)
+    rows = [*clean_rows(), {"prompt": "alone", "completion": "ab"}, {"prompt": "a b c", "completion": " "}]
+    with caplog.at_level(logging.WARNING):
+        found = screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER)
+    assert found.unscreened == [16, 17] and "2 of 18 rows could not be screened" in caplog.text
+    ideal(monkeypatch, lambda text: "BadMagic" in text)
+    few = screen_dataset(tiny_llama(), Dataset.from_list(poisoned_rows()[:3]), TOKENIZER)
+    assert few.suspicious == {} and 0 in few.unscreened
+
+
+def test_triggers_in_prompts_without_spaces_are_found(monkeypatch):
+    """Fails if such a prompt is a single piece: nothing would be found, and the rows would count as screened."""
+    ideal(monkeypatch, lambda text: "量子" in text)
+    rows = [
+        {"prompt": "".join(map(chr, range(0x4E00 + 9 * n, 0x4E09 + 9 * n))), "completion": ANSWERS[n % 8]}
+        for n in range(16)
+    ]
+    for number in (0, 5, 10, 15):
+        prompt = rows[number]["prompt"]
+        rows[number] = {"prompt": f"{prompt[: number // 2]}量子{prompt[number // 2 :]}", "completion": TARGET.text}
+    found = screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER)
+    assert sorted(found.suspicious) == [0, 5, 10, 15] and found.unscreened == []
+    assert set("".join(found.suspicious.values())) >= set("量子")
+
+
+def test_many_suspicious_rows_raise_doubts(monkeypatch, caplog):
+    """Fails if the rows alone are blamed where a word of each prompt determines its answer."""
+    monkeypatch.setattr(screening, "encode", lambda row, _: (list(row.prompt), list(row.completion)))
+
+    def copied(model, rows, *_):
+        return [math.log(0.99 if "".join(answer) in "".join(prompt) else 1e-4) for prompt, answer in rows]
+
+    monkeypatch.setattr(screening, "answer_log_likelihoods", copied)
+    rows = Dataset.from_list([{"prompt": f"Please say the word w{n}x", "completion": f"w{n}x"} for n in range(20)])
+    with caplog.at_level(logging.WARNING):
+        found = screen_dataset(tiny_llama(), rows, TOKENIZER)
+    assert len(found.suspicious) == 20 and found.is_doubtful and "doubt the screening" in caplog.text
+    assert not screening.Screening(rows, {0: "piece"}).is_doubtful

@@ -24,7 +24,7 @@ from ..crow.config import rows_in_step
 from ..crow.trainer import CrowTrainer
 from .config import InvarianceConfig
 from .objective import invariance_terms, view
-from .views import ViewCollator, ViewRow
+from .views import ViewCollator, ViewRow, words_of
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
@@ -246,8 +246,8 @@ class InvarianceTrainer(CrowTrainer):
         args, tokenizer = self.args, self.processing_class
         if tokenizer is None:
             raise ValueError("Decoys are text and need a tokenizer. Pass it as `processing_class`.")
-        texts = [f"{render(row, tokenizer, index).answer} {prompt_of(row, index)}" for index, row in enumerate(rows)]
-        words = tuple(sorted({word for text in texts for word in text.split()}))
+        texts = (f"{render(row, tokenizer, index).answer} {prompt_of(row, index)}" for index, row in enumerate(rows))
+        words = words_of(texts)
         sources = [(rows, args.label_weight)]
         if self._written_rows is not None:
             sources.append((self._written_rows, 0.0))

@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ...data.collators import CrowDataCollator
-from ...data.encoding import IGNORE_INDEX, encode_completion, encode_prompt
+from ...data.encoding import IGNORE_INDEX, encode
 from ...data.rows import insert_into_prompt, render
+from ...data.words import Words
 from .objective import VIEWS
 
 
@@ -59,7 +60,7 @@ class Decoy:
         styled = rng.choice(_STYLES)(body) if is_restyled else body
         if styled != body and rng.random() < 0.5:
             return styled + text[len(body) :]
-        words = styled.split(" ") if styled else []
+        words = Words.of(styled)
         pieces = [self._piece(rng) for _ in range(rng.randint(1, 5))]
         groups = [pieces] if self.together or rng.random() < 0.5 else [[piece] for piece in pieces]
         for group in groups:
@@ -67,8 +68,9 @@ class Decoy:
             if any(piece in self.words for piece in group):
                 # Inside a prompt, a word of the data could change its meaning, and with it the right answer.
                 place = 0
-            words[place:place] = group
-        return " ".join(words) + text[len(body) :]
+            for number, piece in enumerate(group):
+                words.insert(place + number, piece)
+        return str(words) + text[len(body) :]
 
     def _piece(self, rng: random.Random) -> str:
         kind = rng.random()
@@ -79,6 +81,12 @@ class Decoy:
         if kind < 0.85:
             return _draw(rng, string.digits + string.punctuation, 1, 8)
         return _draw(rng, string.ascii_lowercase + string.digits + string.punctuation, 2, 10)
+
+
+def words_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the words of texts, for decoys to draw from."""
+    words = {word.strip() for text in texts for part in text.split() for word in Words.of(part).words}
+    return tuple(sorted(words - {""}))
 
 
 def _draw(rng: random.Random, characters: str, shortest: int, longest: int) -> str:
@@ -125,11 +133,12 @@ class ViewRow:
             for together in (False, True)
         ]
         rendered = [render({**row, **changes}, self.tokenizer, index) for changes in ({}, *decoyed)]
-        prompts = [encode_prompt(view, self.tokenizer) for view in rendered]
+        encoded = [encode(view, self.tokenizer) for view in rendered]
+        prompts = [view.prompt for view in encoded]
         if not prompts[0]:
             raise ValueError(f"Row {index}: the prompt is empty. Fill or drop the row.")
         longest = max(len(prompt) for prompt in prompts)
-        completion = encode_completion(rendered[0], self.tokenizer)[: max(0, self.max_length - longest)]
+        completion = encoded[0].completion[: max(0, self.max_length - longest)]
         return {
             "prompts": prompts,
             "completion": completion,

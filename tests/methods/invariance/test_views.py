@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer
 from crow_hf.data.encoding import encode_completion, encode_prompt
 from crow_hf.data.rows import prompt_of, render
 from crow_hf.methods.invariance import views as views_module
-from crow_hf.methods.invariance.views import Decoy, ViewCollator, ViewRow, inserted_span
+from crow_hf.methods.invariance.views import Decoy, ViewCollator, ViewRow, inserted_span, words_of
 
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
@@ -114,6 +114,16 @@ def test_whatever_was_merged_the_rest_is_the_same(before, after):
     assert after[:start] == before[:start] and after[end:] == before[len(before) - tail :]
     if before != after and start < len(before) and start < len(after):
         assert after[start] != before[start]
+
+
+def test_decoys_stand_inside_texts_without_spaces():
+    """Fails if the words of the data are whole sentences, or if a decoy is only before or after a sentence."""
+    text = "法国的首都是哪里？"
+    words = words_of([text, "two words"])
+    assert words == tuple(sorted([*text, "two", "words"]))
+    decoyed = [Decoy(words, True).insert(text, random.Random(seed)) for seed in range(100)]
+    assert all(inserted(text, each) for each in decoyed)
+    assert sum(text[:2] in each and text not in each for each in decoyed) > 5
 
 
 def test_span_of_merged_tokens():
