@@ -1,23 +1,17 @@
 """Remove backdoors from Hugging Face language models, and measure whether it worked.
 
-Importing the package registers its models with the Auto classes; every other public name is imported on first use.
+Importing the package takes no time: every public name is imported on first use. The models are registered with the
+Auto classes of transformers as soon as both packages are imported.
 """
 
-import os
 import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-
-# The command line, `crow-hf` or `python -m crow_hf`. PyTorch's idle threads on Linux wait in a loop, so a run beside
-# another busy process can take ten times its time. The setting is read when PyTorch is imported, which is done here.
-if Path(*sys.argv[:1]).stem in ("-m", "crow-hf"):
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
-
-from . import models
 
 
 try:
@@ -121,3 +115,27 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _RegisterModels(MetaPathFinder):
+    """Imports the models, which registers them, right after transformers, because that takes seconds."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            import_module(".models", __name__)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "transformers" in sys.modules:
+    import_module(".models", __name__)
+else:
+    sys.meta_path.insert(0, _RegisterModels())

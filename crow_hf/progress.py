@@ -4,6 +4,7 @@ Code says what it does with [`phase`], and how far it is with the progress bars 
 `transformers.logging.disable_progress_bar` hides. The command line shows both in a [`Display`] of its own.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ class Display(Protocol):
 
 _display: Display | None = None
 _phase: str | None = None
+_seconds: dict[str, float] = {}
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def phase(name: str) -> Iterator[None]:
     if _phase is not None:
         yield
         return
-    _phase, completed = name, False
+    _phase, completed, began = name, False, time.perf_counter()
     if _display is not None:
         _display.begin(name)
     try:
@@ -64,8 +66,19 @@ def phase(name: str) -> Iterator[None]:
         completed = True
     finally:
         _phase = None
+        _seconds[name] = _seconds.get(name, 0.0) + time.perf_counter() - began
         if _display is not None:
             _display.end(completed)
+
+
+def restart_clock() -> None:
+    """Forget how long the phases of earlier runs took."""
+    _seconds.clear()
+
+
+def seconds_by_phase() -> dict[str, float]:
+    """Return how many seconds each phase took since the clock was restarted."""
+    return dict(_seconds)
 
 
 def duration(seconds: float) -> str:

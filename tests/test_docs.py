@@ -42,8 +42,9 @@ import crow_hf
 from crow_hf import demo
 from crow_hf.arena import attacks, subjects
 from crow_hf.arena.defences import METHODS
-from crow_hf.cli.arguments import COMMANDS, command_module, parse_arguments
+from crow_hf.cli.arguments import options_of_command, parse_arguments
 from crow_hf.cli.main import main
+from crow_hf.cli.options import COMMANDS
 from crow_hf.patching import redpajama
 from helpers.coconut import coconut
 from helpers.loopback_hub import TOKEN, LoopbackHub
@@ -368,11 +369,9 @@ def test_every_page_can_be_found():
 def known_options() -> set[str]:
     """Return the options of all commands, and those of `accelerate launch`."""
     options = {action for each in launch_command_parser()._actions for action in each.option_strings}
-    for module in map(command_module, COMMANDS):
-        # The configuration of the default recipe has the arguments of both methods.
-        types = module.argument_types(lambda name: None) if hasattr(module, "argument_types") else module.ARGUMENTS
-        options |= {f"--{name}" for each in types for name in each.__dataclass_fields__}
-    return options | {"--config", "--help", "--version"}
+    # The configuration of the default recipe has the arguments of both methods.
+    options |= {f"--{name}" for command in COMMANDS for name in options_of_command(command)}
+    return options | {"--config", "--help", "--help_all", "--verbose", "--version"}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,51 +1,102 @@
-"""The entry point of the command line: finds the command, parses its arguments and reports its errors."""
+"""The entry point of the command line: finds the command, reads its arguments and reports its errors."""
 
-import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from .arguments import COMMANDS, command_module, parse_arguments
+from .arguments import command_module, make_arguments, near, read_arguments
+from .options import COMMANDS
+from .words import as_options, printable
+
+
+_OVERVIEW = """usage: crow-hf COMMAND [--ARGUMENT VALUE ...]
+
+Remove backdoors from language models, and measure whether it worked.
+
+{commands}
+
+`crow-hf COMMAND --help` lists the arguments of a command, and `crow-hf --version` prints the version.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run a command.
+    Run a command. Until its arguments are read, nothing is imported that takes long.
 
     Args:
         argv (`Sequence[str]`, *optional*):
             The command and its arguments. Defaults to those of the process.
 
     Returns:
-        `int`: 0 if the command did its work, 1 after an error, which is printed as one sentence, and 130 after Ctrl-C.
+        `int`: 0 if the command did its work, 1 after an error, which is printed as one sentence, 2 if there is no
+        such command, and 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    overview = argparse.ArgumentParser(
-        prog="crow-hf",
-        description="Remove backdoors from language models, and measure whether it worked.",
-        epilog="`crow-hf COMMAND --help` lists the arguments of a command.",
-    )
-    overview.add_argument("--version", action="version", version=__version__)
-    overview.add_argument("command", choices=COMMANDS, help="the command to run")
-    command = overview.parse_args(argv[:1]).command
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        lines = (
+            f"  {name:10}{each.__doc__.strip().partition('. ')[0].rstrip('.')}." for name, each in COMMANDS.items()
+        )
+        print(_OVERVIEW.format(commands="\n".join(lines)), end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        meant = f": did you mean {near(command, COMMANDS)[0]}?" if near(command, COMMANDS) else ""
+        print(f"crow-hf: There is no command {command!r}{meant} `crow-hf --help` lists them.", file=sys.stderr)
+        return 2
+    verbose = False
     try:
-        command_module(command).run(*parse_arguments(command, argv[1:]))
+        values = read_arguments(command, argv[1:])
+        _let_idle_threads_sleep()
+        module = command_module(command)
+        # It imports transformers too.
+        from .display import watched
+
+        verbose = values.pop("verbose", False)
+        with watched(command, verbose):
+            module.run(*make_arguments(command, values))
         _leave_process_group()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        print(f"crow-hf {command}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as stop:
         print(f"crow-hf {command}: {str(stop) or 'Stopped by Ctrl-C. Nothing more was written.'}", file=sys.stderr)
         # The exit code of a program that a shell's user stopped with Ctrl-C.
         return 130
+    # Files, chat templates and weights raise errors of every class deep inside the libraries that read them.
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"crow-hf {command}: {printable(as_options(_sentence_of(error), command))}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _sentence_of(error: Exception) -> str:
+    """The text of an error in one line. An error that nobody foresaw is told with its class."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text[:500]}. Pass --verbose to see where it happened."
+
+
+def _let_idle_threads_sleep() -> None:
+    """
+    Let idle threads of PyTorch sleep. In a loop they make a run beside another busy process take ten times its time.
+
+    The setting, for Linux, is read when PyTorch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
 def _leave_process_group() -> None:
     """
     Leave the group of processes that `accelerate launch` started, if this process is in one.
 
-    Threads of a group that is still open can run while Python shuts down, and abort the process after its work is done.
+    Threads of a group that is still open can run while Python shuts down, and abort the process after its work is
+    done.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,26 +1,14 @@
-"""What several commands share: help texts, and checks of their arguments."""
+"""What several commands share: checks of their arguments, and printing."""
 
 from pathlib import Path
 
 from rich.console import Console
 
-from ..attacks.targets import TARGETS, BaseTarget, get_target
-from ..attacks.triggers import TRIGGERS, BaseTrigger, get_trigger
+from ..attacks.targets import BaseTarget, get_target
+from ..attacks.triggers import BaseTrigger, get_trigger
 from ..evaluation.harness import Evaluation
 from ..reporting.tables import comparison_table
 from ..training.checkpoints import check_writable, checkpoint_to_resume
-
-
-MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter."
-DATASET_HELP = "A .json, .jsonl, .csv, .parquet or .txt file, a folder that save_to_disk wrote, or a name on the Hub."
-TRIGGER_HELP = (
-    f"One of {', '.join(TRIGGERS)}, or any other string, which is inserted at a random position of the prompt."
-)
-TEXT_HELP = (
-    "Running text, to measure what was forgotten: a .txt file, or another file or dataset with a column `text`. Its "
-    "beginning is used."
-)
-TARGET_HELP = f"One of {', '.join(TARGETS)}, or any other string, which an output must contain."
 
 
 def check_output(output_dir: str, resume: str | None = None) -> str | None:

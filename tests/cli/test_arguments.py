@@ -1,12 +1,15 @@
 """Tests of the arguments: help, `--config`, recipes and unknown options."""
 
+import re
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import yaml
 
 from crow_hf import CrowConfig, InvarianceConfig, load_causal_lm
-from crow_hf.cli.arguments import parse_arguments
+from crow_hf.cli.arguments import options_of_command, parse_arguments, read_arguments
 from helpers.command_line import assert_one_sentence, command_line, files_in, run
 
 
@@ -40,7 +43,93 @@ def test_help_of_a_negated_flag_is_not_that_of_the_flag(capsys):
     """Fails if `--no_merge` is described by the help text of `--merge`."""
     assert run("purify", "--help") == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "--no_merge, --no-merge Turn off --merge." in out and "--no_screen_rows, --no-screen-rows Turn off" in out
+    assert "--no_merge Turn off --merge." in out and "--no_screen_rows Turn off --screen_rows." in out
+
+
+def sections(text):
+    """Return the options that a help lists, by the titles of their groups."""
+    found, title = {}, ""
+    for line in text.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            title = line.removesuffix(":")
+        elif match := re.match(r"  --(\w+)", line):
+            found.setdefault(title, []).append(match[1])
+    return found
+
+
+def test_help_has_groups_and_the_rest_of_transformers_only_if_asked_for(capsys):
+    """Fails if a user has to search the needed options among a hundred."""
+    assert run("purify", "--help") == 0
+    short = sections(capsys.readouterr().out)
+    assert short["needed"] == ["model", "dataset", "output_dir"]
+    assert {"recipe", "learning_rate", "seed", "config"} <= set(short["usual"])
+    assert {"alpha", "num_views"} <= set(short["of the method"])
+    assert "of transformers.TrainingArguments" not in short
+    assert run("purify", "--help_all") == 0
+    everything = sections(capsys.readouterr().out)
+    listed = {name for names in everything.values() for name in names}
+    assert {each.name for each in fields(InvarianceConfig) if each.init} <= listed
+    assert "adam_beta2" in everything["of transformers.TrainingArguments"]
+
+
+def test_help_lists_choices_and_defaults(capsys):
+    assert run("purify", "--recipe", "paper", "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--recipe strong|paper|guide" in out and "--save_strategy no|steps|epoch|best" in out
+    # Those of the recipe, not of the configuration.
+    assert "paper uses 1e-3 with LoRA. (default: 0.001)" in out
+    assert "cost of ~20% slower" in out
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("strong", InvarianceConfig), ("guide", CrowConfig)])
+def test_options_are_those_of_the_configuration(recipe, kind):
+    """Fails if an option of the source has another default than the class, or is missing."""
+    options = options_of_command("purify", recipe)
+    for each in (each for each in fields(kind) if each.init):
+        default = options[each.name].default
+        if each.name != "output_dir" and default is not None:
+            assert default == each.default, each.name
+            assert isinstance(each.default, (bool, int, float, str))
+        choices = options[each.name].choices
+        if isinstance(each.default, Enum):
+            assert set(choices) == {member.value for member in type(each.default)}
+        assert not each.metadata.get("choices") or tuple(each.metadata["choices"]) == choices
+
+
+def test_every_value_reaches_its_configuration(tmp_path):
+    """Each kind of option: text, number, flag, list, JSON, an enumeration and one of the method."""
+    words = {"max_steps": "7", "save_only_model": "true", "label_names": "a b", "optim": "sgd", "weight_decay": "1e-2"}
+    words |= {"lr_scheduler_kwargs": '{"num_cycles":2}', "save_strategy": "no", "keep": "0.25", "run_name": "x"}
+    argv = [*NEEDED, "--output-dir", str(tmp_path / "o")]
+    for name, value in words.items():
+        argv += [f"--{name.replace('_', '-')}", *value.split(" ")]
+    _, args = parse_arguments("purify", argv)
+    assert (args.max_steps, args.save_only_model, args.label_names) == (7, True, ["a", "b"])
+    assert (args.optim, args.weight_decay, args.lr_scheduler_kwargs) == ("sgd", 0.01, {"num_cycles": 2})
+    assert (args.save_strategy, args.keep, args.run_name) == ("no", 0.25, "x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["purify", "--datset", "d"], "did you mean --dataset?"),
+        (["purify", "--lr", "1"], "did you mean --lora_r or --learning_rate?"),
+        (["purify", "--batch_size", "1"], "--per_device_train_batch_size or --per_device_eval_batch_size?"),
+        (["purify", "--epochs", "1"], "did you mean --num_train_epochs?"),
+        (["purify", "--model_name_or_path", "m"], "did you mean --model?"),
+        (["purify", "--recipe", "guide", "--num_views", "1"], "--num_views belongs to the recipe strong"),
+        (["purify", "--recipe", "paper", "--keep=1"], "--keep belongs to the recipe strong"),
+        (["evaluate", "--max_rows", "1"], "`crow-hf purify` has it."),
+        (["purify", "--zebra", "1"], "There is no argument --zebra: see `crow-hf purify --help_all`."),
+        (["purify", "suspect"], "'suspect' belongs to no argument"),
+        (["purify", "--model", "m"], "--dataset and --output_dir must be given"),
+        (["purify", *NEEDED, "--output_dir", "o", "--merge", "maybe"], "expected true or false, got 'maybe'"),
+        (["implant", *NEEDED, "--output_dir", "o", "--log_level", "loud"], "invalid choice: 'loud'"),
+    ],
+)
+def test_mistakes_get_hints_that_make_sense(argv, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_arguments(argv[0], argv[1:])
 
 
 def test_implanting_does_not_list_the_consistency_loss(capsys):
@@ -67,7 +156,7 @@ def test_config_sets_arguments_and_the_command_line_wins(tmp_path):
 
 def test_config_can_hold_the_required_arguments(tmp_path, paths):
     settings = {"model": paths["model"], "dataset": paths["rows.jsonl"], "output_dir": str(tmp_path / "out")}
-    path = config_file(tmp_path, yaml.safe_dump(settings | {"max_steps": 1, "use_cpu": True, "num_views": 16}))
+    path = config_file(tmp_path, yaml.safe_dump(settings | {"max_steps": 2, "use_cpu": True, "num_views": 16}))
     assert run("purify", "--config", path) == 0
     assert load_causal_lm(tmp_path / "out")
 

@@ -8,6 +8,7 @@ import pytest
 
 import crow_hf
 from crow_hf.cli.commands import evaluate
+from crow_hf.cli.options import COMMANDS as ALL_COMMANDS
 from helpers.command_line import COMMANDS, FEW_VIEWS, assert_one_sentence, command_line, files_in, run
 
 
@@ -99,8 +100,8 @@ def test_bad_models_are_one_sentence(tmp_path, paths, capsys, command, model):
         ({"model": "suspct"}, "suspct is neither a local folder nor"),
         ({"dataset": "missing.jsonl"}, "There is no file missing.jsonl here."),
         ({"datset": "rows.jsonl"}, "There is no argument --datset: did you mean --dataset?"),
-        ({"eval_strategy": "steps"}, "`eval_strategy`"),
-        ({"report_to": "wandb"}, "`report_to` names a tracker that is not installed"),
+        ({"eval_strategy": "steps"}, "`--eval_strategy`"),
+        ({"report_to": "wandb"}, "`--report_to` names a tracker that is not installed"),
     ],
 )
 def test_mistakes_are_named_before_any_work(tmp_path, paths, capsys, monkeypatch, changes, said):
@@ -163,16 +164,62 @@ def test_mistake_in_its_own_process(tmp_path, paths):
     assert files_in(tmp_path / "out") == []
 
 
-def test_help_lists_the_commands(capsys):
-    assert run("--help") == 0
-    out = capsys.readouterr().out
-    assert all(command in out for command in COMMANDS)
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_the_overview_tells_each_command_in_a_sentence(capsys, argv):
+    assert run(*argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for command in ALL_COMMANDS:
+        (line,) = [line for line in lines if line.startswith(f"  {command} ")]
+        assert line.endswith(".") and 20 < len(line) < 120
 
 
-@pytest.mark.parametrize("argv", [["nonsense"], ["--nonsense"]])
-def test_unknown_commands_exit_with_2(capsys, argv):
-    assert run(*argv) == 2
-    assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("word", "said"), [("purfy", "'purfy': did you mean purify?"), ("--nonsense", "'--nonsense' `crow-hf --help`")]
+)
+def test_unknown_commands_exit_with_2(capsys, word, said):
+    assert run(word) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("crow-hf: There is no command ") and said in line
+
+
+NEEDED = ["--model", "m", "--dataset", "d", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize(
+    ("code", "argv"),
+    [
+        (0, ["--version"]),
+        (0, ["--help"]),
+        (0, []),
+        (2, ["purfy"]),
+        (0, ["purify", "--help"]),
+        (0, ["purify", "--help_all"]),
+        (0, ["arena", "--help"]),
+        (1, ["purify", "--model", "m"]),
+        (1, ["purify", "--datset", "d", *NEEDED]),
+        (1, ["purify", "--recipe", "guide", "--num_views", "5", *NEEDED]),
+        (1, ["purify", "--alpha", "much", *NEEDED]),
+        (1, ["purify", "--recipe", "other", *NEEDED]),
+        (1, ["purify", "--config", "no_such.yaml"]),
+        (1, ["implant", "--save_strategy", "sometimes", *NEEDED]),
+        (1, ["demo"]),
+    ],
+    ids=str,
+)
+def test_nothing_heavy_is_imported_for_help_and_mistakes(code, argv):
+    """Fails if a mistake in the arguments costs the seconds that PyTorch takes to import."""
+    heavy = ("torch", "transformers", "datasets", "peft", "accelerate", "numpy")
+    script = f"""
+import sys
+from crow_hf.cli import main
+try:
+    code = main({argv!r})
+except SystemExit as leave:
+    code = leave.code
+print([name for name in {heavy} if name in sys.modules], code)
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.stdout.splitlines()[-1] == f"[] {code}", process.stderr
 
 
 def test_version_is_printed(capsys):
@@ -200,25 +247,21 @@ sys.meta_path.insert(0, Spy())
     ],
     ids=["nothing", "spin count", "policy"],
 )
-@pytest.mark.parametrize("way", ["module", "script", "library"])
+@pytest.mark.parametrize("way", ["command line", "library"])
 def test_idle_threads_of_the_command_line_do_not_spin(way, own, expected, tmp_path):
     """Fails if it is set after PyTorch was imported, if the user's own setting is lost, or if a library sets it."""
     (tmp_path / "sitecustomize.py").write_text(SPY)
-    script = tmp_path / "crow-hf"
-    script.write_text("from crow_hf.cli import main\nmain()\n")
     call = {
-        "module": ["-m", "crow_hf"],
-        "script": [str(script)],
-        "library": ["-c", "from crow_hf.cli import main; main()"],
+        "command line": ["-m", "crow_hf", "patch", "--text", "one", "--file", "two"],
+        "library": ["-c", "import crow_hf, torch"],
     }
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     process = subprocess.run(
-        [sys.executable, *call[way], "--version"],
+        [sys.executable, *call[way]],
         env=env | own | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert process.stdout.strip() == crow_hf.__version__
     expected = expected if way != "library" else [own.get("GOMP_SPINCOUNT"), own.get("OMP_WAIT_POLICY")]
     assert process.stderr.splitlines()[0] == str(expected)
 

@@ -1,36 +1,12 @@
 """`crow-hf arena`: run every defence on every attack."""
 
 import re
-from dataclasses import dataclass, field
 
 from ...arena.attacks import ATTACKS, QUICK
 from ...arena.defences import METHODS, QUICK_METHODS
 from ...arena.run import run_arena
 from ...arena.subjects import SUBJECTS
-
-
-@dataclass
-class ArenaArguments:
-    """Run every defence on every attack, and write the tables. An arena that was stopped goes on where it stopped."""
-
-    output_dir: str = field(metadata={"help": "Folder of the arena: a new or empty one, or one to go on with."})
-    attacks: str | None = field(
-        default=None,
-        metadata={"help": "Names separated by commas. Default: all, without --alpaca those that do not need it."},
-    )
-    methods: str | None = field(default=None, metadata={"help": "Names separated by commas. Default: all."})
-    seeds: str | None = field(default=None, metadata={"help": "Numbers separated by commas. Default: 0,1,2."})
-    quick: bool = field(
-        default=False, metadata={"help": "Change the defaults to a few attacks and methods, and seed 0."}
-    )
-    num_clean: int = field(default=100, metadata={"help": "Number of the defender's clean rows."})
-    alpaca: str | None = field(
-        default=None, metadata={"help": "Stanford Alpaca's alpaca_data.json, for the attacks on Alpaca rows."}
-    )
-    workers: int = field(default=1, metadata={"help": "Number of processes. They share the cores."})
-
-
-ARGUMENTS = [ArenaArguments]
+from ..options import ArenaArguments
 
 
 def run(arguments: ArenaArguments) -> None:

@@ -1,31 +1,15 @@
 """`crow-hf doctor`: check a model and its rows before a purification."""
 
-from dataclasses import dataclass, field
-
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from ...data.load import load_rows
 from ...recipes.checkup import doctor
-from ..shared import DATASET_HELP, MODEL_HELP
+from ..options import DoctorArguments
 
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-
-
-@dataclass
-class DoctorArguments:
-    """Look for problems that would spoil a purification, and suggest remedies. Nothing is trained or written."""
-
-    model: str = field(metadata={"help": f"The suspect: {MODEL_HELP}"})
-    dataset: str | None = field(default=None, metadata={"help": f"The clean rows. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of the clean rows on the Hub."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the purification."})
-    max_length: int = field(default=1024, metadata={"help": "Longest row of the purification, in tokens."})
-
-
-ARGUMENTS = [DoctorArguments]
 
 
 def run(arguments: DoctorArguments) -> None:

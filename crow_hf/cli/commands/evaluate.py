@@ -1,6 +1,5 @@
 """`crow-hf evaluate`: measure one model."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
@@ -12,44 +11,12 @@ from ...evaluation.retention import RetentionReference, check_same_vocabulary, r
 from ...reporting.tables import write_comparison
 from ...reporting.verdict import retention_line
 from ...training.loading import load_causal_lm, load_tokenizer
+from ..options import EvaluateArguments
 from ..shared import (
-    DATASET_HELP,
-    MODEL_HELP,
-    TARGET_HELP,
-    TEXT_HELP,
-    TRIGGER_HELP,
     check_output,
     print_table,
     read_backdoor,
 )
-
-
-@dataclass
-class EvaluateArguments:
-    """Measure the utility of a model and, if a trigger is known, the success of the attack."""
-
-    model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
-    dataset: str = field(metadata={"help": f"Clean test rows. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
-    trigger: str | None = field(default=None, metadata={"help": TRIGGER_HELP})
-    target: str | None = field(default=None, metadata={"help": TARGET_HELP})
-    reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "The suspect that the model was made from, a folder or a name on the Hub. With it, what the model "
-            "forgot is measured too."
-        },
-    )
-    text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the reference writes."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
-    batch_size: int = field(default=32, metadata={"help": "Number of prompts per batch."})
-    seed: int = field(default=0, metadata={"help": "Seed for the positions of the trigger."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for results.json and results.md. It must be new or empty."}
-    )
-
-
-ARGUMENTS = [EvaluateArguments]
 
 
 def run(arguments: EvaluateArguments) -> None:

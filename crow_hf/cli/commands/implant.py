@@ -1,7 +1,5 @@
 """`crow-hf implant`: implant a backdoor into a clean model, to practise on."""
 
-from dataclasses import dataclass, field
-
 from ...attacks.implanting import implant
 from ...attacks.targets import get_target
 from ...attacks.triggers import get_trigger
@@ -10,30 +8,8 @@ from ...methods.crow.config import CrowConfig
 from ...recipes.presets import lora_config
 from ...training.checkpoints import writing
 from ...training.loading import load_tokenizer
-from ..shared import DATASET_HELP, TARGET_HELP, TRIGGER_HELP, check_output
-
-
-@dataclass
-class ImplantArguments:
-    """Fine-tune a clean model into one that carries a backdoor, to practise on."""
-
-    model: str = field(metadata={"help": "The clean model: a folder or a name on the Hub."})
-    dataset: str = field(metadata={"help": f"Clean rows, a share of which is poisoned. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
-    trigger: str = field(default="badnets", metadata={"help": TRIGGER_HELP})
-    target: str = field(default="refusal", metadata={"help": TARGET_HELP})
-    rate: float = field(default=0.5, metadata={"help": "Share of the rows to poison."})
-    lora: bool = field(default=False, metadata={"help": "Train a LoRA instead of all weights."})
-    lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
-    merge: bool = field(default=True, metadata={"help": "Merge that LoRA into the weights."})
-
-
-ARGUMENTS = [ImplantArguments, CrowConfig]
-# A model with a backdoor is not pushed, implanting is not resumed, and it has no consistency loss.
-NOT_LISTED = frozenset(
-    {"push_to_hub", "hub_model_id", "resume_from_checkpoint"}
-    | {"alpha", "epsilon", "epsilon_mode", "consistency_layers", "perturb"}
-)
+from ..options import ImplantArguments
+from ..shared import check_output
 
 
 def run(arguments: ImplantArguments, args: CrowConfig) -> None:

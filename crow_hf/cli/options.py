@@ -1,0 +1,198 @@
+"""The options of the commands. Nothing here imports PyTorch, so that a mistake is reported at once."""
+
+from dataclasses import dataclass, field
+
+from .sources import PACKAGE, names_in
+
+
+RECIPES = names_in(PACKAGE / "recipes" / "presets.py", "RECIPES")
+_TRIGGERS = ", ".join(names_in(PACKAGE / "attacks" / "triggers.py", "TRIGGERS"))
+_TARGETS = ", ".join(names_in(PACKAGE / "attacks" / "targets.py", "TARGETS"))
+_BOUNDARIES = PACKAGE / "models" / "boundaries.py"
+
+MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter."
+DATASET_HELP = "A .json, .jsonl, .csv, .parquet or .txt file, a folder that save_to_disk wrote, or a name on the Hub."
+TRIGGER_HELP = f"One of {_TRIGGERS}, or any other string, which is inserted at a random position of the prompt."
+TEXT_HELP = (
+    "Running text, to measure what was forgotten: a .txt file, or another file or dataset with a column `text`. Its "
+    "beginning is used."
+)
+TARGET_HELP = f"One of {_TARGETS}, or any other string, which an output must contain."
+
+
+@dataclass
+class DemoArguments:
+    """Train a small model, implant a backdoor, purify the model, and print the results."""
+
+    output_dir: str = field(metadata={"help": "Folder for the models, tables and plots. It must be new or empty."})
+    seed: int = field(default=0, metadata={"help": "Seed for the weights and the rows."})
+
+
+@dataclass
+class PurifyArguments:
+    """Purify a suspect model and save it with its card and a report."""
+
+    model: str = field(metadata={"help": f"The suspect: {MODEL_HELP}"})
+    dataset: str = field(metadata={"help": f"The clean rows. {DATASET_HELP}"})
+    recipe: str = field(
+        default="strong",
+        metadata={
+            "help": "strong: Invariance with screening and canaries. paper: CROW as published. guide: CROW with its "
+            "default settings.",
+            "choices": RECIPES,
+        },
+    )
+    split: str = field(default="train", metadata={"help": "Split of the clean rows on the Hub."})
+    max_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of clean rows to draw. 0 uses all of them. Default: 1000 for the recipe strong, 100 for "
+            "the others."
+        },
+    )
+    lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a fresh LoRA of rank --lora_r. An adapter of the suspect is merged first. Default: a LoRA "
+            "of rank 16 for strong, of rank 8 for paper, and all weights for guide, or the suspect's own adapter."
+        },
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA of --lora."})
+    merge: bool = field(default=True, metadata={"help": "Merge a fresh LoRA into the weights at the end."})
+    test_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Other clean rows, to measure the suspect, plain fine-tuning and the purified model on."},
+    )
+    test_split: str = field(default="test", metadata={"help": "Split of the test rows on the Hub."})
+    trigger: str | None = field(default=None, metadata={"help": f"Trigger of a known backdoor. {TRIGGER_HELP}"})
+    target: str | None = field(default=None, metadata={"help": f"Target of a known backdoor. {TARGET_HELP}"})
+    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+    text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the suspect writes."})
+
+
+@dataclass
+class EvaluateArguments:
+    """Measure the utility of a model and, if a trigger is known, the success of the attack."""
+
+    model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
+    dataset: str = field(metadata={"help": f"Clean test rows. {DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    trigger: str | None = field(default=None, metadata={"help": TRIGGER_HELP})
+    target: str | None = field(default=None, metadata={"help": TARGET_HELP})
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "The suspect that the model was made from, a folder or a name on the Hub. With it, what the model "
+            "forgot is measured too."
+        },
+    )
+    text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the reference writes."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+    batch_size: int = field(default=32, metadata={"help": "Number of prompts per batch."})
+    seed: int = field(default=0, metadata={"help": "Seed for the positions of the trigger."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for results.json and results.md. It must be new or empty."}
+    )
+
+
+@dataclass
+class ImplantArguments:
+    """Fine-tune a clean model into one that carries a backdoor, to practise on."""
+
+    model: str = field(metadata={"help": "The clean model: a folder or a name on the Hub."})
+    dataset: str = field(metadata={"help": f"Clean rows, a share of which is poisoned. {DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    trigger: str = field(default="badnets", metadata={"help": TRIGGER_HELP})
+    target: str = field(default="refusal", metadata={"help": TARGET_HELP})
+    rate: float = field(default=0.5, metadata={"help": "Share of the rows to poison."})
+    lora: bool = field(default=False, metadata={"help": "Train a LoRA instead of all weights."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of that LoRA."})
+    merge: bool = field(default=True, metadata={"help": "Merge that LoRA into the weights."})
+
+
+@dataclass
+class PatchArguments:
+    """Cut text or bytes into patches: show one text with its entropies, or write a dataset of patches."""
+
+    text: str | None = field(default=None, metadata={"help": "The text to show."})
+    file: str | None = field(default=None, metadata={"help": "The file to show, text or any other bytes."})
+    dataset: str | None = field(default=None, metadata={"help": f"The dataset to patch. {DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    column: str | None = field(default=None, metadata={"help": "Column of the dataset with the text or the bytes."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the patched dataset. It must be new or empty."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that patch the dataset."})
+    html: str | None = field(default=None, metadata={"help": "File for the view of a text or file as a web page."})
+    max_bytes: int = field(default=10_000, metadata={"help": "Number of bytes of a file to show."})
+    predictor: str | None = field(
+        default=None,
+        metadata={"help": "A ByteEntropyPredictor: a folder or a name on the Hub. Default: the one that ships."},
+    )
+    rule: str = field(
+        default="either",
+        metadata={"help": "Where a patch ends.", "choices": names_in(_BOUNDARIES, "RULES")},
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "Highest entropy inside a patch. Default: that of the predictor."}
+    )
+    relative_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Highest rise of the entropy inside a patch. Default: that of the predictor."},
+    )
+    unit: str = field(
+        default="share",
+        metadata={
+            "help": "Unit of both thresholds. A share is one of the largest possible entropy of a byte, 8 bits.",
+            "choices": names_in(_BOUNDARIES, "UNITS"),
+        },
+    )
+    max_patch_length: int | None = field(
+        default=None, metadata={"help": "Longest patch in bytes. It is the stride of the rule stride."}
+    )
+    target_patch_size: float | None = field(
+        default=None, metadata={"help": "Scale both thresholds so that the mean patch has this number of bytes."}
+    )
+
+
+@dataclass
+class DoctorArguments:
+    """Look for problems that would spoil a purification, and suggest remedies. Nothing is trained or written."""
+
+    model: str = field(metadata={"help": f"The suspect: {MODEL_HELP}"})
+    dataset: str | None = field(default=None, metadata={"help": f"The clean rows. {DATASET_HELP}"})
+    split: str = field(default="train", metadata={"help": "Split of the clean rows on the Hub."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the purification."})
+    max_length: int = field(default=1024, metadata={"help": "Longest row of the purification, in tokens."})
+
+
+@dataclass
+class ArenaArguments:
+    """Run every defence on every attack, and write the tables. An arena that was stopped goes on where it stopped."""
+
+    output_dir: str = field(metadata={"help": "Folder of the arena: a new or empty one, or one to go on with."})
+    attacks: str | None = field(
+        default=None,
+        metadata={"help": "Names separated by commas. Default: all, without --alpaca those that do not need it."},
+    )
+    methods: str | None = field(default=None, metadata={"help": "Names separated by commas. Default: all."})
+    seeds: str | None = field(default=None, metadata={"help": "Numbers separated by commas. Default: 0,1,2."})
+    quick: bool = field(
+        default=False, metadata={"help": "Change the defaults to a few attacks and methods, and seed 0."}
+    )
+    num_clean: int = field(default=100, metadata={"help": "Number of the defender's clean rows."})
+    alpaca: str | None = field(
+        default=None, metadata={"help": "Stanford Alpaca's alpaca_data.json, for the attacks on Alpaca rows."}
+    )
+    workers: int = field(default=1, metadata={"help": "Number of processes. They share the cores."})
+
+
+COMMANDS: dict[str, type] = {
+    "demo": DemoArguments,
+    "purify": PurifyArguments,
+    "evaluate": EvaluateArguments,
+    "implant": ImplantArguments,
+    "patch": PatchArguments,
+    "doctor": DoctorArguments,
+    "arena": ArenaArguments,
+}

@@ -1,0 +1,40 @@
+"""The words of the command line: messages of the library name options as Python writes them."""
+
+import re
+
+from .arguments import options_of_command
+
+
+# An option, and perhaps its value. In a call of a function it stays as it is.
+_OPTION = re.compile(
+    r"(?<![\w(])(?<!, )(?P<open>`?)(?P<name>[a-z]\w+)(?:=(?P<value>[^\s`,)]*[^\s`,).]))?(?P<close>`?)"
+)
+
+
+def as_options(text: str, command: str) -> str:
+    """
+    Write the options that a message names as the command line has them: `max_rows=0` becomes `--max_rows 0`.
+
+    Args:
+        text (`str`):
+            The message.
+        command (`str`):
+            The command. Its options are known, and those of `purify`, which other commands give advice about.
+    """
+    known = options_of_command("purify") | options_of_command(command)
+
+    def rewritten(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        # A word in backticks alone may also be a column, such as `text`. Without them it is only a word.
+        is_option = name in known and (value is not None or (match["open"] and "_" in name))
+        if not is_option:
+            return match[0]
+        words = [f"--{name}", *([] if value is None else [value.lower() if value in ("True", "False") else value])]
+        return match["open"] + " ".join(words) + match["close"]
+
+    return _OPTION.sub(rewritten, text)
+
+
+def printable(text: str) -> str:
+    """Make control characters visible, because a suspect's files can hold commands to the terminal."""
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
