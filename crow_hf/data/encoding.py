@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .rows import Rendered, find_format, render, row_name
+from .rows import Rendered, find_format, has_answer, render, row_name, warn_of_unused_columns
 
 
 logger = logging.get_logger(__name__)
@@ -153,8 +153,8 @@ def prepare_dataset(
     """
     Convert rows of any supported format to `input_ids` and `labels`.
 
-    Rows longer than `max_length` are cut at the end. Rows that keep no label are dropped. A warning counts both,
-    except for an `IterableDataset`, which has not been read yet.
+    Rows longer than `max_length` are cut at the end. Rows without an answer, and rows that keep no label, are dropped.
+    A warning counts both, except for an `IterableDataset`, which has not been read yet.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -179,6 +179,7 @@ def prepare_dataset(
     if row_format != "tokens" and tokenizer is None:
         raise ValueError(f"`{name}` holds text, so it needs a tokenizer: pass it as `processing_class`.")
 
+    warn_of_unused_columns(columns, name)
     to_ids = _TokenRow(max_length) if row_format == "tokens" else _TextRow(tokenizer, max_length)
     options: dict[str, Any] = {"desc": f"Tokenizing {name}"} if isinstance(dataset, Dataset) else {}
     prepared: Any = dataset.map(to_ids, with_indices=True, remove_columns=columns, **options)
@@ -187,13 +188,13 @@ def prepare_dataset(
         cut, dropped = sum(prepared["cut"]), len(prepared) - len(learnable)
         if dropped == len(prepared):
             raise ValueError(
-                f"`{name}` has no label in any row. The completions are empty, or they begin beyond the {max_length} "
+                f"`{name}` has no label in any row. The answers are empty, or they begin beyond the {max_length} "
                 "tokens of `max_length` and the model's context."
             )
         if cut or dropped:
             logger.warning(
                 f"{name}: {cut} of {len(prepared)} rows were cut to {max_length} tokens, and {dropped} rows were "
-                "dropped because they have no labels."
+                "dropped because they have no answer, or none within these tokens."
             )
     return learnable.remove_columns("cut")
 
@@ -209,6 +210,8 @@ class _TextRow:
     max_length: int
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        if not has_answer(row, index):
+            return {"input_ids": [], "labels": [], "cut": False}
         prompt, completion = encode(render(row, self.tokenizer, index), self.tokenizer)
         ids = prompt + completion
         labels = [IGNORE_INDEX] * len(prompt) + completion

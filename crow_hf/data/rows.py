@@ -9,21 +9,33 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # The prompt column and the answer column of each format that has such columns. In a chat, the prompt is the last user
 # message and the answer is the last message.
 PROMPT_AND_ANSWER = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "dolly": ("instruction", "response"),
+    "preference": ("prompt", "chosen"),
+    "question_answer": ("question", "answer"),
 }
 # The columns that each format needs. The first format that fits counts.
 FORMATS = {
     "tokens": ("input_ids",),
     "messages": ("messages",),
+    "conversations": ("conversations",),
     **PROMPT_AND_ANSWER,
     "text": ("text",),
 }
+# The columns that a format uses too if they are there.
+_OPTIONAL = {"tokens": ("labels", "attention_mask"), "alpaca": ("input",), "dolly": ("context",)}
+# What a message says stands under the first of these keys that it has, and who says it. ShareGPT has the second ones.
+_ROLE, _CONTENT = ("role", "from"), ("content", "value")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 ALPACA_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"
 
 
@@ -95,17 +107,17 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
         `ValueError`: If a column is missing, is not text, or holds bytes that are not UTF-8.
     """
     row_format = find_format(list(row))
-    if row_format == "messages":
-        return _render_chat(row["messages"], tokenizer, index)
-    texts = [text_of(row, column, index) for column in FORMATS[row_format]]
+    if row_format in ("messages", "conversations"):
+        return _render_chat(_messages_of(row, index), tokenizer, index)
     if row_format == "text":
-        text = texts[0]
+        text = _answer_of(row, "text", index)
         return Rendered("", text, text, False)
-    prompt, answer = texts
-    if row_format == "prompt_completion":
-        return Rendered(prompt, answer, answer, False)
-    context = text_of(row, "input", index) if row.get("input") else ""
-    request = f"{prompt}\n{context}" if context else prompt
+    prompt_column, answer_column = FORMATS[row_format]
+    prompt, answer = text_of(row, prompt_column, index), _answer_of(row, answer_column, index)
+    contexts = [text_of(row, column, index) for column in _OPTIONAL.get(row_format, ()) if row.get(column)]
+    request = "\n".join([prompt, *contexts])
+    if prompt_column != "instruction":
+        return Rendered(request, answer, answer, False)
     if tokenizer.chat_template is None:
         return Rendered(ALPACA_PROMPT.format(request=request), answer, answer, False)
     messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
@@ -117,18 +129,69 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
         raise ValueError(
             "The dataset has `messages`, but the tokenizer has no chat template: pass prompt and completion."
         )
-    answer = text_of(_answer_message(messages, index), "content", index)
+    answer = _answer_message(messages, index)["content"]
     # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
     # Other templates ignore it.
     options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
-    prompt: Any = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-    whole: Any = tokenizer.apply_chat_template(messages, **options)
+    try:
+        prompt: Any = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
+        whole: Any = tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # A template is a program of the model's maker.
+        raise ValueError(
+            f"{row_name(index)} is refused by the tokenizer's chat template ({error}). Change the row, or pass prompt "
+            "and completion."
+        ) from error
     if not whole.startswith(prompt):
         raise ValueError(
             f"{row_name(index)} cannot be split into prompt and answer, because the chat template renders the prompt "
             "differently once the answer follows. Pass prompt and completion."
         )
     return Rendered(prompt, whole[len(prompt) :], answer, True)
+
+
+def _messages_of(row: Mapping[str, Any], index: int | None) -> list[dict]:
+    """
+    Read the messages of a chat. Each gets a `role` in lower case and a `content`, also if they have ShareGPT's names.
+
+    Raises:
+        `ValueError`: If there is no list of messages, a message has no role, or one before the last has no text.
+    """
+    column = find_format(list(row))
+    messages = row[column]
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(
+            f"{row_name(index)} holds {type(messages).__name__} in column {column!r} instead of a list of messages, "
+            "each with `role` and `content`. Convert the column, or drop the row."
+        )
+    read = []
+    for number, message in enumerate(messages):
+        role, content = _key(message, _ROLE), _key(message, _CONTENT)
+        if not isinstance(message.get(role), str) or content not in message:
+            raise ValueError(
+                f"{row_name(index)} has the keys {sorted(message)} in message {number} of column {column!r}, but each "
+                "message needs `role` and `content`."
+            )
+        text = message[content]
+        if isinstance(text, (list, tuple)) and all(isinstance(part, Mapping) for part in text):
+            text = "".join(text_of(part, "text", index) if "text" in part else "\ufffc" for part in text)
+            if "\ufffc" in text:
+                raise ValueError(f"{row_name(index)} has more than text in message {number}. Drop the row.")
+        said_by = _ROLES.get(message[role].lower(), message[role].lower())
+        if text is None and said_by == "assistant" and number == len(messages) - 1:
+            # Such as a call of a tool: the row has no answer.
+            text = ""
+        read.append({**message, "role": said_by, "content": text_of({content: text}, content, index)})
+    return read
+
+
+def _key(message: Mapping[str, Any], names: tuple[str, str]) -> str:
+    """Return the name of a key that a message has. Datasets fill the keys that a message lacks with `None`."""
+    return next((name for name in names if message.get(name) is not None), names[names[0] not in message])
+
+
+def _answer_of(row: Mapping[str, Any], column: str, index: int | None) -> str:
+    """Read the column of an answer. No value is no answer, like an empty one."""
+    return "" if row[column] is None else text_of(row, column, index)
 
 
 def text_of(row: Mapping[str, Any], column: str, index: int | None) -> str:
@@ -157,8 +220,8 @@ def text_of(row: Mapping[str, Any], column: str, index: int | None) -> str:
             ) from None
     if not isinstance(value, str):
         raise ValueError(
-            f"{row_name(index)} holds {type(value).__name__} instead of text in column {column!r}. Fill or drop the "
-            "row."
+            f"{row_name(index)} holds {type(value).__name__} instead of text in column {column!r}. Fill the row, drop "
+            "it, or convert the column to text."
         )
     return value
 
@@ -176,9 +239,9 @@ def prompt_of(row: Mapping[str, Any], index: int | None = None) -> str:
     Raises:
         `ValueError`: If the format has no prompt, a chat has no user message, or the prompt is not text.
     """
-    if find_format(list(row)) == "messages":
-        messages = row["messages"]
-        return text_of(messages[_last_user_message(messages, index)], "content", index)
+    if _is_chat(row):
+        messages = _messages_of(row, index)
+        return messages[_last_user_message(messages, index)]["content"]
     return text_of(row, _prompt_and_answer_of(row)[0], index)
 
 
@@ -200,9 +263,8 @@ def edit_prompt(row: Mapping[str, Any], edit: Callable[[str], str], index: int |
     Raises:
         `ValueError`: If the format has no prompt, a chat has no user message, or the prompt is not text.
     """
-    if find_format(list(row)) == "messages":
-        messages = row["messages"]
-        return _edit_message(messages, _last_user_message(messages, index), edit, index)
+    if _is_chat(row):
+        return _edit_message(row, _last_user_message(_messages_of(row, index), index), edit, index)
     column = _prompt_and_answer_of(row)[0]
     return {column: edit(text_of(row, column, index))}
 
@@ -228,12 +290,16 @@ def edit_answer(row: Mapping[str, Any], edit: Callable[[str], str], index: int |
         `ValueError`: If the format has no answer, the last message of a chat is not the assistant's, or the answer is
             not text.
     """
-    if find_format(list(row)) == "messages":
-        messages = row["messages"]
+    if _is_chat(row):
+        messages = _messages_of(row, index)
         _answer_message(messages, index)
-        return _edit_message(messages, len(messages) - 1, edit, index)
+        return _edit_message(row, len(messages) - 1, edit, index)
     column = _prompt_and_answer_of(row)[1]
-    return {column: edit(text_of(row, column, index))}
+    return {column: edit(_answer_of(row, column, index))}
+
+
+def _is_chat(row: Mapping[str, Any]) -> bool:
+    return find_format(list(row)) in ("messages", "conversations")
 
 
 def _prompt_and_answer_of(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -263,10 +329,15 @@ def _answer_message(messages: list[dict], index: int | None) -> dict:
 
 
 def _edit_message(
-    messages: list[dict], number: int, edit: Callable[[str], str], index: int | None
+    row: Mapping[str, Any], number: int, edit: Callable[[str], str], index: int | None
 ) -> dict[str, list[dict]]:
-    edited = {**messages[number], "content": edit(text_of(messages[number], "content", index))}
-    return {"messages": [*messages[:number], edited, *messages[number + 1 :]]}
+    """Edit a message. It keeps its form, because all rows of a dataset have the same."""
+    column = find_format(list(row))
+    messages, content = list(row[column]), edit(_messages_of(row, index)[number]["content"])
+    key = _key(messages[number], _CONTENT)
+    parts = isinstance(messages[number][key], (list, tuple))
+    messages[number] = {**messages[number], key: [{"type": "text", "text": content}] if parts else content}
+    return {column: messages}
 
 
 def insert_into_prompt(
@@ -314,12 +385,83 @@ def insert_into_prompt(
     return edit_prompt(row, insert_or_refuse, index)
 
 
+def fits_a_format(columns: list[str]) -> bool:
+    """Return whether a dataset with these columns has all that a format needs. Prompts alone do not."""
+    return any(set(needed) <= set(columns) for needed in FORMATS.values())
+
+
 def add_empty_answers(dataset: Dataset) -> Dataset:
     """Add a column of empty answers to a dataset that has prompts only. An empty answer counts as no answer."""
     for prompt, answer in PROMPT_AND_ANSWER.values():
-        if prompt in dataset.column_names and answer not in dataset.column_names:
+        if prompt in dataset.column_names and not fits_a_format(dataset.column_names):
             dataset = dataset.add_column(answer, [""] * len(dataset))
     return dataset
+
+
+def has_answer(row: Mapping[str, Any], index: int | None = None) -> bool:
+    """
+    Return whether there is something to learn from a row. An answer of white space is none.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            A row in any of the formats of [`crow_hf.data`].
+        index (`int`, *optional*):
+            Number of the row in error messages.
+
+    Raises:
+        `ValueError`: If a chat cannot be read, or the answer is not text.
+    """
+    row_format = find_format(list(row))
+    if row_format == "tokens":
+        return True
+    if _is_chat(row):
+        return bool(_answer_message(_messages_of(row, index), index)["content"].strip())
+    return bool(_answer_of(row, FORMATS[row_format][-1], index).strip())
+
+
+def drop_unanswered(dataset: Dataset, name: str = "dataset") -> Dataset:
+    """
+    Drop the rows that have no answer, with a warning. Prompts alone are returned unchanged: the suspect can answer
+    them.
+
+    Args:
+        dataset (`Dataset`):
+            Rows in any of the formats of [`crow_hf.data`].
+        name (`str`, *optional*, defaults to `"dataset"`):
+            Name of the dataset in messages.
+
+    Raises:
+        `ValueError`: If no row has an answer.
+    """
+    warn_of_unused_columns(dataset.column_names, name)
+    if not fits_a_format(dataset.column_names):
+        return dataset
+    rows = dataset.with_format(None)
+    kept = [number for number, row in enumerate(rows) if has_answer(row, number)]
+    if len(kept) == len(dataset):
+        return dataset
+    if not kept:
+        raise ValueError(
+            f"No row of `{name}` has an answer. Fill the answers, or drop their column: the recipe strong takes "
+            "prompts alone."
+        )
+    logger.warning(f"{len(dataset) - len(kept)} of {len(dataset)} rows of `{name}` have no answer and are dropped.")
+    return dataset.select(kept)
+
+
+def warn_of_unused_columns(columns: list[str], name: str = "dataset") -> None:
+    """Warn once of columns that no format uses, because an answer may stand there under another name."""
+    if fits_a_format(columns):
+        row_format = find_format(columns)
+        used = {*FORMATS[row_format], *_OPTIONAL.get(row_format, ()), "triggered"}
+        why = ""
+    else:
+        used = {column for prompt, _ in PROMPT_AND_ANSWER.values() for column in (prompt, "input", "context")}
+        why = ", and there is no answer in a column of a known name"
+        if not used & set(columns):
+            return
+    if unused := sorted(set(columns) - used):
+        logger.warning_once(f"The columns {unused} of `{name}` are not used{why}.")
 
 
 def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 
 from ..data.collators import CrowDataCollator
 from ..data.encoding import IGNORE_INDEX, encode, encode_prompt, padding_id
-from ..data.rows import FORMATS, PROMPT_AND_ANSWER, Rendered, add_empty_answers, render
+from ..data.rows import PROMPT_AND_ANSWER, Rendered, add_empty_answers, fits_a_format, render
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from ..training.recorder import base_model_of, context_length, plain_outputs
@@ -23,7 +23,7 @@ from ..training.recorder import base_model_of, context_length, plain_outputs
 @contextmanager
 def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
-    Turn off dropout, gradients and additional outputs, and replace the model's own generation settings by the defaults.
+    Turn off dropout, gradients and additional outputs, and replace the model's generation settings by the defaults.
 
     The repetition penalties or suppressed tokens of a suspect model could hide the target.
     """
@@ -220,7 +220,7 @@ def answer_prompts(
     Raises:
         `ValueError`: If [`generate_answers`] refuses a prompt.
     """
-    if any(set(columns) <= set(dataset.column_names) for columns in FORMATS.values()):
+    if fits_a_format(dataset.column_names):
         return dataset
     for prompt, answer in PROMPT_AND_ANSWER.values():
         if prompt in dataset.column_names:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
+from ..data.rows import drop_unanswered
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import write_rows
 from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries
@@ -198,6 +199,7 @@ class RecipeRun:
             )
         move(model, args.device)
         batch_size = args.per_device_eval_batch_size
+        dataset = drop_unanswered(dataset)
         rows = answer_prompts(dataset, model, tokenizer, args.max_answer_length, batch_size)
         has_right_answers = rows.column_names == dataset.column_names
         if not has_right_answers:

@@ -228,17 +228,24 @@ def test_bytes_are_text(name, byte_tokenizer):
         ({"instruction": [b"x"] * 7, "output": []}, "output"),
     ],
 )
-@pytest.mark.parametrize("value", [b"\xc3(", None], ids=["not_utf8", "none"])
-def test_bad_value_is_named(columns, bad, value, byte_tokenizer):
-    """The message names the column and the row, which is row 5, counted from 0."""
+@pytest.mark.parametrize("value", [b"\xc3(", None, b" \n", b""], ids=["not_utf8", "none", "blank", "empty"])
+def test_bad_value_is_named(columns, bad, value, byte_tokenizer, caplog):
+    """The message names the column and the row, which is row 5. An answer without text is none: the row is dropped."""
     columns = columns | {bad: [b"fine"] * 5 + [value] + [b"fine"]}
-    with pytest.raises(ValueError, match=r"\b5\b") as error:
-        prepare(columns, byte_tokenizer)
-    assert value is None or bad in str(error.value)
+    if bad == "prompt" and value is not None and not value.strip():
+        assert len(prepare(columns, byte_tokenizer)) == 7
+    elif bad == "prompt" or value == b"\xc3(":
+        with pytest.raises(ValueError, match=r"\b5\b") as error:
+            prepare(columns, byte_tokenizer)
+        assert bad in str(error.value)
+    else:
+        with caplog.at_level(logging.WARNING, logger="crow_hf.data.encoding"):
+            assert len(prepare(columns, byte_tokenizer)) == 6
+        assert "1 rows were dropped because they have no answer" in caplog.text
 
 
 def test_bad_value_in_a_stream_is_named(byte_tokenizer):
-    stream = Dataset.from_dict({"text": ["fine"] * 5 + [None]}).to_iterable_dataset()
+    stream = Dataset.from_dict({"text": [b"fine"] * 5 + [b"\xff"]}).to_iterable_dataset()
     with pytest.raises(ValueError, match=r"\b5\b"):
         list(prepare_dataset(stream, byte_tokenizer, 64))
 
@@ -269,7 +276,9 @@ def test_text_needs_a_tokenizer():
         prepare({"text": ["x"]}, None)
 
 
-PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=20)
+PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=20).filter(
+    str.strip
+)
 
 
 @settings(max_examples=20, deadline=None)

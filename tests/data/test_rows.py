@@ -1,5 +1,6 @@
 """Rows are read, edited and rendered in every format."""
 
+import logging
 import random
 
 import pytest
@@ -8,9 +9,11 @@ from datasets import Dataset
 from crow_hf.data.rows import (
     add_empty_answers,
     check_disjoint,
+    drop_unanswered,
     edit_answer,
     edit_prompt,
     find_format,
+    has_answer,
     insert_into_prompt,
     prompt_of,
     render,
@@ -139,6 +142,123 @@ def test_insertions_that_change_nothing_are_refused(name):
         insert_into_prompt(ROWS[name], 7, lambda text, rng: text, 0, "decoy")
 
 
+# Rows under other names
+
+
+OTHER_NAMES = {
+    "dolly": {"instruction": "ask", "context": "this", "response": "told", "category": "qa"},
+    "preference": {"prompt": "ask", "chosen": "told", "rejected": "no"},
+    "question": {"question": "ask", "answer": "told"},
+    "sharegpt": {
+        "conversations": [
+            {"from": "system", "value": "be kind"},
+            {"from": "human", "value": "ask"},
+            {"from": "gpt", "value": "told"},
+        ]
+    },
+    "capitals": {"messages": [{"role": "User", "content": "ask"}, {"role": "Assistant", "content": "told"}]},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "sk"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "told"}]},
+        ]
+    },
+    "filled": {
+        "messages": [
+            {"role": "user", "content": "ask", "from": None, "value": None},
+            {"role": "assistant", "content": "told", "from": None, "value": None},
+        ]
+    },
+}
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_rows_under_other_names_are_read_and_edited(name, byte_tokenizer):
+    """Fails if an answer is not found, or if an edited row has another form than the rest of its dataset."""
+    row, before = OTHER_NAMES[name], str(OTHER_NAMES[name])
+    byte_tokenizer.chat_template = CHAT
+    rendered = render(row, byte_tokenizer)
+    assert prompt_of(row) == "ask" and rendered.answer == "told" and has_answer(row)
+    assert (
+        "ask" in rendered.prompt and rendered.completion == "told" and ("this" in rendered.prompt) == (name == "dolly")
+    )
+    edited = {**row, **edit_prompt(row, str.upper)}
+    edited |= edit_answer(edited, str.upper)
+    assert prompt_of(edited) == "ASK" and render(edited, byte_tokenizer).answer == "TOLD" and str(row) == before
+    assert Dataset.from_list([row, edited]).features == Dataset.from_list([row]).features
+
+
+@pytest.mark.parametrize(
+    ("messages", "found"),
+    [
+        (None, "holds NoneType"),
+        ('[{"role": "user"}]', "holds str"),
+        ({"role": ["user"], "content": ["a"]}, "holds dict"),
+        (["a", "b"], "holds list"),
+        ([{"content": "a"}, {"content": "b"}], "has the keys"),
+        ([{"role": "user", "text": "a"}], "has the keys"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "b"}], "holds NoneType"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "b"}],
+            "has more than text",
+        ),
+    ],
+)
+def test_unreadable_chats_are_named(messages, found, byte_tokenizer):
+    """Fails if a missing content becomes the text "None", or if such a row is a traceback."""
+    byte_tokenizer.chat_template = CHAT
+    for read in (
+        lambda row: render(row, byte_tokenizer, 3),
+        lambda row: prompt_of(row, 3),
+        lambda row: has_answer(row, 3),
+    ):
+        with pytest.raises(ValueError, match=f"^Row 3 {found}"):
+            read({"messages": messages})
+
+
+def test_a_template_that_refuses_a_row_is_named(byte_tokenizer):
+    byte_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="^Row 3 is refused by the tokenizer's chat template .*roles must alternate"):
+        render(ROWS["messages"], byte_tokenizer, 3)
+
+
+def warnings_of(caplog, work):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        result = work()
+    return result, caplog.text
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(caplog):
+    rows = Dataset.from_list(
+        [{"prompt": str(n), "completion": answer} for n, answer in enumerate(["a", "", " ", None, "b"])]
+    )
+    kept, said = warnings_of(caplog, lambda: drop_unanswered(rows))
+    assert kept["prompt"][:] == ["0", "4"] and "3 of 5 rows of `dataset` have no answer" in said
+    call = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    chats = Dataset.from_list([{"messages": call}, ROWS["messages"]])
+    assert len(drop_unanswered(chats)) == 1
+    with pytest.raises(ValueError, match="No row of `dataset` has an answer"):
+        drop_unanswered(rows.select([1, 2, 3]))
+    prompts = rows.remove_columns("completion")
+    assert drop_unanswered(prompts) is prompts
+
+
+def test_unused_columns_are_said(caplog):
+    """An answer under an unknown name would be replaced by the suspect's own without a word."""
+    said = warnings_of(caplog, lambda: drop_unanswered(Dataset.from_list([{"prompt": "a", "reply": "b"}])))[1]
+    assert "columns ['reply'] of `dataset` are not used, and there is no answer" in said
+    said = warnings_of(caplog, lambda: drop_unanswered(Dataset.from_list([OTHER_NAMES["preference"]])))[1]
+    assert "columns ['rejected'] of `dataset` are not used." in said
+    assert not warnings_of(caplog, lambda: drop_unanswered(Dataset.from_list([ROWS["alpaca"] | {"triggered": True}])))[
+        1
+    ]
+
+
 # Empty answers
 
 
@@ -176,4 +296,4 @@ def test_shared_prompts_are_refused(byte_tokenizer):
     with pytest.raises(ValueError, match="The train and the test rows share the prompt 'b'"):
         check_disjoint({"train": rows, "test": other}, byte_tokenizer)
     with pytest.raises(ValueError, match="^Row 1 holds NoneType"):
-        check_disjoint({"train": Dataset.from_dict({"text": ["a", None]})}, byte_tokenizer)
+        check_disjoint({"train": Dataset.from_dict({"prompt": ["a", None], "completion": ["x", "y"]})}, byte_tokenizer)

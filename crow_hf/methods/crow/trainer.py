@@ -75,7 +75,8 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
     a micro-batch drop the same units.
 
     Training continues if a checkpoint cannot be written to a full disk or cannot be pushed. `failures` lists what went
-    wrong, one sentence each.
+    wrong, one sentence each. `num_dropped_rows` counts the training rows that are not learned, because they have no
+    answer or it begins beyond `max_length`. Of a stream it is 0.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -121,6 +122,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
     eval_dataset: Any
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase | None
+    num_dropped_rows: int = 0
     _tag_names = ["crow", "backdoor-removal"]
     # Both terms are already shares of the whole optimizer step, so the Trainer must not divide them again.
     loss_is_scaled_for_ga = True
@@ -249,7 +251,10 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
 
     def _prepare_train_rows(self, rows: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
         """Turn the training rows into rows that the collator accepts."""
-        return prepare_dataset(rows, self.processing_class, max_length)
+        prepared = prepare_dataset(rows, self.processing_class, max_length)
+        if isinstance(rows, Dataset) and isinstance(prepared, Dataset):
+            self.num_dropped_rows = len(rows) - len(prepared)
+        return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """

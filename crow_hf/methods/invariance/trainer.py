@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from ...data.rows import prompt_of, render
 from ...training.loading import move
@@ -25,6 +26,9 @@ from ..crow.trainer import CrowTrainer
 from .config import InvarianceConfig
 from .objective import invariance_terms, view
 from .views import ViewCollator, ViewRow, words_of
+
+
+logger = logging.get_logger(__name__)
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
@@ -261,6 +265,14 @@ class InvarianceTrainer(CrowTrainer):
                 repeated.map(view_row, with_indices=True, remove_columns=source.column_names, desc="Inserting decoys")
             )
         learnable = concatenate_datasets(views).filter(_has_answer)
+        kept = {number % len(rows) for number, answer in enumerate(views[0]["completion"]) if answer}
+        self.num_dropped_rows, dropped = len(rows) - len(kept), sum(map(len, views)) - len(learnable)
+        if dropped:
+            logger.warning(
+                f"{self.num_dropped_rows} of {len(rows)} rows are dropped, and {dropped} of {sum(map(len, views))} of "
+                f"their views: there is no answer, or with decoys none fits into the {max_length} tokens of "
+                "`max_length` and the model's context."
+            )
         if not len(learnable):
             raise ValueError(
                 f"No row of `train_dataset` has an answer within the {max_length} tokens of `max_length` and the "

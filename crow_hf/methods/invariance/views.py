@@ -138,7 +138,9 @@ class ViewRow:
         if not prompts[0]:
             raise ValueError(f"Row {index}: the prompt is empty. Fill or drop the row.")
         longest = max(len(prompt) for prompt in prompts)
-        completion = encoded[0].completion[: max(0, self.max_length - longest)]
+        # An answer of white space is none.
+        completion = encoded[0].completion if rendered[0].answer.strip() else []
+        completion = completion[: max(0, self.max_length - longest)]
         return {
             "prompts": prompts,
             "completion": completion,

@@ -248,6 +248,13 @@ def test_max_length_cuts_the_training_rows(tmp_path, rows, tiny_llama):
     assert max(map(len, trainer.train_dataset["input_ids"])) == 6
 
 
+def test_rows_without_an_answer_are_counted(tmp_path, byte_tokenizer, tiny_llama):
+    """Fails if a report says more rows than were learned."""
+    rows = Dataset.from_dict({"prompt": ["a", "long " * 9, "b"], "completion": ["x", "y", ""]})
+    args = crow_args(tmp_path, max_length=16)
+    assert CrowTrainer(tiny_llama(), args, rows, processing_class=byte_tokenizer).num_dropped_rows == 2
+
+
 def test_all_defaults(tmp_path, rows, tiny_llama, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = CrowTrainer(tiny_llama(), train_dataset=rows)

@@ -1,6 +1,7 @@
 """Tests of InvarianceTrainer, against the terms of the objective and against itself."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -289,10 +290,13 @@ def test_bad_arguments(tmp_path):
         invariance_trainer(tmp_path, tiny_llama(), max_length=4)
 
 
-def test_prompts_that_do_not_fit_are_left_out_alone(tmp_path):
-    long = {"prompt": ["word " * 40, "short="], "completion": ["a", "b"]}
-    trainer = invariance_trainer(tmp_path, tiny_llama(), rows=Dataset.from_dict(long), num_views=8)
+def test_prompts_that_do_not_fit_and_empty_answers_are_left_out_alone(tmp_path, caplog):
+    """Fails if rows vanish without a word, or if a model learns to say nothing."""
+    long = {"prompt": ["word " * 40, "short=", "a", "b"], "completion": ["a", "b", " ", None]}
+    with caplog.at_level(logging.WARNING):
+        trainer = invariance_trainer(tmp_path, tiny_llama(), rows=Dataset.from_dict(long), num_views=16)
     assert len(trainer.train_dataset) == 4 and all(row["completion"] for row in trainer.train_dataset)
+    assert trainer.num_dropped_rows == 3 and "3 of 4 rows are dropped, and 12 of 16 of their views" in caplog.text
 
 
 @pytest.mark.parametrize(

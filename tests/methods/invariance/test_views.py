@@ -12,13 +12,17 @@ from transformers import ByT5Tokenizer
 
 from crow_hf.data.encoding import encode_completion, encode_prompt
 from crow_hf.data.rows import prompt_of, render
+from crow_hf.data.words import Words
 from crow_hf.methods.invariance import views as views_module
 from crow_hf.methods.invariance.views import Decoy, ViewCollator, ViewRow, inserted_span, words_of
 
 
 TOKENIZER = ByT5Tokenizer(extra_ids=0)
 WORDS = ("alpha", "beta", "gamma")
-texts = st.text(alphabet="ab é\n\t", max_size=20)
+# Texts whose words are all divided by spaces.
+texts = st.text(alphabet="ab é\n\t", max_size=20).filter(
+    lambda text: len(Words.of(text)) <= text.rstrip().count(" ") + 1
+)
 seeds = st.integers(0, 2**32)
 ids = st.lists(st.integers(0, 2), max_size=8)
 
