@@ -1,4 +1,4 @@
-"""Write checkpoints that record whether they are complete, resume from them, and explain failed writes."""
+"""Write models and checkpoints whole, resume from checkpoints, and explain failed writes."""
 
 import json
 import os
@@ -10,13 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
+
+from .saves import lost_tensors, one_line, rehearse_save, saved_tensors, with_own_storage, write_weights
+from .sharding import will_shard
 
 
 logger = logging.get_logger(__name__)
@@ -208,6 +220,8 @@ class CheckpointMixin(Trainer):
             What could not be written or pushed during training, one sentence each.
     """
 
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase | None
     failures: list[str]
     # mode -> term -> step -> [sum over the tokens, number of tokens]
     _logged: dict[str, dict[str, dict[int, list[float]]]]
@@ -216,6 +230,73 @@ class CheckpointMixin(Trainer):
         """Log a failure that does not stop training, and add it to `failures`."""
         logger.error(sentence)
         self.failures.append(sentence)
+
+    def rehearse(self) -> None:
+        """
+        Build the data loader, the optimizer and the scheduler, and check that they would change the model.
+
+        Raises:
+            `ValueError`: If the arguments ask for what is not installed or does not exist, or if no step is made.
+        """
+        loader = self.get_train_dataloader()
+        *_, max_steps = self.set_initial_training_values(self.args, loader)
+        try:
+            self.create_optimizer_and_scheduler(max_steps)
+        except Exception as error:
+            raise ValueError(
+                f"The optimizer or its schedule cannot be made ({one_line(error)}): change `optim`, "
+                "`lr_scheduler_type` or their arguments, or install what they need."
+            ) from error
+        factors = getattr(self.lr_scheduler, "lr_lambdas", [lambda step: 1.0])
+        if not self.args.learning_rate or not any(factor(step) for factor in factors for step in range(max_steps)):
+            raise ValueError(
+                f"The learning rate is 0 in each of the {max_steps} steps, so the model would not change: raise "
+                "`learning_rate`, or set fewer `warmup_steps` or more steps."
+            )
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Any:
+        """As in [`~transformers.Trainer`], but a run without an optimizer step is an error."""
+        values = super().set_initial_training_values(args, dataloader)
+        *_, steps_in_epoch, max_steps = values
+        if not steps_in_epoch or max_steps < 1:
+            raise ValueError(
+                "These arguments make no optimizer step, so the model would not change: set more `max_steps` or "
+                "`num_train_epochs`, a smaller batch size, or `dataloader_drop_last` to False."
+            )
+        return values
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As in [`~transformers.Trainer`], but what cannot be saved, or was not changed, is an error."""
+        rehearse_save(self.model, self.processing_class)
+        before = None if will_shard(self.args) else _fingerprint(self.model)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if not self.state.global_step or (before is not None and before == _fingerprint(self.model)):
+            raise ValueError(
+                f"The training of {self.state.global_step} steps changed no weight, so this is still the suspect: "
+                "raise the learning rate, and train in bfloat16 or float32."
+            )
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in [`~transformers.Trainer`], but all weights are written even if another file cannot be."""
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        folder, model = output_dir or self.args.output_dir, self.model
+        if isinstance(model, PeftModel):
+            tensors = get_peft_model_state_dict(model, state_dict, save_embedding_layers=False)
+        else:
+            tensors = saved_tensors(model, state_dict)
+            state_dict = with_own_storage(tensors)
+        try:
+            super()._save(folder, state_dict)
+        except Exception as error:
+            if lost_tensors(folder, model, tensors):
+                write_weights(folder, model, tensors)
+            self.note_failure(
+                f"Not every file of the model could be written to {folder} ({one_line(error)}). Its weights are whole."
+            )
+        if lost := lost_tensors(folder, model, tensors):
+            raise OSError(f"{len(lost)} tensors, such as {lost[0]}, are not in the files")
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # The Trainer checks the number of steps only after a step. Resumed from the last checkpoint, it would train
@@ -264,6 +345,11 @@ class CheckpointMixin(Trainer):
         self._globalstep_last_logged = unlogged["last_step"]
         for name, steps in unlogged["terms"].items():
             self._logged["train"][name].update({int(step): sums for step, sums in steps.items()})
+
+
+def _fingerprint(model: nn.Module) -> list[int | float]:
+    """A number for each trainable tensor that changes with any of its bits."""
+    return [torch.hash_tensor(each.detach()).item() for each in model.parameters() if each.requires_grad]
 
 
 def _size_of(path: Path) -> int | None:

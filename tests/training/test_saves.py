@@ -1,0 +1,211 @@
+"""Tests of saving whole models, and of what is copied beside them."""
+
+import os
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import ByT5Tokenizer, MixtralConfig, MixtralForCausalLM
+
+from crow_hf import CrowTrainer, load_causal_lm
+from crow_hf.training.saves import (
+    cast_to,
+    copy_side_files,
+    hollow_copy,
+    lost_tensors,
+    rehearse_save,
+    saved_tensors,
+    stored_dtype,
+)
+from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
+
+
+def tied_by_hand(kind):
+    model = tiny_llama()
+    if kind == "head":
+        model.lm_head.weight = model.model.embed_tokens.weight
+    else:
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 30)[None]).logits
+
+
+@pytest.mark.parametrize("kind", ["head", "layers"])
+def test_tensors_that_were_tied_by_hand_are_saved_under_every_name(kind, tmp_path):
+    """Fails if the trainer saves only one name, which loading fills with random numbers, or refuses to save."""
+    trainer = CrowTrainer(
+        tied_by_hand(kind), crow_args(tmp_path, max_steps=1), Dataset.from_list(ragged_rows(4)), callbacks=[]
+    )
+    trainer.train()
+    trainer.save_model()
+    assert trainer.failures == []
+    torch.testing.assert_close(logits_of(load_causal_lm(tmp_path / "run")), logits_of(trainer.model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_of_the_config_is_saved_once(tied, tmp_path):
+    model = tiny_llama(tie_word_embeddings=tied)
+    names = saved_tensors(model).keys()
+    assert ("lm_head.weight" in names) == (not tied) and "model.embed_tokens.weight" in names
+    # Weights that no longer share are both kept, whatever the config says.
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+    assert "lm_head.weight" in saved_tensors(model)
+
+
+def test_lost_tensors_are_found_by_name_and_by_shape(tmp_path):
+    """Names in the file are not those in memory for a mixture of experts, whose experts are one tensor in memory."""
+    config = MixtralConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    for number, model in enumerate((tiny_llama(), MixtralForCausalLM(config))):
+        folder = tmp_path / str(number)
+        model.save_pretrained(folder)
+        assert lost_tensors(folder, model, saved_tensors(model)) == []
+        file = folder / "model.safetensors"
+        held = load_file(file)
+        first, second = sorted(held)[:2]
+        del held[first]
+        held[second] = held[second][:1].clone()
+        save_file(held, file)
+        assert lost_tensors(folder, model, saved_tensors(model)) == [first, second]
+
+
+def test_a_hollow_copy_has_the_structure_and_no_memory():
+    model = tied_by_hand("head")
+    hollow = hollow_copy(model)
+    assert type(hollow) is type(model) and hollow.lm_head.weight is hollow.model.embed_tokens.weight
+    for name, weight in model.named_parameters():
+        copy = hollow.get_parameter(name)
+        assert copy.shape == weight.shape and copy.dtype == weight.dtype and copy is not weight
+        assert copy.untyped_storage().nbytes() <= 8
+    assert any(weight.any() for weight in model.parameters())
+
+
+def test_a_rehearsal_repairs_settings_that_can_be_loaded_but_not_saved(tmp_path):
+    model = tiny_llama()
+    model.generation_config.temperature = 0.7
+    model.config.output_attentions = False
+    model.config.num_beams = 4
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path)
+    rehearse_save(model, ByT5Tokenizer(extra_ids=0))
+    model.save_pretrained(tmp_path)
+    settings = load_causal_lm(tmp_path).generation_config
+    assert (settings.temperature, settings.num_beams) == (0.7, 4)
+
+
+def test_a_rehearsal_refuses_what_cannot_be_saved(byte_tokenizer, monkeypatch):
+    def broken(folder):
+        raise KeyError("a part of the tokenizer")
+
+    monkeypatch.setattr(byte_tokenizer, "save_pretrained", broken)
+    with pytest.raises(ValueError, match="could not be saved after the work .*a part of the tokenizer"):
+        rehearse_save(tiny_llama(), byte_tokenizer)
+
+
+def test_the_stored_dtype_is_that_of_most_weights(tmp_path):
+    assert stored_dtype("") is None
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_llama().to(dtype)
+        model.model.norm.float()
+        model.save_pretrained(tmp_path)
+        assert stored_dtype(tmp_path) == dtype
+
+
+def test_a_cast_is_what_loading_in_that_dtype_gives(tmp_path):
+    """Fails if buffers that are not saved are rounded, or if the base of an adapter is."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    wanted = load_causal_lm(tmp_path, dtype="bfloat16")
+    assert cast_to(model, torch.bfloat16)
+    assert same_weights(weights_of(model), weights_of(wanted))
+    assert all(
+        torch.equal(one, other) and one.dtype == other.dtype
+        for one, other in zip(model.buffers(), wanted.buffers(), strict=True)
+    )
+    adapter = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    assert cast_to(adapter, torch.bfloat16)
+    assert {weight.dtype for name, weight in adapter.named_parameters() if "lora" in name} == {torch.bfloat16}
+    assert adapter.get_base_model().dtype == torch.float32
+
+
+def test_weights_that_do_not_fit_are_left_alone():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e6
+    before = weights_of(model)
+    assert not cast_to(model, torch.float16)
+    assert same_weights(before, weights_of(model))
+
+
+def test_files_beside_the_model_are_copied_except_code_and_links(tmp_path):
+    """Fails if a file is lost or replaced, or if a link makes a private file a part of the purified model."""
+    suspect, purified, secret = tmp_path / "suspect", tmp_path / "purified", tmp_path / "secret"
+    suspect.mkdir(), purified.mkdir()
+    secret.write_text("private")
+    for name in ("preprocessor_config.json", "LICENSE.txt", "chat_template.jinja", "modeling_x.py", "rows.jsonl"):
+        (suspect / name).write_text(name)
+    os.symlink(secret, suspect / "NOTICE")
+    (purified / "chat_template.jinja").write_text("new")
+    copy_side_files(suspect, purified)
+    assert {path.name: path.read_text() for path in purified.iterdir()} == {
+        "preprocessor_config.json": "preprocessor_config.json",
+        "LICENSE.txt": "LICENSE.txt",
+        "chat_template.jinja": "new",
+    }
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generation config"])
+def test_the_weights_are_written_whatever_another_file_raises(part, tmp_path, byte_tokenizer, monkeypatch):
+    args = crow_args(tmp_path, max_steps=1)
+    rows = Dataset.from_list(ragged_rows(4))
+    trainer = CrowTrainer(tiny_llama(), args, rows, processing_class=byte_tokenizer)
+    trainer.train()
+
+    def broken(*args, **kwargs):
+        raise RecursionError("too deep")
+
+    owner = byte_tokenizer if part == "tokenizer" else trainer.model.generation_config
+    monkeypatch.setattr(owner, "save_pretrained", broken, raising=False)
+    trainer.save_model()
+    assert len(trainer.failures) == 1 and "too deep" in trainer.failures[0]
+    assert same_weights(weights_of(load_causal_lm(args.output_dir)), weights_of(trainer.model))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 0},
+        {"learning_rate": 0.0},
+        {"max_steps": 1, "warmup_steps": 1},
+        {"per_device_train_batch_size": 64, "dataloader_drop_last": True},
+        {"optim": "adamw_bnb_8bit"},
+        {"optim": "galore_adamw", "optim_target_modules": "q_proj"},
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+    ],
+)
+def test_training_that_cannot_start_or_changes_nothing_is_refused(settings, tmp_path):
+    args = crow_args(tmp_path, **({"max_steps": 2} | settings))
+    trainer = CrowTrainer(tiny_llama(), args, Dataset.from_list(ragged_rows(4)))
+    with pytest.raises(ValueError, match=r"would not change|cannot be made"):
+        trainer.rehearse()
+
+
+def test_a_training_that_changed_nothing_is_an_error(tmp_path):
+    """Fails if steps of a learning rate of 0 count as a purification, because they were steps."""
+    args = crow_args(tmp_path, max_steps=2, learning_rate=0.0)
+    with pytest.raises(ValueError, match="2 steps changed no weight"):
+        CrowTrainer(tiny_llama(), args, Dataset.from_list(ragged_rows(4))).train()
