@@ -25,6 +25,7 @@ PAGES = {
             "recipes.findings",
             "evidence.result",
             "recipes.presets",
+            "recipes.holdout",
             "recipes.run",
             "recipes.guide",
             "methods.crow.trainer",

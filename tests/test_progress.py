@@ -6,8 +6,8 @@ import pytest
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
-from crow_hf import CrowConfig, CrowTrainer
-from crow_hf.progress import PhaseCallback, announce, duration, phase, shown_on
+from crow_hf import CrowConfig, CrowTrainer, progress
+from crow_hf.progress import PhaseCallback, announce, duration, phase, restart_clock, seconds_by_phase, shown_on
 
 
 class Heard:
@@ -136,6 +136,22 @@ def test_a_display_replaces_printed_log_lines(tmp_path, tiny_llama, byte_tokeniz
             assert PhaseCallback in kinds() and PrinterCallback not in kinds()
     else:
         assert PrinterCallback in kinds() and PhaseCallback not in kinds()
+
+
+def test_the_time_of_each_phase_is_counted(monkeypatch):
+    """Fails if a phase that comes twice counts once, if an inner phase counts too, or if an earlier run counts."""
+    times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 25.0, 30.0, 31.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
+    with phase("Looking"):
+        pass
+    restart_clock()
+    with phase("Looking"), phase("Writing"):
+        pass
+    with phase("Purifying"):
+        pass
+    with pytest.raises(ZeroDivisionError), phase("Looking"):
+        1 / 0
+    assert seconds_by_phase() == {"Looking": 3.0, "Purifying": 5.0}
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ class Purification:
             none were taken.
         retention ([`Retention`], *optional*):
             What the purified model has kept of the suspect. `None` if it was not measured.
+        held_out (`dict[str, Evaluation]`):
+            Evaluations of `"suspect"` and `"purified"` on held-out rows, see [`hold_out`]. Empty if there are none.
         report (`dict`, *optional*):
             The content of `report.json`, with the keys of [`crow_hf.reporting.record`]. `None` if there is no report.
         hub_url (`str`, *optional*):
@@ -53,6 +55,7 @@ class Purification:
     canaries: list[Canary] = field(default_factory=list)
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     retention: Retention | None = None
+    held_out: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     hub_url: str | None = None
 
@@ -70,8 +73,9 @@ class Comparison:
     Attributes:
         suspect (`Evaluation`):
             The suspect model, without a defence.
-        control (`Evaluation`):
-            The suspect after plain fine-tuning with the same rows, number of steps and learning rate.
+        control (`Evaluation`, *optional*):
+            The suspect after plain fine-tuning with the same rows, number of steps and learning rate. `None` on
+            held-out rows.
         purified (`Evaluation`):
             The purified model.
         others (`dict[str, Evaluation]`):
@@ -81,13 +85,26 @@ class Comparison:
     """
 
     suspect: Evaluation
-    control: Evaluation
+    control: Evaluation | None
     purified: Evaluation
     others: dict[str, Evaluation] = field(default_factory=dict)
     purification: Purification | None = None
 
+    @classmethod
+    def on_held_out_rows(cls, purification: Purification) -> "Comparison | None":
+        """Return the suspect beside the purified model on held-out rows, or `None` if there are none."""
+        held_out = purification.held_out
+        return cls(held_out["suspect"], None, held_out["purified"], purification=purification) if held_out else None
+
+    @property
+    def by_role(self) -> dict[str, Evaluation]:
+        """All evaluations by `"suspect"`, `"control"`, the names of the others, and `"purified"`."""
+        control = {} if self.control is None else {"control": self.control}
+        return {"suspect": self.suspect, **control, **self.others, "purified": self.purified}
+
     @property
     def by_name(self) -> dict[str, Evaluation]:
         """All evaluations by the names that tables show, the purified model last."""
-        name = "purified" if self.purification is None else self.purification.method
-        return {NO_DEFENCE: self.suspect, "fine-tuning": self.control, **self.others, name: self.purified}
+        purified = "purified" if self.purification is None else self.purification.method
+        names = {"suspect": NO_DEFENCE, "control": "fine-tuning", "purified": purified}
+        return {names.get(role, role): evaluation for role, evaluation in self.by_role.items()}

@@ -13,16 +13,17 @@ from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.rows import render
 from ..evaluation.harness import Evaluation, evaluate_model
-from ..evaluation.retention import RetentionReference, retention_reference
+from ..evaluation.retention import RetentionReference
 from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
-from ..progress import phase
+from ..progress import phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
+from .holdout import reference_of
 from .presets import control_config
-from .purification import RETENTION_WINDOWS, check_base, check_sharding, describe_for_card, draw_rows
+from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, run_recipe
 from .saving import not_fatal, prepare_output, save_result
 
@@ -94,6 +95,7 @@ def compare_defences(
             cannot be purified or purified with.
     """
     # Prepare
+    restart_clock()
     if args.world_size > 1:
         raise ValueError(
             "Defences are compared in one process: purify with several processes, and measure with one afterwards."
@@ -122,15 +124,8 @@ def compare_defences(
     with phase(LOOKING):
         name, suspect_scores = suspect.name_or_path, measure(suspect)
         snapshots = {"suspect": snapshot(suspect, shown, args)}
-        reference = retention_reference(
-            suspect,
-            processing_class,
-            shown.rows,
-            text,
-            batch_size=evaluation.get("batch_size", 32),
-            seed=args.seed,
-            max_windows=RETENTION_WINDOWS,
-        )
+        batch_size = evaluation.get("batch_size", 32)
+        reference = reference_of(suspect, processing_class, shown.rows, text, args.seed, batch_size)
     del suspect
 
     # Train the control, on the same weights. Without the consistency loss, the published recipes are plain

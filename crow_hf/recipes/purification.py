@@ -9,24 +9,23 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..evaluation.retention import measure_retention, retention_reference
-from ..evidence.result import Purification
+from ..data.rows import drop_unanswered
+from ..evaluation.retention import measure_retention
+from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
 from ..methods.crow.config import CrowConfig, loading_kwargs
-from ..progress import phase
+from ..progress import phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import load_causal_lm, load_tokenizer
 from ..training.sharding import will_shard
+from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, recipe_config
 from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
 from .saving import not_fatal, prepare_output, save_result
 
 
 logger = logging.get_logger(__name__)
-
-# Windows of running text on which it is measured what a purification forgets.
-RETENTION_WINDOWS = 16
 
 
 def purify(
@@ -56,7 +55,8 @@ def purify(
             `PeftModel` is trained further.
         dataset (`Dataset` or `IterableDataset`):
             About 100 clean rows, better 1,000, in any of the formats of [`crow_hf.data`]. With the recipe `"strong"`,
-            prompts without an answer are answered by the suspect itself.
+            prompts without an answer are answered by the suspect itself. Of 40 rows or more, a tenth is not trained
+            on: what the purification cost is measured on them, see [`hold_out`].
         recipe (`str`, *optional*, defaults to `"strong"`):
             `"strong"`, `"paper"` or `"guide"`, see [`recipe_config`]. `"strong"` trains a fresh LoRA of rank 16, and
             `"paper"` one of rank 8, unless the suspect is a `PeftModel` or `peft_config` is passed. On sharded weights
@@ -99,12 +99,13 @@ def purify(
     ```
     """
     # Prepare
+    restart_clock()
     name = str(model) if isinstance(model, (str, Path)) else model.name_or_path
     if args is None:
         args = recipe_config(recipe, f"{Path(name).name or type(model).__name__}-{recipe}")
     check_recipe(recipe, args)
     check_sharding(recipe, args, peft_config)
-    rows = draw_rows(dataset, recipe, max_rows, args.seed)
+    rows, held_out = hold_out(draw_rows(dataset, recipe, max_rows, args.seed), args.seed)
     checkpoint = prepare_output(args, resume_from_checkpoint)
     tokenizer = load_tokenizer(name) if processing_class is None else processing_class
     if isinstance(model, (str, Path)):
@@ -116,19 +117,12 @@ def purify(
     # Look. The answers of the suspect itself are not right ones to compare with, so only the columns of `dataset` are
     # shown.
     visible = run.rows.select_columns(rows.column_names) if isinstance(rows, Dataset) else run.rows
-    shown = SnapshotRows.first_of(visible, tokenizer)
+    shown = SnapshotRows.first_of(visible if held_out is None else held_out, tokenizer)
     batch_size = args.per_device_eval_batch_size
     with phase(LOOKING), run.trainer.accelerator.autocast():
         suspect = run.snapshot(shown)
-        reference = retention_reference(
-            run.trainer.model,
-            tokenizer,
-            shown.rows,
-            text,
-            batch_size=batch_size,
-            seed=args.seed,
-            max_windows=RETENTION_WINDOWS,
-        )
+        reference = reference_of(run.trainer.model, tokenizer, shown.rows, text, args.seed, batch_size)
+        before = None if held_out is None else evaluate_held_out(run.trainer.model, tokenizer, held_out, batch_size)
 
     # Implant, train
     run.implant_canaries()
@@ -136,13 +130,20 @@ def purify(
     purification = run.result()
 
     # Look, report
-    with not_fatal(run, "report"), phase(LOOKING_AGAIN):
-        purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
-        with run.trainer.accelerator.autocast():
+    comparison = None
+    with not_fatal(run, "report"):
+        with phase(LOOKING_AGAIN), run.trainer.accelerator.autocast():
+            purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
             purification.retention = measure_retention(run.trainer.model, tokenizer, reference, batch_size)
-        purification.report = record_of(purification, shown, model_name=name, train_dataset=rows)
+            if held_out is not None and before is not None:
+                after = evaluate_held_out(run.trainer.model, tokenizer, held_out, batch_size)
+                purification.held_out = {"suspect": before, "purified": after}
+        comparison = Comparison.on_held_out_rows(purification)
+        purification.report = record_of(
+            purification, shown, model_name=name, train_dataset=rows, held_out=held_out, comparison=comparison
+        )
     fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})
-    save_result(run, purification, merge=merge, card_fields=fields)
+    save_result(run, purification, merge=merge, comparison=comparison, card_fields=fields)
     return purification
 
 
@@ -154,7 +155,7 @@ def draw_rows(
     dataset: Dataset | IterableDataset, recipe: str, max_rows: int | None, seed: int
 ) -> Dataset | IterableDataset:
     """
-    Draw the clean rows that a recipe uses. A stream is returned as it is.
+    Draw the clean rows that a recipe uses from those that have an answer. A stream is returned as it is.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -172,6 +173,8 @@ def draw_rows(
     count = MAX_ROWS[recipe] if max_rows is None else max_rows
     if count < 0:
         raise ValueError(f"`max_rows` is a number of rows, or 0 for all of them, got {count}.")
+    if isinstance(dataset, Dataset):
+        dataset = drop_unanswered(dataset)
     if not isinstance(dataset, Dataset) or not 0 < count < len(dataset):
         return dataset
     logger.warning(f"{count} of {len(dataset)} clean rows are used. Pass `max_rows=0` to use all of them.")

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from ..evidence.result import Comparison, Purification
 from ..methods.crow.config import CrowConfig
+from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
 from ..training.checkpoints import OUTPUT_WAS_USED, check_writable, checkpoint_to_resume, output_was_used, writing
@@ -104,6 +105,7 @@ def save_result(
         trainer.create_model_card(card)
     if purification.report is not None:
         with not_fatal(run, "report"):
+            purification.report["size"]["purified"] = size_of_weights(args.output_dir)
             write_report(args.output_dir, purification.report)
     if args.push_to_hub:
         try:

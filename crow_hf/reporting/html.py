@@ -1,19 +1,19 @@
 """`report.html`: one page without external resources, drawn from the content of `report.json`."""
 
 import json
-import math
 from pathlib import Path, PurePath
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
 from ..patching.documents import PatchedDocument
 from ..patching.view import TEMPLATES as PATCH_TEMPLATES
 from ..patching.view import runs_of, summarize, visible
+from ..progress import duration
 from ..training.files import write_text
 from .charts import layer_charts, outcome_intervals, training_charts
+from .cost import in_bytes
 from .record import Record
 from .tables import percent
 from .verdict import DIED, LIVES
@@ -69,12 +69,13 @@ def render_report(record: Record) -> str:
     """
     name = record["model"]["name"]
     documents = [PatchedDocument(*map(np.array, patches.values())) for patches in record["patches"] or []]
-    titles = {
+    short_titles = {name: name for name in record["evaluations"] or {}}
+    short_titles |= {"suspect": "No defence", "control": "Fine-tuning", "purified": record["method"]}
+    titles = short_titles | {
         "suspect": "No defence (the suspect)",
         "control": "Fine-tuning (the control)",
         "purified": f"{record['method']} (purified)",
     }
-    short_titles = {"suspect": "No defence", "control": "Fine-tuning", "purified": record["method"]}
     return TEMPLATES.get_template("report.html.jinja").render(
         record,
         visible=visible,
@@ -83,7 +84,8 @@ def render_report(record: Record) -> str:
         scores=SCORES,
         short_name=PurePath(name).name if PurePath(name).is_absolute() else name,
         tiles=_tiles(record),
-        anti_bad=_anti_bad(record["evaluations"]),
+        example=_example(record["samples"]),
+        cost_facts=_cost_facts(record),
         retentions=_retentions(record),
         kept=KEPT,
         outcomes=outcome_intervals(record["evaluations"], short_titles),
@@ -117,26 +119,30 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
     return tiles
 
 
-def _anti_bad(evaluations: Record | None) -> dict[str, float]:
-    """Return the Anti-BAD score of each model, if an attack was measured and the rows have answers."""
-    if not evaluations or evaluations["suspect"]["triggered"] is None:
-        return {}
+def _example(samples: list[Record]) -> Record | None:
+    """Return the prompt that stands beside the verdict: one with the trigger, or one whose answer has changed."""
 
-    def utility(role: str) -> float:
-        (share, bits), (share_before, bits_before) = (
-            (
-                clean["exact_match"] and Proportion(**clean["exact_match"]),
-                math.nan if clean["bits_per_byte"] is None else clean["bits_per_byte"],
-            )
-            for clean in (evaluations[role]["clean"], evaluations["suspect"]["clean"])
-        )
-        return kept_utility(share, share_before, bits, bits_before)
+    def rank(sample: Record) -> tuple[bool, bool]:
+        answers = {answer["model"]: answer["text"] for answer in sample["answers"]}
+        return (sample["triggered"], answers["suspect"] != answers["purified"])
 
-    scores = {
-        role: anti_bad_score(utility(role), 100 * evaluation["triggered"]["target"]["rate"])
-        for role, evaluation in evaluations.items()
-    }
-    return scores if all(map(math.isfinite, scores.values())) else {}
+    # `max` returns the first of several equal ones.
+    return max(samples, key=rank, default=None)
+
+
+def _cost_facts(record: Record) -> list[tuple[str, str]]:
+    """Return what the run took, each as name and value."""
+    rows, cost, size = record["rows"], record["cost"], record["size"]
+    facts = []
+    if rows is not None:
+        facts.append(("clean rows", "; ".join(f"{count} {name.replace('_', ' ')}" for name, count in rows.items())))
+    total = sum(cost["seconds"].values())
+    phases = [(name.lower(), duration(seconds)) for name, seconds in cost["seconds"].items()]
+    facts += [("time", duration(total)), *phases] if phases else []
+    if cost["peak_memory"] is not None:
+        facts.append(("most memory at once", in_bytes(cost["peak_memory"])))
+    sizes = ["not known" if size[role] is None else in_bytes(size[role]) for role in ("suspect", "purified")]
+    return [*facts, ("weights on disk", " → ".join(sizes))]
 
 
 def _retentions(record: Record) -> dict[str, Record]:

@@ -194,10 +194,11 @@ def _shown(purification: Purification | None, comparison: Comparison | None, bac
             lines.append(f"Known backdoor: {backdoor}.")
         if comparison.purified.triggered is not None:
             lines.append(verdict(comparison))
-        lines.append(
-            "All test prompts count, and every model is measured in the same way. Brackets hold 95 % intervals. "
-            "Fine-tuning is the control on the same rows:"
-        )
+        all_count = "Every model is measured in the same way, and brackets hold 95 % intervals."
+        if comparison.control is None:
+            lines.append(f"{all_count} The prompts are clean rows that were held out from the purification:")
+        else:
+            lines.append(f"{all_count} All test prompts count. Fine-tuning is the control on the same rows:")
     return lines or ["Nothing: this model was not evaluated, and no canary was implanted."]
 
 

@@ -2,27 +2,34 @@
 
 | key | content |
 |---|---|
-| `verdict` | `outcome`, a phrase; `level`: `"good"`, `"mixed"`, `"bad"` or `"unknown"`; `explanation`, sentences |
+| `verdict` | `outcome` and `headline`, phrases; `level`; `explanation` and `next_steps`, sentences; see [`Verdict`] |
 | `recipe` | one of [`RECIPES`] |
 | `method` | the method that the recipe runs: `"CROW"` or `"Invariance"` |
 | `model` | `name`, `commit` (on the Hub), `architecture`, `parameters`, `trained`: `"all weights"` or `"an adapter"` |
-| `evaluations` | [`Evaluation.to_dict`] of `suspect`, `control` and `purified`; `null` without test rows |
+| `evaluations` | [`Evaluation.to_dict`] of `suspect`, `control`, further models by name, and `purified`, see below |
+| `anti_bad` | the Anti-BAD scores of `suspect`, `control`, ..., `purified`; `null` if no attack was measured |
 | `retention` | what the purified model has kept of the suspect, see below; `null` if it was not measured |
 | `canaries` | a list of [`Canary.to_dict`], each with its `outcome` |
-| `screening` | `total` screened rows; `suspicious`, pieces of removed rows by row number; `null` without screening |
-| `samples` | prompts: `prompt`, `triggered`, and `answers` with `model`, `text`, `shows_target`, `is_right` |
+| `screening` | `total` rows, `unscreened` row numbers, `suspicious` pieces by row number, `remarks`; or `null` |
+| `samples` | `prompt`, `system_length`, `triggered`, and `answers` with `model`, `text`, `shows_target`, `is_right` |
+| `rows` | numbers of clean rows: `used`, `screened_out`, `dropped` (no answer fits), `held_out`; `null` for a stream |
+| `cost` | `seconds` by phase; `peak_memory` in bytes, of the GPU or of the process |
+| `size` | bytes of the weights on disk: `suspect` and `purified`; `null` if they are not known |
 | `training` | `steps`, `seconds`, and `log`, the entries of the Trainer |
 | `layer_profile` | `rows`, the number of rows; `models`, the [`LayerProfile`] of `suspect`, `control` and `purified` |
 | `patches` | `input_ids`, `patch_lengths` and `entropies` of sample prompts; `null` unless the model is a Coconut |
 | `run` | what a repetition needs, see below |
+
+Without test rows, `evaluations` are those of `suspect` and `purified` on held-out clean rows, and `null` if there are
+none. The `system_length` of a sample is the number of characters that stand before the first words of the user.
 
 `retention` holds `answer_kl` (`null` without answers) and `text_kl` in nats per token, `text_bits_per_byte`,
 `reference_text_bits_per_byte` (of the suspect), `num_answer_tokens`, `num_text_tokens`, `text_source` (`"passed"` or
 `"written by the reference"`, which is the suspect) and `text_bits_ratio`, see [`Retention`].
 
 `run` holds `command`, `finished`, `seed`, `trigger`, `target`, `settings` (see [`recorded_settings`]), `adapter` (the
-PEFT settings that are not defaults; `null` without an adapter), `train_dataset` and `test_dataset` (`rows`, `columns`,
-`sha256`), `versions`, `device`, `processes` and `threads` (CPU threads per process).
+PEFT settings that are not defaults; `null` without an adapter), `train_dataset`, `test_dataset` and `held_out` (each
+`rows`, `columns`, `sha256`), `versions`, `device`, `processes` and `threads` (CPU threads per process).
 
 Numbers that are NaN or infinite are `null`. Tokens and passwords are left out.
 """
@@ -49,22 +56,24 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..data.encoding import encode_prompt
+from ..data.rows import prompt_of
 from ..evaluation.scores import is_exact_match
 from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..patching.patcher import EntropyPatcher
+from ..progress import seconds_by_phase
 from ..training.recorder import base_model_of
 from ..training.settings import HIDDEN, SECRET, recorded_settings, without_secrets
 from ..training.sharding import num_parameters
+from .cost import peak_memory, size_of_weights
+from .tables import anti_bad_scores
 from .verdict import Verdict, canary_outcome
 
 
 Record = dict[str, Any]
 
-# The models of a report, in the order of its tables.
-ROLES = ("suspect", "control", "purified")
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate")
 
 
@@ -75,6 +84,7 @@ def record_of(
     model_name: str,
     train_dataset: Dataset | IterableDataset,
     test_dataset: Dataset | None = None,
+    held_out: Dataset | None = None,
     comparison: Comparison | None = None,
 ) -> Record:
     """
@@ -88,32 +98,39 @@ def record_of(
         model_name (`str`):
             Path or name of the suspect.
         train_dataset (`Dataset` or `IterableDataset`):
-            The clean rows as they were passed.
+            The clean rows as they were passed, without those that were held out.
         test_dataset (`Dataset`, *optional*):
             The rows that the models were evaluated on.
+        held_out (`Dataset`, *optional*):
+            The held-out clean rows.
         comparison (`Comparison`, *optional*):
-            The evaluations.
+            The evaluations, on the test rows or on the held-out rows.
 
     Returns:
         `dict`: A record with the keys of [`crow_hf.reporting.record`], as JSON can hold it.
     """
+    evaluations = {} if comparison is None else comparison.by_role
     record = {
         "verdict": Verdict.of(purification, comparison).to_dict(),
         "recipe": purification.recipe,
         "method": purification.method,
         "model": _model(purification.model, model_name),
-        "evaluations": comparison and {role: getattr(comparison, role).to_dict() for role in ROLES},
+        "evaluations": {role: each.to_dict() for role, each in evaluations.items()} or None,
+        "anti_bad": anti_bad_scores(evaluations, "suspect") or None,
         "retention": purification.retention and purification.retention.to_dict(),
         "canaries": [{**canary.to_dict(), "outcome": canary_outcome(canary)} for canary in purification.canaries],
         "screening": _screening(purification),
         "samples": _samples(purification, rows),
+        "rows": _rows(purification, train_dataset, held_out),
+        "cost": {"seconds": seconds_by_phase(), "peak_memory": peak_memory(purification.trainer.args.device)},
+        "size": {"suspect": size_of_weights(model_name), "purified": None},
         "training": _training(purification),
         "layer_profile": {
             "rows": len(rows.rows),
             "models": {role: shot.profile.to_dict() for role, shot in purification.snapshots.items()},
         },
         "patches": _patches(purification.model, rows),
-        "run": _run(purification, rows, train_dataset, test_dataset),
+        "run": _run(purification, rows, train_dataset, test_dataset, held_out),
     }
     return as_json(record)
 
@@ -152,7 +169,25 @@ def _screening(purification: Purification) -> Record | None:
     screening = purification.screening
     if screening is None:
         return None
-    return {"total": len(screening.suspicious) + len(screening.clean), "suspicious": screening.suspicious}
+    return {
+        "total": len(screening.suspicious) + len(screening.clean),
+        "unscreened": screening.unscreened,
+        "suspicious": screening.suspicious,
+        "remarks": screening.remarks,
+    }
+
+
+def _rows(purification: Purification, used: Dataset | IterableDataset, held_out: Dataset | None) -> Record | None:
+    if isinstance(used, IterableDataset):
+        return None
+    screened_out = 0 if purification.screening is None else len(purification.screening.suspicious)
+    dropped = purification.trainer.num_dropped_rows
+    return {
+        "used": len(used) - screened_out - dropped,
+        "screened_out": screened_out,
+        "dropped": dropped,
+        "held_out": 0 if held_out is None else len(held_out),
+    }
 
 
 def _training(purification: Purification) -> Record:
@@ -169,6 +204,7 @@ def _samples(purification: Purification, rows: SnapshotRows) -> list[Record]:
     return [
         {
             "prompt": prompt.prompt,
+            "system_length": _system_length(rows, number),
             "triggered": triggered,
             "answers": [
                 {
@@ -182,6 +218,17 @@ def _samples(purification: Purification, rows: SnapshotRows) -> list[Record]:
         }
         for number, (triggered, prompt) in enumerate(rows.prompts)
     ]
+
+
+def _system_length(rows: SnapshotRows, number: int) -> int:
+    """Count the characters of a prompt that a chat template puts before the first words of the user."""
+    # The triggered prompts follow the clean ones. A trigger changes nothing before the words of the user.
+    clean = [prompt for triggered, prompt in rows.prompts if not triggered]
+    prompt, row = clean[number % len(clean)], rows.rows[number % len(clean)]
+    if not prompt.templated:
+        return 0
+    said = [message["content"] for message in row.get("messages") or [] if message["role"] == "user"]
+    return max(0, prompt.prompt.find((said[0] if said else prompt_of(row)).strip()))
 
 
 def _patches(model: PreTrainedModel | PeftModel, rows: SnapshotRows) -> list[Record] | None:
@@ -206,6 +253,7 @@ def _run(
     rows: SnapshotRows,
     train_dataset: Dataset | IterableDataset,
     test_dataset: Dataset | None,
+    held_out: Dataset | None,
 ) -> Record:
     args = purification.trainer.args
     return {
@@ -218,6 +266,7 @@ def _run(
         "adapter": _adapter_settings(purification.model),
         "train_dataset": _rows_described(train_dataset),
         "test_dataset": test_dataset and _rows_described(test_dataset),
+        "held_out": held_out and _rows_described(held_out),
         "versions": {
             "crow_hf": __version__,
             "python": platform.python_version(),

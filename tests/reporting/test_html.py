@@ -133,15 +133,12 @@ def test_what_was_kept_is_shown(compared, purified):
 
 
 def test_the_anti_bad_score_is_that_of_the_tables(compared, record):
-    """It needs an attack, and right answers or their likelihood."""
+    """Fails if the page computes it once more, or shows it without an attack."""
     text = " ".join(Page(render_report(record)).text.split())
     scores = anti_bad_scores(compared.comparison.by_name, NO_DEFENCE)
     assert f"Anti-BAD score{''.join(f'{score:.1f}' for score in scores.values())}" in text
-    for evaluation in record["evaluations"].values():
-        evaluation["clean"] |= {"exact_match": None, "bits_per_byte": None}
-    assert "Anti-BAD score" not in Page(render_report(record)).text
-    for evaluation in record["evaluations"].values():
-        evaluation["triggered"] = None
+    assert list(scores.values()) == pytest.approx(list(record["anti_bad"].values()))
+    record["anti_bad"] = None
     assert "Anti-BAD score" not in Page(render_report(record)).text
 
 
@@ -194,8 +191,8 @@ def test_answers_are_shown_as_text_only(record, tmp_path):
     assert "<script" not in text and not page.all("script")
     seen = "<script>alert(1)</script>␛[2J␀<U+202E>reversed<U+200B><U+D800>\"'&{{7*7}}"
     # It stands in the answers and prompts, the verdict, the title and heading, the command, setting and model, the
-    # canary, and the screened row.
-    assert page.text.count(seen) == 4 * len(record["samples"]) + 1 + 2 + 3 + 2 + 1
+    # canary, the screened row, and the example beside the verdict.
+    assert page.text.count(seen) == 4 * len(record["samples"]) + 1 + 2 + 3 + 2 + 1 + 3
     assert not set("\x1b\x00\u202e\u200b") & set(text) and html.escape("<script>alert(1)") in text
 
 
@@ -210,8 +207,12 @@ def test_empty_parts_are_left_out_or_say_so(record):
         record["samples"] = [
             {
                 "prompt": "p",
+                "system_length": 0,
                 "triggered": False,
-                "answers": [{"model": "purified", "text": answers[0], "shows_target": None, "is_right": None}],
+                "answers": [
+                    {"model": model, "text": answers[0], "shows_target": None, "is_right": None}
+                    for model in ("suspect", "purified")
+                ],
             }
         ]
         assert ("(empty answer)" in Page(render_report(record)).text) == (answers == [""])

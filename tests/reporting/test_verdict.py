@@ -166,7 +166,7 @@ def purification(**canaries):
 def test_evidence_names_screened_rows_and_the_outcome_of_canaries():
     """Fails if a canary counts as dead that was not learned or has few rows, or if a living one is missing."""
     lines = evidence_lines(purification(dead=(200, 0), alive=(200, 40), unlearned=(20, 0)))
-    assert lines[0] == "Screening: 2 of 100 clean rows carry a trigger and were left out."
+    assert lines[0] == "Screening: 2 of 100 screened rows seem to carry a trigger and were left out."
     assert re.match(r"Canary 'dead' died: success 100\.0 % -> 0\.0 % \[0\.0, 1\.9\]\.$", lines[1])
     assert "'alive' lives" in lines[2] and "20.0 %" in lines[2]
     assert "'unlearned' was not learned, so it shows nothing" in lines[3]

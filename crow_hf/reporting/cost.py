@@ -1,0 +1,70 @@
+"""What a purification took: memory, and the disk before and after it."""
+
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+
+# Files of weights, by the end of their names.
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """
+    Return the largest number of bytes in use so far: on a GPU those of PyTorch, and otherwise those of the process.
+
+    Args:
+        device (`torch.device`):
+            The device of the training.
+
+    Returns:
+        `int`: `None` on Windows without a GPU, which does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    # Linux counts in KiB, and macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def size_of_weights(name: str) -> int | None:
+    """
+    Return the bytes of the files of weights of a model.
+
+    Args:
+        name (`str`):
+            A folder, or a name on the Hub, whose files are looked up in the cache.
+
+    Returns:
+        `int`: `None` if there is no such folder, or no weights in it.
+    """
+    folder = Path(name)
+    if name and not folder.is_dir():
+        for config in ("config.json", "adapter_config.json"):
+            if isinstance(cached := _in_cache(name, config), str):
+                folder = Path(cached).parent
+    if not name or not folder.is_dir():
+        return None
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS) or None
+
+
+def _in_cache(name: str, file: str) -> object:
+    try:
+        return try_to_load_from_cache(name, file)
+    except ValueError:
+        # Not a name on the Hub.
+        return None
+
+
+def in_bytes(count: float) -> str:
+    """Format a number of bytes: `1500000` becomes `1.5 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:,.1f} {unit}"
