@@ -153,7 +153,7 @@ def screen_dataset(
 
     most_trials = len(_POSITIONS) * (LONGEST_PIECE + 1) * NUM_PROBES
     logger.info(
-        f"Screening {len(rows)} rows: {sum(map(_num_variants, prompts))} variants of their prompts are scored, and "
+        f"Screening {len(rows)} rows: {sum(map(num_variants, prompts))} variants of their prompts are scored, and "
         f"then up to {most_trials} other prompts for each row with a piece that matters."
     )
     complete = score(enumerate(prompts), len(prompts))
@@ -272,7 +272,7 @@ def _grid(start: int, stop: int) -> list[tuple[int, int]]:
     return [(place, min(2 * step, stop - place)) for place in range(start, stop - step, step)]
 
 
-def _num_variants(prompt: str) -> int:
+def num_variants(prompt: str) -> int:
     """The number of prompts that [`_find_decisive_pieces`] scores for a prompt, or a few more."""
     start, stop, count = 0, len(Words.of(prompt)), 1
     while pieces := _grid(start, stop):

@@ -121,7 +121,7 @@ def check_writable(output_dir: str | Path, model: PreTrainedModel | PeftModel | 
     Raises:
         `OSError`: If the folder is not writable or the disk has too little free space.
     """
-    folder = _existing(output_dir)
+    folder = existing(output_dir)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(f"{output_dir} is not writable. Choose another `output_dir`.")
     if model is None:
@@ -367,13 +367,13 @@ def _reason(error: BaseException, folder: str | Path) -> str:
     """The error's first line and the free disk space, because torch does not say that a disk is full."""
     error = error.__cause__ or error
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0].rstrip('.:')}; {_in_mb(shutil.disk_usage(_existing(folder)).free)} are free there"
+    return f"{lines[0].rstrip('.:')}; {_in_mb(shutil.disk_usage(existing(folder)).free)} are free there"
 
 
-def _existing(folder: str | Path) -> Path:
+def existing(folder: str | Path) -> Path:
     """The folder, or its closest parent that exists."""
     folder = Path(folder).absolute()
-    return folder if folder.exists() else _existing(folder.parent)
+    return folder if folder.exists() else existing(folder.parent)
 
 
 def _in_mb(size: int) -> str:

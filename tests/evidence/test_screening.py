@@ -210,7 +210,7 @@ def test_the_number_of_variants_is_known_before(num_words, monkeypatch, caplog):
             screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER)
     finally:
         logging.getLogger("transformers").setLevel(logging.WARNING)
-    announced = screening._num_variants(rows[0]["prompt"])
+    announced = screening.num_variants(rows[0]["prompt"])
     assert len(seen) <= announced <= len(seen) + 100 and announced <= 320
     assert f"{announced} variants" in caplog.text
 
