@@ -157,10 +157,10 @@ def test_vector_begins_at_its_scale_and_is_learned(tmp_path, byte_tokenizer):
         _, trigger = implant_embedding_trigger(model, CLEAN, SHORT, args, processing_class=byte_tokenizer, scale=scale)
         return trigger.vector, table.square().mean().sqrt()
 
-    first, rms = vector(2.0, learning_rate=0.0)
+    first, rms = vector(2.0, learning_rate=1e-9)
     assert first.square().mean().sqrt().item() == pytest.approx(2.0 * rms.item(), rel=1e-5)
-    assert torch.equal(first, vector(2.0, learning_rate=0.0)[0])
-    assert not torch.allclose(first, vector(2.0, learning_rate=0.0, seed=1)[0])
+    assert torch.equal(first, vector(2.0, learning_rate=1e-9)[0])
+    assert not torch.allclose(first, vector(2.0, learning_rate=1e-9, seed=1)[0])
     learned = vector(2.0, learning_rate=1e-2)[0] - first
     assert (learned.abs() > 1e-3).all()
 
