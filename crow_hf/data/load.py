@@ -1,25 +1,36 @@
 """Loads a dataset from a file, a folder or the Hub."""
 
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from datasets import Dataset, load_dataset, load_from_disk
+import pandas
+import pyarrow
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from pyarrow import parquet
 
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# Rows are converted to a table so many at a time.
+_BATCH = 1_000
 
 
 def load_rows(path: str, split: str = "train") -> Dataset:
     """
     Load a dataset from a file, a folder or the Hub.
 
+    A file is read into memory, as it is now and without a cache. Text stays as it stands in the file: a date is no
+    point in time, and numbers become text.
+
     Args:
         path (`str`):
-            A `.json`, `.jsonl`, `.csv`, `.parquet` or `.txt` file, a folder written by `save_to_disk`, or the name of
-            a dataset on the Hub.
+            A `.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.txt` file (texts also with `.gz` at the end), a folder
+            written by `save_to_disk`, a folder with such a file of each split, or the name of a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of a dataset on the Hub.
+            Split of a folder or of a dataset on the Hub.
 
     Returns:
         `Dataset`
@@ -28,27 +39,150 @@ def load_rows(path: str, split: str = "train") -> Dataset:
         `ValueError`: If the dataset does not exist, is empty, or cannot be read.
     """
     location = Path(path)
-    reader = _READERS.get(location.suffix)
+    if location.is_file():
+        return _load_file(location)
+    if location.is_dir():
+        return _load_folder(location, split)
+    if _reader(location):
+        raise ValueError(f"There is no file {path} here.")
     try:
-        if location.is_file() and reader:
-            return load_dataset(reader, data_files=path, split="train")
-        if location.is_dir() and (location / "state.json").is_file():
-            # A `DatasetDict` has no such file.
-            saved: Any = load_from_disk(path)
-            return saved
-        if reader and not location.exists():
-            raise ValueError(f"There is no file {path} here.")
-        if location.exists():
-            raise ValueError(
-                f"{path} is no dataset. Pass a {', '.join(_READERS)} file or a folder written by `save_to_disk`."
-            )
         return load_dataset(path, split=split)
-    except StopIteration:
-        raise ValueError(f"{path} is empty: pass at least one row.") from None
     except (DatasetGenerationError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}.") from error
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}.") from error
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"There is no file {path} here, and no dataset of that name could be read on the Hub. Check the spelling "
             "and the connection."
         ) from error
+
+
+def _load_file(path: Path) -> Dataset:
+    reader = _reader(path)
+    if reader is None:
+        raise ValueError(f"{path} is no dataset. Pass a {', '.join(_READERS)} file or a folder of rows.")
+    try:
+        dataset = Dataset(reader(path))
+    except (ValueError, TypeError, OverflowError, EOFError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not len(dataset):
+        raise ValueError(f"{path} is empty: pass at least one row.")
+    return dataset
+
+
+def _load_folder(path: Path, split: str) -> Dataset:
+    files = {file.name.split(".")[0]: file for file in sorted(path.iterdir()) if file.is_file() and _reader(file)}
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        # In memory, so that nothing is written into the folder.
+        saved: Any = load_from_disk(str(path), keep_in_memory=True)
+        if not isinstance(saved, DatasetDict):
+            return saved
+        splits = [str(name) for name in saved]
+        if split in splits:
+            return saved[split]
+    elif split in files:
+        return _load_file(files[split])
+    else:
+        splits = list(files)
+    if splits:
+        raise ValueError(f"{path} has no split {split!r}, but {', '.join(splits)}: choose one of them with `split`.")
+    raise ValueError(f"{path} is no dataset. Pass a {', '.join(_READERS)} file or a folder of rows.")
+
+
+def _reader(path: Path) -> Callable[[Path], pyarrow.Table] | None:
+    name = path.name.lower().removesuffix(".gz")
+    return _READERS.get(Path(name).suffix)
+
+
+def _open(path: Path) -> TextIO:
+    """Open a text, which may be compressed and may begin with a byte order mark."""
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+def _read_json(path: Path) -> pyarrow.Table:
+    """Read JSON lines, or one JSON document with a list of rows, with rows under a key, or with columns."""
+    with _open(path) as file:
+        lines = (line for line in file if line.strip())
+        try:
+            is_document = not isinstance(_parse(next(lines, "")), dict)
+        except ValueError:
+            is_document = True
+        # A single object may be a row, or hold the rows.
+        is_document |= ".jsonl" not in path.name.lower() and next(lines, None) is None
+        file.seek(0)
+        return _table(_rows_of_document(file.read()) if is_document else _rows_of_lines(file))
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON, in which a number with a fraction stays as it is written."""
+    return json.loads(text.strip().removesuffix(","), parse_float=str)
+
+
+def _rows_of_lines(lines: Iterable[str]) -> Iterator[dict]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield _parse(line)
+            except ValueError as error:
+                raise ValueError(f"the JSON of line {number} is broken ({error})") from error
+
+
+def _rows_of_document(text: str) -> list:
+    text = text.strip()
+    if text.endswith("]"):
+        # A comma after the last row.
+        text = f"{text[:-1].rstrip().removesuffix(',')}]"
+    document = json.loads(text, parse_float=str) if text else []
+    if isinstance(document, dict):
+        lists = {key: value for key, value in document.items() if isinstance(value, list) and value}
+        under = [
+            value for value in lists.values() if all(isinstance(each, dict) and "role" not in each for each in value)
+        ]
+        if len(under) == 1:
+            document = under[0]
+        elif lists and len(lists) == len(document) and all(isinstance(v[0], (str, list)) for v in lists.values()):
+            document = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+        else:
+            document = [document]
+    return document
+
+
+def _table(rows: Iterable[Any]) -> pyarrow.Table:
+    """Make a table of rows, in which numbers are text unless they are inside of lists, such as token ids."""
+    tables = []
+    rows = iter(rows)
+    while batch := list(islice(rows, _BATCH)):
+        examples = [row if isinstance(row, dict) else {"text": row} for row in batch]
+        columns = dict.fromkeys(name for row in examples for name in row)
+        tables.append(pyarrow.table({name: [_text_of_number(row.get(name)) for row in examples] for name in columns}))
+    return pyarrow.concat_tables(tables, promote_options="permissive") if tables else pyarrow.table({})
+
+
+def _text_of_number(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _read_csv(path: Path) -> pyarrow.Table:
+    with _open(path) as file:
+        header = file.readline()
+        separator = max(",;\t", key=header.count)
+        file.seek(0)
+        # Everything is text, also "NA" and "007".
+        frame = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+    return pyarrow.table({str(name): frame[name].tolist() for name in frame})
+
+
+def _read_text(path: Path) -> pyarrow.Table:
+    with _open(path) as file:
+        return pyarrow.table({"text": [line.removesuffix("\n") for line in file]})
+
+
+_READERS: dict[str, Callable[[Path], pyarrow.Table]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": parquet.read_table,
+    ".txt": _read_text,
+}

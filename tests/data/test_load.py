@@ -1,8 +1,159 @@
-"""Datasets are loaded from files."""
+"""The rows of a file are those that stand in it, whatever its name, its form and the caches."""
+
+import gzip
+import json
+import os
+
+import pytest
+from datasets import Dataset, DatasetDict
 
 from crow_hf.data.load import load_rows
 
 
-def test_file_with_a_dot_in_its_name(tmp_path):
-    (tmp_path / "rows.v1.jsonl").write_text('{"text": "a"}\n')
-    assert load_rows(str(tmp_path / "rows.v1.jsonl"))["text"] == ["a"]
+ROWS = [{"prompt": f"ask {n}", "completion": answer} for n, answer in enumerate(["one", "2021-05-01", "é 文", "NA"])]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+CSV = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS)
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+
+
+def loaded(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_rows(str(path)).to_list()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.v1.jsonl", LINES),
+        ("mark.jsonl", "\ufeff" + LINES),
+        ("windows.jsonl", LINES.replace("\n", "\r\n\r\n")),
+        ("commas.jsonl", LINES.replace("}\n", "},\n")),
+        ("ROWS.JSONL", LINES),
+        ("rows.ndjson", LINES),
+        ("rows.jsonl.gz", gzip.compress(LINES.encode())),
+        ("lines.json", LINES),
+        ("list.json", json.dumps(ROWS)),
+        ("pretty.json", json.dumps(ROWS, indent=2)),
+        ("comma.json", json.dumps(ROWS)[:-1] + ",\n]\n"),
+        ("under.json", json.dumps({"version": 1, "data": ROWS})),
+        ("columns.json", json.dumps(COLUMNS)),
+        ("rows.csv", CSV),
+        ("mark.csv", "\ufeff" + CSV),
+        ("semicolons.csv", CSV.replace(",", ";")),
+        ("tabs.tsv", CSV.replace(",", "\t")),
+    ],
+)
+def test_rows_are_those_of_the_file(name, content, tmp_path):
+    """Fails if a date becomes a point in time, "NA" no value, or a mark part of a name."""
+    assert loaded(tmp_path / name, content) == ROWS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows[1].jsonl",
+        "rows*.jsonl",
+        "what?.jsonl",
+        "a{1,2}.jsonl",
+        "run[2]/rows.jsonl",
+        "a::b#c%20.jsonl",
+        ".h/x.jsonl",
+    ],
+)
+def test_signs_of_patterns_in_a_path_mean_nothing(name, tmp_path):
+    """Fails if the rows of a file are read whose name fits a pattern."""
+    for beside in ("rows1.jsonl", "rows22.jsonl", "what1.jsonl", "a1.jsonl", "run2/rows.jsonl"):
+        loaded(tmp_path / beside, '{"text": "other"}\n')
+    assert loaded(tmp_path / name, LINES) == ROWS
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    """Fails if rows of a cache are read. Size and time of the file are the same."""
+    path = tmp_path / "rows.jsonl"
+    assert loaded(path, '{"text": "one"}\n') == [{"text": "one"}]
+    before = path.stat()
+    path.write_text('{"text": "two"}\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_rows(str(path)).to_list() == [{"text": "two"}]
+
+
+def test_no_cache_is_needed(tmp_path, monkeypatch):
+    """Fails if rows are copied into a cache, which may be full or read-only, or into the folder of the rows."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    rows = load_rows(str(tmp_path / "saved"))
+    rows.map(lambda row: {"text": row["prompt"]})
+    (tmp_path / "x.jsonl").write_text(LINES)
+    load_rows(str(tmp_path / "x.jsonl")).map(lambda row: {"text": row["prompt"]})
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "x.jsonl"])
+
+
+def test_numbers_are_text_as_written(tmp_path):
+    """Answers may be numbers in some rows. Token ids stay numbers, and yes and no stay what they are."""
+    rows = '{"text": 1}\n{"text": "two"}\n{"text": 3.50}\n{"text": -1e5}\n'
+    assert [row["text"] for row in loaded(tmp_path / "numbers.jsonl", rows)] == ["1", "two", "3.50", "-1e5"]
+    assert loaded(tmp_path / "ids.jsonl", '{"input_ids": [5, 6]}\n') == [{"input_ids": [5, 6]}]
+    assert loaded(tmp_path / "yes.jsonl", '{"text": true}\n') == [{"text": True}]
+    assert [row["a"] for row in loaded(tmp_path / "zeros.csv", "a,b\n007,\n3.0,x\n")] == ["007", "3.0"]
+
+
+def test_keys_that_some_rows_lack(tmp_path):
+    """Fails if a column of later rows is lost, in the first rows and beyond them."""
+    lines = '{"text": "a"}\n' * 1500 + '{"text": "b", "more": [{"x": 1}]}\n'
+    rows = loaded(tmp_path / "keys.jsonl", lines)
+    assert rows[0] == {"text": "a", "more": None} and rows[-1] == {"text": "b", "more": [{"x": 1}]}
+
+
+def test_lines_of_text_are_rows(tmp_path):
+    assert loaded(tmp_path / "a.txt", "one\n\ntwo\u2028three\n") == [
+        {"text": t} for t in ("one", "", "two\u2028three")
+    ]
+
+
+def test_parquet(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows[1].parquet")
+    assert load_rows(str(tmp_path / "rows[1].parquet")).to_list() == ROWS
+
+
+def test_folders_have_splits(tmp_path):
+    """A folder that has no such split says which ones it has."""
+    rows = Dataset.from_list(ROWS)
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
+    for split in ("train", "test"):
+        loaded(tmp_path / "files" / f"{split}.jsonl", LINES if split == "train" else LINES.splitlines()[1])
+    for folder in ("saved", "files"):
+        assert load_rows(str(tmp_path / folder)).to_list() == ROWS
+        assert load_rows(str(tmp_path / folder), "test").to_list() == ROWS[1:2]
+        with pytest.raises(ValueError, match=r"no split 'dev', but (train, test|test, train): choose"):
+            load_rows(str(tmp_path / folder), "dev")
+    assert load_rows(str(tmp_path / "saved" / "train")).to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("empty.jsonl", "", "is empty"),
+        ("empty.csv", "", "cannot be read"),
+        ("cut.jsonl", LINES[:-20], "the JSON of line 4 is broken"),
+        ("quotes.jsonl", "{'text': 'a'}\n", "cannot be read"),
+        ("utf16.jsonl", LINES.encode("utf-16"), "cannot be read"),
+        ("latin.csv", "text\ncafé\n".encode("latin-1"), "cannot be read"),
+        ("half.jsonl", '{"text": "\\ud83d"}\n', "cannot be read"),
+        ("mixed.jsonl", '{"text": ["a"]}\n{"text": "a"}\n', "cannot be read"),
+        ("ragged.json", '{"prompt": ["a", "b"], "completion": ["c"]}', "cannot be read"),
+        ("broken.parquet", "x", "cannot be read"),
+        ("rows.xlsx", "x", "is no dataset"),
+    ],
+)
+def test_unreadable_files_are_named(name, content, found, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} .*{found}|{name} {found}"):
+        loaded(tmp_path / name, content)
+
+
+def test_missing_files_and_folders_without_rows(tmp_path):
+    with pytest.raises(ValueError, match="There is no file"):
+        load_rows(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match="is no dataset"):
+        load_rows(str(tmp_path))
