@@ -45,6 +45,11 @@ def shown_on(display: Display) -> Iterator[None]:
         _display = None
 
 
+def is_shown() -> bool:
+    """Whether a display shows the run."""
+    return _display is not None
+
+
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """
