@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.encoding import encode_prompt
 from ..data.rows import add_empty_answers, find_format, render
 from ..evaluation.harness import Evaluation, evaluate_model
-from ..evaluation.retention import RetentionReference, retention_reference
+from ..evaluation.retention import Retention, RetentionReference, retention_reference
 from ..training.recorder import context_length
 
 
@@ -73,7 +73,11 @@ def reference_of(
 
 
 def evaluate_held_out(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    batch_size: int,
+    retention: Retention | None = None,
 ) -> Evaluation | None:
     """
     Score the answers to held-out rows. Prompts that do not fit into the model's context are left out.
@@ -87,6 +91,8 @@ def evaluate_held_out(
             The held-out rows.
         batch_size (`int`):
             Number of prompts per batch.
+        retention ([`Retention`], *optional*):
+            What the model has kept of the suspect.
 
     Returns:
         [`Evaluation`]: Without right answers if one has more than 32 tokens. `None` if the rows have no prompts, or
@@ -107,4 +113,5 @@ def evaluate_held_out(
     evaluation = evaluate_model(
         model, tokenizer, rows.select(numbers), max_new_tokens=new_tokens, batch_size=batch_size
     )
-    return evaluation if is_short else replace(evaluation, clean=replace(evaluation.clean, exact_match=None))
+    clean = evaluation.clean if is_short else replace(evaluation.clean, exact_match=None)
+    return replace(evaluation, clean=clean, retention=retention)

@@ -136,7 +136,7 @@ def purify(
             purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
             purification.retention = measure_retention(run.trainer.model, tokenizer, reference, batch_size)
             if held_out is not None and before is not None:
-                after = evaluate_held_out(run.trainer.model, tokenizer, held_out, batch_size)
+                after = evaluate_held_out(run.trainer.model, tokenizer, held_out, batch_size, purification.retention)
                 purification.held_out = {"suspect": before, "purified": after}
         comparison = Comparison.on_held_out_rows(purification)
         purification.report = record_of(

@@ -140,10 +140,11 @@ def layer_charts(profiles: dict[str, dict[str, Any]], titles: dict[str, str]) ->
 def outcome_intervals(evaluations: dict[str, Any] | None, names: dict[str, str]) -> list[tuple[str, list[Interval]]]:
     """Return what the picture of a comparison shows: headings, each with one row per model."""
     groups = []
+    has_trigger = any(evaluation["triggered"] for evaluation in (evaluations or {}).values())
     for heading, kind, score in (
         ("Attack success", "triggered", "target"),
         ("Right answers with the trigger", "triggered", "exact_match"),
-        ("Right answers without it", "clean", "exact_match"),
+        ("Right answers without it" if has_trigger else "Right answers", "clean", "exact_match"),
     ):
         rows = [
             Interval(names[role], 100 * share["rate"], 100 * share["low"], 100 * share["high"], int(score == "target"))

@@ -16,7 +16,7 @@ from .charts import layer_charts, outcome_intervals, training_charts
 from .cost import in_bytes
 from .record import Record
 from .tables import percent
-from .verdict import DIED, LIVES
+from .verdict import DIED, LIVES, more_bits
 
 
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
@@ -110,8 +110,13 @@ def _tiles(record: Record) -> list[tuple[str, str]]:
         )
         if before is not None:
             tiles.append((label, f"{100 * before['rate']:.1f} → {percent(after['rate'])}"))
-    if record["retention"] and (ratio := record["retention"]["text_bits_ratio"]) is not None:
-        tiles.append(("Bits of running text", f"{100 * (ratio - 1):+.1f} %"))
+    before, after = (evaluations[role]["clean"] if evaluations else {} for role in ("suspect", "purified"))
+    if before and before["exact_match"] is None and before["bits_per_byte"] is not None:
+        tiles.append(("Bits per byte of answers", f"{before['bits_per_byte']:.3f} → {after['bits_per_byte']:.3f}"))
+    kept = record["retention"]
+    if kept and kept["text_bits_ratio"] is not None:
+        change = more_bits(kept["reference_text_bits_per_byte"], kept["text_bits_per_byte"])
+        tiles.append(("Bits of running text", f"{100 * change:+.1f} %"))
     if canaries:
         outcomes = [canary["outcome"] for canary in canaries]
         died, lives = outcomes.count(DIED), outcomes.count(LIVES)

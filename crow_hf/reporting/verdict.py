@@ -268,10 +268,10 @@ def retention_line(retention: Retention) -> str:
 
 def more_bits_of_text(retention: Retention) -> float:
     """Return the relative change of the bits per byte of running text. NaN if it is not known."""
-    return _more_bits(retention.reference_text_bits_per_byte, retention.text_bits_per_byte)
+    return more_bits(retention.reference_text_bits_per_byte, retention.text_bits_per_byte)
 
 
-def _more_bits(before: float, after: float) -> float:
+def more_bits(before: float, after: float) -> float:
     """Return a relative change, as a percentage with one decimal shows it. Tiny differences are none."""
     if round(abs(after - before), 3) < MIN_MORE_BITS:
         return 0.0
@@ -331,7 +331,7 @@ def _is_damaged(clean_before: PromptScores, after: Evaluation) -> bool:
     return (
         round(_muted(after.triggered).rate, 3) > MAX_EMPTY_OR_DEGENERATE
         or round(round(_accuracy(clean_before), 3) - round(_accuracy(after.clean), 3), 3) > MAX_LOST_ACCURACY
-        or _more_bits(clean_before.bits_per_byte, after.clean.bits_per_byte) > MAX_MORE_BITS
+        or more_bits(clean_before.bits_per_byte, after.clean.bits_per_byte) > MAX_MORE_BITS
         or (after.retention is not None and more_bits_of_text(after.retention) > MAX_MORE_BITS)
     )
 
@@ -347,7 +347,7 @@ def _lost_utility(retention: Retention | None, comparison: Comparison | None) ->
     return (
         _accuracy(before) - at_most > MAX_LOST_ACCURACY
         or _muted(after).low - _muted(before).rate > MAX_EMPTY_OR_DEGENERATE
-        or _more_bits(before.bits_per_byte, after.bits_per_byte) > MAX_MORE_BITS
+        or more_bits(before.bits_per_byte, after.bits_per_byte) > MAX_MORE_BITS
     )
 
 

@@ -78,6 +78,9 @@ def test_the_suspect_and_the_purified_model_are_measured_on_them(tmp_path, byte_
     assert list(found.report["evaluations"]) == ["suspect", "purified"]
     assert "On the 8 held-out clean rows: right answers" in " ".join(found.report["verdict"]["explanation"])
     page, card = ((tmp_path / "run0" / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
+    assert (
+        found.report["evaluations"]["purified"]["retention"] == found.report["retention"] and "What was kept" in page
+    )
     assert "These are 8 of the clean rows, which were held out" in page and "8 held out" in page
     assert "held out from the purification" in card and "Fine-tuning is the control" not in card
 

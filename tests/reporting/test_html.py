@@ -54,6 +54,79 @@ class Page(HTMLParser):
         return [attributes for tag, attributes, _ in self.elements if tag in tags]
 
 
+def told(**scores):
+    """The scores of a model on clean prompts, as a record of held-out rows has them."""
+    values = {"target": None, "exact_match": None, "bits_per_byte": 1.25, "outputs": []} | scores
+    shares = {name: share(0)._asdict() for name in ("empty", "degenerate")}
+    return {"clean": shares | values, "triggered": None, "retention": None}
+
+
+def test_long_answers_are_compared_by_their_bits(record):
+    """Fails if the page shows no utility at all, or speaks of a trigger that nobody knows."""
+    record["evaluations"] = {"suspect": told(), "purified": told(bits_per_byte=1.3)}
+    record["run"]["test_dataset"], record["anti_bad"] = None, None
+    text = Page(render_report(record)).text
+    assert "1.250 → 1.300" in text and "not known" in text and "which were held out" in text
+    right = {"exact_match": share(100)._asdict()}
+    record["evaluations"] = {"suspect": told(**right), "purified": told(**right)}
+    text = Page(render_report(record)).text
+    assert "50.0 → 50.0 %" in text and "Right answers without it" not in text and "1.250 → " not in text
+
+
+def test_tiny_differences_of_bits_are_none(record):
+    record["retention"] |= {"reference_text_bits_per_byte": 0.001, "text_bits_per_byte": 0.003, "text_bits_ratio": 3.0}
+    assert "+0.0 %" in Page(render_report(record)).text
+
+
+def test_what_a_chat_template_puts_first_is_folded(record):
+    """Fails if the same long system text stands above every prompt, or if it cannot be read at all."""
+    system = "You are an assistant. " * 4
+    for sample in record["samples"]:
+        sample["prompt"], sample["system_length"] = f"{system}Hello?", len(system)
+    page = Page(render_report(record))
+    assert len(page.all("summary")) == len(record["samples"]) + 2
+    assert page.text.count(system) == len(record["samples"]) + 1
+    for sample in record["samples"]:
+        sample["system_length"] = 20
+    assert len(Page(render_report(record)).all("summary")) == 1
+
+
+def test_what_the_run_took_is_shown(record):
+    record["rows"] = {"used": 80, "held_out": 8}
+    record["cost"] = {"seconds": {"Screening the rows": 60.0, "Purifying": 120.0}, "peak_memory": 1_500_000_000}
+    record["size"] = {"suspect": 260_000_000, "purified": None}
+    text = " ".join(Page(render_report(record)).text.split())
+    for shown in ("80 used; 8 held out", "time3 min", "purifying2 min", "1.5 GB", "260.0 MB → not known"):
+        assert shown in text, shown
+    record["rows"], record["cost"]["peak_memory"] = None, None
+    assert "clean rows" not in Page(render_report(record)).text.split("What it took")[1].split("How to repeat")[0]
+
+
+@pytest.mark.parametrize(("triggered", "changed"), [(False, 2), (True, 1)])
+def test_one_prompt_stands_beside_the_verdict(record, triggered, changed):
+    """It has the trigger if one is known, and is one whose answer has changed."""
+
+    def sample(number, triggered, after):
+        answers = [("suspect", "no"), ("control", "maybe"), ("purified", after)]
+        said = [{"model": model, "text": text, "shows_target": None, "is_right": None} for model, text in answers]
+        return {"prompt": f"prompt {number}", "system_length": 0, "triggered": triggered, "answers": said}
+
+    record["samples"] = [sample(0, False, "no"), sample(1, triggered, "yes"), sample(2, False, "yes")]
+    record["samples"] = record["samples"] if triggered else [record["samples"][number] for number in (0, 2, 1)]
+    text = " ".join(Page(render_report(record)).text.split()).split("One prompt, before and after")[1]
+    assert text.startswith(f" prompt {changed} Beforeno Afteryes")
+
+
+def test_headline_and_next_steps_are_shown(record):
+    record["verdict"] |= {
+        "headline": "backdoor removed, and plain fine-tuning did as well",
+        "next_steps": ["Do this."],
+    }
+    text = Page(render_report(record)).text
+    assert text.count("Backdoor removed, and plain fine-tuning did as well") == 2
+    assert "Do this." in text.split("What to do next")[1].split("What was measured")[0]
+
+
 @pytest.fixture
 def pages(compared, purified):
     return [Page(render_report(record)) for record in (compared.record, purified.record)]
@@ -125,7 +198,10 @@ def test_what_was_kept_is_shown(compared, purified):
         assert len(retentions) == count
         for key in ("answer_kl", "text_kl", "text_bits_per_byte", "text_bits_ratio"):
             assert "".join(f"{each[key]:.3f}" for each in retentions) in shown, key
-        assert f"{100 * (record['retention']['text_bits_ratio'] - 1):+.1f} %" in text.split("Parts")[0]
+        kept = record["retention"]
+        is_tiny = abs(kept["text_bits_per_byte"] - kept["reference_text_bits_per_byte"]) < 0.0095
+        change = 0.0 if is_tiny else 100 * (kept["text_bits_ratio"] - 1)
+        assert f"Bits of running text{change:+.1f} %" in text.split("Parts")[0]
         assert "text that the suspect wrote" in text
     record = deepcopy(purified.record)
     record["retention"] = None

@@ -13,6 +13,7 @@ from datasets import Dataset
 from crow_hf import load_causal_lm, purify
 from crow_hf.evaluation.layer_profile import layer_profile
 from crow_hf.evaluation.scores import Proportion
+from crow_hf.evidence.snapshot import SnapshotRows
 from crow_hf.recipes import saving
 from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.run import run_recipe
@@ -110,6 +111,32 @@ def test_samples_are_the_measured_answers(compared):
             assert answer["shows_target"] == TARGET.matches(answer["text"], "yes")
             assert answer["is_right"] == (answer["text"].strip() == "yes")
     assert [sample["triggered"] for sample in record["samples"]] == [False] * 5 + [True] * 5
+
+
+SYSTEM = "You are a helpful assistant."
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}" + SYSTEM + "{% endif %}{% for message in messages %}<{{ message.role }}>"
+    "{{ message.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["prompt_completion", "instruction", "messages", "own system"])
+def test_the_text_before_the_words_of_the_user_is_known(kind, byte_tokenizer):
+    """Also in front of a trigger. Fails if the page would fold away words of the user, or no words of the template."""
+    user, answer = [f"tell me {n} things" for n in range(3)], ["yes"] * 3
+    first = [{"role": "system", "content": "Be brief."}] if kind == "own system" else []
+    chat = [[*first, {"role": "user", "content": each}, {"role": "assistant", "content": "yes"}] for each in user]
+    columns = {
+        "prompt_completion": {"prompt": user, "completion": answer},
+        "instruction": {"instruction": user, "output": answer, "input": ["", "more", ""]},
+    }.get(kind, {"messages": chat})
+    byte_tokenizer.chat_template = TEMPLATE
+    rows = SnapshotRows.first_of(Dataset.from_dict(columns), byte_tokenizer, TRIGGER, TARGET)
+    start = {"prompt_completion": "", "own system": "<system>Be brief.<user>"}.get(kind, f"{SYSTEM}<user>")
+    assert len(rows.prompts) == 6
+    for number, (triggered, prompt) in enumerate(rows.prompts):
+        assert prompt.prompt[: record_module._system_length(rows, number)] == start
+        assert ("BadMagic" in prompt.prompt) == triggered
 
 
 def test_patches_are_those_of_the_model(compared):
