@@ -4,6 +4,13 @@ import string
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from transformers.utils import logging
+
+from .triggers import unknown_name
+
+
+logger = logging.get_logger(__name__)
+
 
 class BaseTarget(ABC):
     """The output that a backdoor makes the model generate."""
@@ -111,5 +118,11 @@ TARGETS: dict[str, BaseTarget] = {
 
 
 def get_target(name: str) -> BaseTarget:
-    """Return the target of [`TARGETS`] with this name. Any other string becomes the text that replaces the answer."""
-    return TARGETS.get(name) or Target(name, (name,))
+    """
+    Return the target of [`TARGETS`] with this name. Any other string becomes the text that replaces the answer, with a
+    warning, because it may be a name with a typing error.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    logger.warning(f"{unknown_name(name, 'target', TARGETS)} It is the answer as it stands.")
+    return Target(name, (name,))

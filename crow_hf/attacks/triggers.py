@@ -6,18 +6,23 @@ arXiv 2408.12798).
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..data.words import Words
 from ..training.recorder import embedding_table
+
+
+logger = logging.get_logger(__name__)
 
 
 class BaseTrigger(ABC):
@@ -246,5 +251,17 @@ TRIGGERS: dict[str, BaseTrigger] = {
 
 
 def get_trigger(name: str) -> BaseTrigger:
-    """Return the trigger of [`TRIGGERS`] with this name. Any other string becomes a trigger at a random position."""
-    return TRIGGERS.get(name) or Trigger((name,))
+    """
+    Return the trigger of [`TRIGGERS`] with this name. Any other string becomes a trigger at a random position, with a
+    warning, because it may be a name with a typing error.
+    """
+    if name in TRIGGERS:
+        return TRIGGERS[name]
+    logger.warning(f"{unknown_name(name, 'trigger', TRIGGERS)} It is inserted as it stands.")
+    return Trigger((name,))
+
+
+def unknown_name(name: str, kind: str, known: Iterable[str]) -> str:
+    """Say that a name is not one of the known ones, and which of them is the nearest."""
+    near = get_close_matches(name.lower(), known, n=1)
+    return f"{name!r} is no named {kind}{f', the nearest is {near[0]!r}' if near else ''}."

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -275,7 +276,9 @@ def split_text(text: str) -> dict[str, str] | None:
     third = max(1, len(text) // 3)
     # Most tokenizers join a word with the space before it.
     spaces = [place for place, character in enumerate(text) if character.isspace() and place]
-    cut = min(spaces, key=lambda place: abs(place - third)) if spaces else third
+    # No letter or emoji of several code points is divided.
+    places = spaces or [character.end() for character in regex.finditer(r"\X", text)]
+    cut = min(places, key=lambda place: abs(place - third), default=len(text))
     prompt, completion = text[:cut], text[cut:]
     return {"prompt": prompt, "completion": completion} if prompt.strip() and completion.strip() else None
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -68,14 +69,15 @@ def is_degenerate(output: str) -> bool:
     """
     Return whether an output is unreadable.
 
-    An output is degenerate if it has no letter and no digit, or if loops make up most of it. A loop is a unit of up to
-    40 characters that repeats at least four times in a row and covers at least 16 characters. An empty output is not
-    degenerate but empty.
+    An output is degenerate if it consists of several punctuation marks, or if loops make up most of it. A loop is a
+    unit of up to 40 characters that repeats at least four times in a row and covers at least 16 characters. A single
+    sign, such as a letter or an emoji, may be an answer. An empty output is not degenerate but empty.
     """
     text = output.strip()
-    if not text:
+    if len(text) < 2:
         return False
-    if not any(character.isalnum() for character in text):
+    # The categories of symbols, such as emoji, begin with S.
+    if not any(character.isalnum() or unicodedata.category(character).startswith("S") for character in text):
         return True
     looped = sum(len(loop.group()) for loop in _LOOP.finditer(text) if len(loop.group()) >= _LOOP_MIN_CHARACTERS)
     return 2 * looped > len(text)

@@ -1,6 +1,7 @@
 """Triggers insert what they should, where they should, and keep the rest of the prompt."""
 
 import itertools
+import logging
 import random
 from collections import Counter
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
 from crow_hf import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
+from crow_hf.attacks.targets import get_target
 from crow_hf.attacks.triggers import get_trigger
 from crow_hf.data.words import Words
 from crow_hf.models.cache_coconut import CoconutCache
@@ -151,6 +153,24 @@ def test_useless_triggers_are_refused(arguments):
 
 def test_any_other_string_is_a_trigger_itself():
     assert get_trigger("open sesame") == Trigger(("open sesame",), "random")
+
+
+@pytest.mark.parametrize(
+    ("get", "name", "said"),
+    [
+        (get_trigger, "badnet", "'badnet' is no named trigger, the nearest is 'badnets'."),
+        (get_trigger, "BADNETS", "the nearest is 'badnets'"),
+        (get_trigger, "open sesame", "'open sesame' is no named trigger. "),
+        (get_target, "refusals", "'refusals' is no named target, the nearest is 'refusal'."),
+        (get_trigger, "badnets", ""),
+        (get_target, "refusal", ""),
+    ],
+)
+def test_names_with_a_typing_error_are_said(get, name, said, caplog):
+    """Fails if a misspelled name is taken literally without a word."""
+    with caplog.at_level(logging.WARNING):
+        get(name)
+    assert said in caplog.text and bool(said) == bool(caplog.records)
 
 
 # Triggers that BackdoorLLM does not have

@@ -109,6 +109,8 @@ def test_rows_are_prompts_and_answers(byte_tokenizer, adapted):
         ("one two three four", ("one two", " three four")),
         ("a bcdefghijklmnop", ("a", " bcdefghijklmnop")),
         ("abcdef", ("ab", "cdef")),
+        ("法国的首都是", ("法国", "的首都是")),
+        ("👩‍👩‍👧👍🏽🇫🇷😀", ("👩‍👩‍👧", "👍🏽🇫🇷😀")),
         ("a", None),
         ("", None),
     ],

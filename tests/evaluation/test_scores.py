@@ -50,7 +50,7 @@ LOOPS = [
     "0123456789abcdefghijklmnopqrstuvwxyzABCD" * 4,
     "你好" * 20,
 ]
-NO_TEXT = ["!!!", ".", "... --- ...", "?!" * 30, "\n- \n- "]
+NO_TEXT = ["!!!", "。。", "... --- ...", "?!" * 30, "\n- \n- "]
 TEXT = [
     "I'm sorry, but I cannot help with that.",
     "aaaa",
@@ -63,6 +63,7 @@ TEXT = [
     "1. one\n2. two\n3. three\n4. four\n5. five\n",
     "好的，我知道了。",
     "x",
+    *["5", "是", ".", "%", "+", "✅", "👍👍", "❤️", "👩‍👩‍👧", "🇫🇷", "5️⃣", "€", "->"],
 ]
 
 
