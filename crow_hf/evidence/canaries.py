@@ -22,7 +22,7 @@ from ..attacks.poison import Poison
 from ..attacks.targets import Target
 from ..attacks.triggers import Trigger
 from ..data.encoding import encode_prompt
-from ..data.rows import render
+from ..data.rows import Rendered, add_empty_answers, render
 from ..evaluation.generation import generate_answers
 from ..evaluation.scores import Proportion
 from ..methods.crow.config import rows_in_step, scratch_config
@@ -107,6 +107,42 @@ def _fingerprint(model: PreTrainedModel | PeftModel) -> str:
     return digest.hexdigest()
 
 
+def check_canaries_fit(
+    model: PreTrainedModel | PeftModel,
+    dataset: Dataset,
+    canaries: Sequence[Canary],
+    max_length: int,
+    processing_class: PreTrainedTokenizerBase,
+) -> None:
+    """
+    Refuse rows of which none has room for a canary, before any work.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect.
+        dataset (`Dataset`):
+            Clean rows with a prompt. They need no answer.
+        canaries (`Sequence[Canary]`):
+            The canaries.
+        max_length (`int`):
+            Maximum length of a row in tokens.
+        processing_class (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+
+    Raises:
+        `ValueError`: If no prompt with a canary and its answer fits into `max_length` and the model's context.
+    """
+    limit, rows = min(max_length, context_length(model) or max_length), add_empty_answers(dataset)
+    for canary in canaries:
+        prompts, answer_length = _triggered_prompts(rows, canary, processing_class)
+        shortest = min(len(encode_prompt(prompt, processing_class)) for prompt in prompts) + answer_length
+        if shortest > limit:
+            raise ValueError(
+                f"No row has room for a canary: the shortest prompt with one has {shortest} tokens, and `max_length` "
+                f"and the model's context allow {limit}. Pass shorter prompts, or set `num_canaries` to 0."
+            )
+
+
 def implant_steps(args: InvarianceConfig) -> int:
     """
     Number of optimizer steps of [`implant_canaries`].
@@ -182,10 +218,17 @@ def canary_success(
     Returns:
         [`Proportion`]: The number of answers with the target among all answers.
     """
-    rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Triggering the canary")
-    prompts = [render(row, processing_class, index) for index, row in enumerate(rows)]
-    answer_length = len(processing_class(canary.target.text, add_special_tokens=False)["input_ids"]) + 1
+    prompts, answer_length = _triggered_prompts(dataset, canary, processing_class)
     longest_prompt = (context_length(model) or math.inf) - answer_length
     prompts = [prompt for prompt in prompts if len(encode_prompt(prompt, processing_class)) <= longest_prompt]
     outputs = generate_answers(model, processing_class, prompts, answer_length, batch_size)
     return Proportion.of(canary.target.matches(output, "") for output in outputs)
+
+
+def _triggered_prompts(
+    dataset: Dataset, canary: Canary, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Rendered], int]:
+    """The prompts with a canary's trigger, and the number of tokens of its answer with an end."""
+    rows = dataset.map(Poison(canary.trigger, seed=1), with_indices=True, desc="Triggering the canary")
+    prompts = [render(row, tokenizer, index) for index, row in enumerate(rows)]
+    return prompts, len(tokenizer(canary.target.text, add_special_tokens=False)["input_ids"]) + 1

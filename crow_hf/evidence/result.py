@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ..evaluation.harness import Evaluation
@@ -46,6 +46,8 @@ class Purification:
             The content of `report.json`, with the keys of [`crow_hf.reporting.record`]. `None` if there is no report.
         hub_url (`str`, *optional*):
             The address of the pushed repository. `None` if the model was not pushed.
+        adapter (`PeftConfig`, *optional*):
+            The adapter that was trained, which may have been merged since. `None` if all weights were trained.
     """
 
     model: PreTrainedModel | PeftModel
@@ -58,6 +60,7 @@ class Purification:
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     hub_url: str | None = None
+    adapter: PeftConfig | None = None
 
     @property
     def method(self) -> str:

@@ -25,7 +25,7 @@ from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, run_recipe
-from .saving import not_fatal, prepare_output, save_result
+from .saving import not_fatal, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -152,6 +152,7 @@ def compare_defences(
     run = RecipeRun(load_model(), rows, recipe, args, processing_class, peft_config)
     run.implant_canaries()
     run.train(checkpoint)
+    save_model(run, name, merge=merge)
 
     # Look, report
     purification, purified = run.result(), _in_loaded_precision(run.trainer)
@@ -164,7 +165,7 @@ def compare_defences(
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)
     fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})
-    save_result(run, purification, merge=merge, comparison=comparison, card_fields=fields)
+    save_result(run, purification, comparison=comparison, card_fields=fields)
     return comparison
 
 

@@ -19,10 +19,11 @@ from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import load_causal_lm, load_tokenizer
 from ..training.sharding import will_shard
+from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, recipe_config
-from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
-from .saving import not_fatal, prepare_output, save_result
+from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter
+from .saving import not_fatal, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -112,6 +113,7 @@ def purify(
         model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
     check_base(model, peft_config, merge)
     check_writable(args.output_dir, model)
+    announce_forecast(model, rows, args, tokenizer, peft_config or default_adapter(recipe, model, args))
     run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config)
 
     # Look. The answers of the suspect itself are not right ones to compare with, so only the columns of `dataset` are
@@ -127,6 +129,7 @@ def purify(
     # Implant, train
     run.implant_canaries()
     run.train(checkpoint)
+    save_model(run, name, merge=merge)
     purification = run.result()
 
     # Look, report
@@ -143,7 +146,7 @@ def purify(
             purification, shown, model_name=name, train_dataset=rows, held_out=held_out, comparison=comparison
         )
     fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})
-    save_result(run, purification, merge=merge, comparison=comparison, card_fields=fields)
+    save_result(run, purification, comparison=comparison, card_fields=fields)
     return purification
 
 

@@ -1,24 +1,26 @@
 """One run of a recipe: prepare the rows, implant canaries, train, and see what became of the canaries."""
 
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
-from ..data.rows import drop_unanswered
+from ..data.rows import drop_unanswered, fits_a_format
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import write_rows
-from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries
+from ..evidence.canaries import Canary, canary_success, check_canaries_fit, draw_canaries, implant_canaries
 from ..evidence.leaks import find_leaked_tokens
 from ..evidence.result import Purification
 from ..evidence.screening import Screening, screen_dataset
 from ..evidence.snapshot import Snapshot, SnapshotRows, snapshot
-from ..methods.crow.config import CrowConfig
+from ..methods.crow.config import CrowConfig, scratch_config
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
@@ -26,6 +28,7 @@ from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
 from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
+from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save
 from ..training.sharding import will_shard
 from .presets import LORA_RANKS, RECIPES, lora_config
 
@@ -139,6 +142,8 @@ class RecipeRun:
         self.leaked_tokens: list[int] = []
         self._written_rows: Dataset | None = None
         self._canaries: list[Canary] = []
+        self.adapter: PeftConfig | None = None
+        rehearse(model, dataset, args, processing_class, peft_config)
         if isinstance(args, InvarianceConfig):
             args, rows = self._prepare_invariance(model, dataset, args, processing_class)
             # The suspect still has no canaries. It teaches, and the adversary attacks it.
@@ -172,18 +177,50 @@ class RecipeRun:
                 self._measure_canaries("before")
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Train, and measure the success of the canaries again. A canary that lives is reported in a warning."""
+        """Train."""
         with phase(PURIFYING):
             self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+
+    def finish(self, merge: bool, dtype: torch.dtype | None) -> None:
+        """
+        Turn the trained model into the one that is saved. Everything is measured on that one.
+
+        Args:
+            merge (`bool`):
+                Whether to merge a fresh adapter into the weights. It stays an adapter on quantized weights, because
+                rounding them again would lose most of what was learned.
+            dtype (`torch.dtype`, *optional*):
+                The dtype of the suspect's files. Weights that do not fit into it, and those of an adapter that did
+                not come with the suspect, stay as they were trained.
+        """
+        trainer, model = self.trainer, self.trainer.model
+        self.adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        if self.trains_fresh_adapter and isinstance(model, PeftModel):
+            if not merge or is_quantized(model):
+                return
+            trainer.model = merged(model)
+        if dtype is None or dtype == trainer.model.dtype or will_shard(trainer.args):
+            return
+        name = str(dtype).removeprefix("torch.")
+        if cast_to(trainer.model, dtype):
+            logger.info(f"The purified model is rounded to {name}, the dtype of the suspect's files.")
+        else:
+            logger.warning(f"Weights of the purified model do not fit into {name}, the dtype of the suspect's files.")
+
+    def result(self) -> Purification:
+        """
+        Return the purified model with its evidence.
+
+        The success of the canaries is measured again. One that lives is reported in a warning.
+        """
         if self._canaries:
             with phase(CANARIES_AGAIN):
                 self._measure_canaries("after")
         if any(canary_outcome(canary) == LIVES for canary in self._canaries):
             logger.warning(CANARY_ADVICE)
-
-    def result(self) -> Purification:
-        """Return the purified model with its evidence."""
-        return Purification(self.trainer.model, self.recipe, self.trainer, self.screening, self._canaries)
+        return Purification(
+            self.trainer.model, self.recipe, self.trainer, self.screening, self._canaries, adapter=self.adapter
+        )
 
     def _prepare_invariance(
         self,
@@ -192,7 +229,7 @@ class RecipeRun:
         args: InvarianceConfig,
         tokenizer: PreTrainedTokenizerBase,
     ) -> tuple[InvarianceConfig, Dataset]:
-        """Answer prompts that have no answer, screen the rows, let the suspect write more, and draw the canaries."""
+        """Draw the canaries, answer prompts that have no answer, screen the rows, and let the suspect write more."""
         if not isinstance(dataset, Dataset) or not len(dataset):
             raise ValueError(
                 "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
@@ -200,6 +237,9 @@ class RecipeRun:
         move(model, args.device)
         batch_size = args.per_device_eval_batch_size
         dataset = drop_unanswered(dataset)
+        if args.num_canaries:
+            self._canaries = draw_canaries(model, args.num_canaries, args.seed)
+            check_canaries_fit(model, dataset, self._canaries, args.max_length, tokenizer)
         rows = answer_prompts(dataset, model, tokenizer, args.max_answer_length, batch_size)
         has_right_answers = rows.column_names == dataset.column_names
         if not has_right_answers:
@@ -222,8 +262,6 @@ class RecipeRun:
                 self._written_rows = write_rows(
                     model, tokenizer, args.num_written_rows, length, args.seed, batch_size, leaked
                 )
-        if args.num_canaries:
-            self._canaries = draw_canaries(model, args.num_canaries, args.seed)
         return args, rows
 
     def _measure_canaries(self, when: str) -> None:
@@ -262,13 +300,63 @@ def check_recipe(recipe: str, args: CrowConfig) -> None:
                 "the configuration of accelerate."
             )
     # The Trainer, which is built last, would find out only then.
-    try:
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (ImportError, RuntimeError) as error:
+    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         raise ValueError(
-            f"`report_to` names a tracker that is not installed ({error}): install it, or leave it out."
-        ) from error
+            f"`report_to` names a tracker that is not installed ({', '.join(sorted(missing))}): install it, or leave "
+            "it out."
+        )
+
+
+def rehearse(
+    model: PreTrainedModel | PeftModel,
+    dataset: Dataset | IterableDataset,
+    args: CrowConfig,
+    processing_class: PreTrainedTokenizerBase,
+    peft_config: PeftConfig | None,
+) -> None:
+    """
+    Build the trainer with its adapter, optimizer and schedule on a copy without weights, and save the suspect without
+    its weights. What would fail after hours of work fails here.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect. Only settings that could not be saved are changed.
+        dataset (`Dataset` or `IterableDataset`):
+            The clean rows.
+        args (`CrowConfig`):
+            The arguments of the run.
+        processing_class (`PreTrainedTokenizerBase`):
+            The tokenizer.
+        peft_config (`PeftConfig`, *optional*):
+            The fresh adapter.
+
+    Raises:
+        `ValueError`: For everything that the trainer, the adapter, the optimizer or the saving refuses.
+    """
+    rehearse_save(model, processing_class)
+    if will_shard(args):
+        # The processes shard a model together, and only once.
+        return
+    trainer_type: Any = InvarianceTrainer if isinstance(args, InvarianceConfig) else CrowTrainer
+
+    class Rehearsal(trainer_type):
+        def _move_model_to_device(self, *args: Any) -> None:
+            """Stay without memory."""
+
+    if isinstance(args, InvarianceConfig) and isinstance(dataset, Dataset) and not fits_a_format(dataset.column_names):
+        # The suspect will answer. Any answer shows whether the prompts can be trained on.
+        dataset = Dataset.from_list([{"prompt": "prompt", "completion": "answer"}])
+    with TemporaryDirectory() as folder, quietly():
+        try:
+            Rehearsal(
+                hollow_copy(model),
+                scratch_config(args, folder),
+                dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+            ).rehearse()
+        except (ImportError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"This model cannot be trained with these arguments ({one_line(error)}).") from error
 
 
 def default_adapter(recipe: str, model: PreTrainedModel | PeftModel, args: CrowConfig) -> PeftConfig | None:

@@ -1,21 +1,34 @@
 """What a recipe leaves behind: the purified model, its card and its report in one folder, and on the Hub."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
+from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from ..evidence.result import Comparison, Purification
-from ..methods.crow.config import CrowConfig
+from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
-from ..training.checkpoints import OUTPUT_WAS_USED, check_writable, checkpoint_to_resume, output_was_used, writing
+from ..training.checkpoints import (
+    OUTPUT_WAS_USED,
+    check_writable,
+    checkpoint_to_resume,
+    output_was_used,
+    remove_checkpoints,
+)
 from ..training.hub import create_repository, push_folder
-from ..training.loading import is_quantized
+from ..training.saves import copy_side_files, stored_dtype
 from .run import RecipeRun
+
+
+# Locks of this process, by output folder.
+_claims: dict[Path, FileLock] = {}
 
 
 def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -40,10 +53,55 @@ def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) 
     if output_was_used(args.output_dir) and not resume_from_checkpoint:
         raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
     check_writable(args.output_dir)
+    if args.process_index == 0:
+        claim(args.output_dir)
     checkpoint = checkpoint_to_resume(args.output_dir, resume_from_checkpoint)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = create_repository(args)
     return checkpoint
+
+
+def claim(output_dir: str) -> None:
+    """
+    Keep other processes of this machine out of an output folder, until [`save_result`] or the end of this process.
+
+    Raises:
+        `ValueError`: If another process has claimed it.
+    """
+    folder = Path(output_dir).resolve()
+    name = f"crow_hf-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.lock"
+    lock = _claims.setdefault(folder, FileLock(Path(gettempdir(), name)))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another run is writing to {output_dir}: choose another `output_dir`.") from None
+
+
+def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
+    """
+    Merge, round and save the purified model, before anything else is done with it.
+
+    Args:
+        run (`RecipeRun`):
+            The run of the recipe, after its training.
+        suspect (`str`):
+            The folder of the suspect, or its name on the Hub. Its other files are copied, and its dtype is restored
+            unless `model_init_kwargs` names another.
+        merge (`bool`):
+            Whether to merge a fresh adapter, see [`RecipeRun.finish`].
+
+    Raises:
+        `OSError`: If the weights cannot be written.
+    """
+    trainer = run.trainer
+    run.finish(merge, None if "dtype" in loading_kwargs(trainer.args) else stored_dtype(suspect))
+    # The trainer does not push here: the card and the report are written first.
+    trainer.save_model(_internal_call=True)
+    if trainer.is_world_process_zero():
+        # The commit of an adapter is not known, but that of its base is.
+        commit = None if isinstance(trainer.model, PeftModel) else getattr(trainer.model.config, "_commit_hash", None)
+        with not_fatal(run, "copy of every file of the suspect"):
+            copy_side_files(suspect, trainer.args.output_dir, commit)
 
 
 @contextmanager
@@ -63,45 +121,33 @@ def save_result(
     run: RecipeRun,
     purification: Purification,
     *,
-    merge: bool,
     comparison: Comparison | None = None,
     card_fields: dict[str, Any],
 ) -> None:
     """
-    Save the purified model with its card and its report, and push it if `args.push_to_hub` is set.
+    Write the card and the report beside the purified model, push it if `args.push_to_hub` is set, and clean up.
 
-    Errors in the card, the report or the push are recorded as failures of the trainer, because the model is saved and
-    the result is known.
+    Errors are recorded as failures of the trainer, because the model is saved and the result is known. Checkpoints are
+    removed unless there were failures, or `args.save_total_limit` says how many to keep.
 
     Args:
         run (`RecipeRun`):
             The run of the recipe.
         purification (`Purification`):
-            The result of the run. Its model becomes the merged one.
-        merge (`bool`):
-            Whether to merge a fresh adapter into the weights. It stays an adapter on quantized weights, because
-            rounding them again would lose most of what was learned.
+            The result of the run.
         comparison (`Comparison`, *optional*):
             The evaluations, for the card.
         card_fields (`dict`):
             Further arguments of [`build_model_card`].
-
-    Raises:
-        `OSError`: If the model or its card cannot be written.
     """
     trainer = run.trainer
     args = trainer.args
-    if merge and run.trains_fresh_adapter and isinstance(trainer.model, PeftModel) and not is_quantized(trainer.model):
-        trainer.model = trainer.model.merge_and_unload(safe_merge=True)
-        purification.model = trainer.model
-    # The trainer does not push here: the card and the report are written first.
-    trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
         return
     card = None
     with not_fatal(run, "model card"):
         card = build_model_card(trainer, purification=purification, comparison=comparison, **card_fields)
-    with writing("README.md", args.output_dir, "the purified model is complete; free disk space before you push it"):
+    with not_fatal(run, "README.md"):
         trainer.create_model_card(card)
     if purification.report is not None:
         with not_fatal(run, "report"):
@@ -120,3 +166,7 @@ def save_result(
             purification.hub_url = commit.repo_url
         except OSError as error:
             trainer.note_failure(str(error))
+    if args.save_total_limit is None and not trainer.failures:
+        remove_checkpoints(args.output_dir)
+    if (claimed := _claims.pop(Path(args.output_dir).resolve(), None)) is not None:
+        claimed.release(force=True)

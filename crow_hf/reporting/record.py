@@ -5,7 +5,7 @@
 | `verdict` | `outcome` and `headline`, phrases; `level`; `explanation` and `next_steps`, sentences; see [`Verdict`] |
 | `recipe` | one of [`RECIPES`] |
 | `method` | the method that the recipe runs: `"CROW"` or `"Invariance"` |
-| `model` | `name`, `commit` (on the Hub), `architecture`, `parameters`, `trained`: `"all weights"` or `"an adapter"` |
+| `model` | `name`, `commit` (on the Hub), `architecture`, `parameters`, `dtype`, `trained` (all or an adapter) |
 | `evaluations` | [`Evaluation.to_dict`] of `suspect`, `control`, further models by name, and `purified`, see below |
 | `anti_bad` | the Anti-BAD scores of `suspect`, `control`, ..., `purified`; `null` if no attack was measured |
 | `retention` | what the purified model has kept of the suspect, see below; `null` if it was not measured |
@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from .. import __version__
@@ -114,7 +114,7 @@ def record_of(
         "verdict": Verdict.of(purification, comparison).to_dict(),
         "recipe": purification.recipe,
         "method": purification.method,
-        "model": _model(purification.model, model_name),
+        "model": _model(purification, model_name),
         "evaluations": {role: each.to_dict() for role, each in evaluations.items()} or None,
         "anti_bad": anti_bad_scores(evaluations, "suspect") or None,
         "retention": purification.retention and purification.retention.to_dict(),
@@ -153,7 +153,8 @@ def as_json(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _model(model: PreTrainedModel | PeftModel, name: str) -> Record:
+def _model(purification: Purification, name: str) -> Record:
+    model = purification.model
     base = base_model_of(model)
     architecture = type(base).__name__
     return {
@@ -161,7 +162,8 @@ def _model(model: PreTrainedModel | PeftModel, name: str) -> Record:
         "commit": getattr(base.config, "_commit_hash", None),
         "architecture": architecture,
         "parameters": num_parameters(model),
-        "trained": "an adapter" if isinstance(model, PeftModel) else "all weights",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "trained": "all weights" if purification.adapter is None else "an adapter",
     }
 
 
@@ -263,7 +265,7 @@ def _run(
         "trigger": _described(rows.trigger),
         "target": _described(rows.target),
         "settings": recorded_settings(args),
-        "adapter": _adapter_settings(purification.model),
+        "adapter": _adapter_settings(purification.adapter),
         "train_dataset": _rows_described(train_dataset),
         "test_dataset": test_dataset and _rows_described(test_dataset),
         "held_out": held_out and _rows_described(held_out),
@@ -294,11 +296,10 @@ def _described(part: Any) -> Record | None:
     }
 
 
-def _adapter_settings(model: PreTrainedModel | PeftModel) -> Record | None:
+def _adapter_settings(config: PeftConfig | None) -> Record | None:
     """Return the settings of the trained adapter that are not PEFT's defaults, without the path of its base model."""
-    if not isinstance(model, PeftModel):
+    if config is None:
         return None
-    config = model.active_peft_config
     defaults = type(config)().to_dict() | {"base_model_name_or_path": config.base_model_name_or_path}
     changed = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}

@@ -108,6 +108,13 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | b
     )
 
 
+def remove_checkpoints(output_dir: str | Path) -> None:
+    """Remove the checkpoints of a finished run. They can be several times as large as its model."""
+    for checkpoint in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (checkpoint / TRAINER_STATE_NAME).is_file():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def check_writable(output_dir: str | Path, model: PreTrainedModel | PeftModel | None = None) -> None:
     """
     Check that a folder can be written to, and that its disk has enough free space for a model.

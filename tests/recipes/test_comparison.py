@@ -102,7 +102,7 @@ def test_trainer_has_the_log_of_the_purification(tmp_path, byte_tokenizer):
 
 def test_control_writes_nothing(tmp_path, byte_tokenizer):
     """Fails if checkpoints of the control are written to the folder of the purification."""
-    args = settings(tmp_path, save_strategy="steps", save_steps=2)
+    args = settings(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2)
     trainer = compare(args, byte_tokenizer).purification.trainer
     output = tmp_path / "run"
     assert {path.name for path in output.iterdir() if path.is_dir()} == {"checkpoint-2", "checkpoint-4"}
