@@ -162,7 +162,10 @@ class DoctorArguments:
     model: str = field(metadata={"help": f"The suspect: {MODEL_HELP}"})
     dataset: str | None = field(default=None, metadata={"help": f"The clean rows. {DATASET_HELP}"})
     split: str = field(default="train", metadata={"help": "Split of the clean rows on the Hub."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Learning rate of the purification."})
+    recipe: str = field(default="strong", metadata={"help": "Recipe of the purification.", "choices": RECIPES})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the purification. Default: that of the recipe."}
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest row of the purification, in tokens."})
 
 

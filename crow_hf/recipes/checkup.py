@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,14 +15,18 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBas
 from ..data.collators import CrowDataCollator
 from ..data.encoding import columns_of, padding_id, prepare_dataset
 from ..data.rows import find_format
+from ..methods.crow.config import CrowConfig
 from ..methods.crow.objective import crow_terms
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
-from ..training.loading import PICKLES, load_causal_lm, load_tokenizer
+from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
 from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, recorder_of
 from .findings import Finding, Level, has_problem
+from .forecast import forecast
 from .patch_checkup import PROSE, check_components, check_frozen_predictor, check_patches
+from .presets import MAX_ROWS, recipe_config
+from .run import default_adapter
 
 
 # Fewer rows are a warning.
@@ -42,7 +46,8 @@ def doctor(
     dataset: Dataset | IterableDataset | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     *,
-    learning_rate: float = 2e-5,
+    recipe: str = "strong",
+    learning_rate: float | None = None,
     max_length: int = 1024,
 ) -> list[Finding]:
     """
@@ -57,8 +62,11 @@ def doctor(
             The clean rows. The first 1,000 are checked. Without rows, the model is checked on an English text.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer. Defaults to the one that was saved with the model.
-        learning_rate (`float`, *optional*, defaults to 2e-5):
-            Learning rate of the purification.
+        recipe (`str`, *optional*, defaults to `"strong"`):
+            The recipe of the purification. With rows, the last finding is about how much memory, disk and time it
+            takes.
+        learning_rate (`float`, *optional*):
+            Learning rate of the purification. Defaults to that of the recipe.
         max_length (`int`, *optional*, defaults to 1024):
             Maximum length of a row of the purification, in tokens.
 
@@ -73,25 +81,27 @@ def doctor(
     ...     print(finding.level, finding.name, finding.found, finding.remedy)
     ```
     """
-    return list(_findings(model, dataset, processing_class, learning_rate, max_length))
+    changes: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
+    args = recipe_config(recipe, "purified", max_length=max_length, **changes)
+    return list(_findings(model, dataset, processing_class, recipe, args))
 
 
 def _findings(
     model: str | Path | PreTrainedModel | PeftModel,
     dataset: Dataset | IterableDataset | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    learning_rate: float,
-    max_length: int,
+    recipe: str,
+    args: CrowConfig,
 ) -> Iterator[Finding]:
     path = str(model) if isinstance(model, (str, Path)) else model.config._name_or_path
     if isinstance(model, (str, Path)):
         model = yield from _load(model)
         if model is None:
             return
-    recorder = yield from _check_model(model, learning_rate)
+    recorder = yield from _check_model(model, args.learning_rate)
     if recorder is None:
         return
-    encoded = yield from _check_data(model, path, dataset, tokenizer, max_length)
+    encoded = yield from _check_data(model, path, dataset, tokenizer, args.max_length)
     if encoded is None:
         return
     rows, tokenizer = encoded
@@ -99,6 +109,8 @@ def _findings(
         documents = [] if dataset is None else [_bytes_of(row["input_ids"]) for row in rows]
         yield from check_patches(recorder.base, documents)
     yield from _check_objective(recorder, model, rows, tokenizer)
+    if dataset is not None and tokenizer is not None:
+        yield from _check_cost(model, dataset, recipe, args, tokenizer)
 
 
 # The model
@@ -370,6 +382,28 @@ def _judge_loss(loss: float, guessing: float) -> Finding:
         remedy = "Train the model first, or check that the tokenizer and the rows belong to this model."
         return Finding("language model", "warning", found, remedy)
     return Finding("language model", "ok", found)
+
+
+def _check_cost(
+    model: PreTrainedModel | PeftModel,
+    dataset: Dataset | IterableDataset,
+    recipe: str,
+    args: CrowConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[Finding]:
+    """Forecast what the purification takes. Nothing is said of a model that only the recipe's own checks explain."""
+    device, drawn = model.device, dataset.take(MAX_ROWS[recipe])
+    try:
+        found = forecast(model, drawn, args, tokenizer, adapter=default_adapter(recipe, model, args))
+    except ValueError as error:
+        yield Finding("cost", "problem", str(error), "Or use a machine with more memory.")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+        return
+    else:
+        remedy = "" if found.fits else "Lower `per_device_train_batch_size`, or free memory or disk."
+        yield Finding("cost", "ok" if found.fits else "warning", str(found), remedy)
+    finally:
+        move(model, device)
 
 
 def _in_one_line(error: Exception) -> str:

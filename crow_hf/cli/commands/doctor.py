@@ -14,7 +14,8 @@ COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 def run(arguments: DoctorArguments) -> None:
     rows = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
-    findings = doctor(arguments.model, rows, learning_rate=arguments.learning_rate, max_length=arguments.max_length)
+    options = {name: getattr(arguments, name) for name in ("recipe", "learning_rate", "max_length")}
+    findings = doctor(arguments.model, rows, **options)
     table = Table("", "", Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
     for finding in findings:
         lines = filter(None, [finding.found, finding.remedy and f"-> {finding.remedy}"])

@@ -17,7 +17,7 @@ def test_only_a_problem_is_an_error(level, code, paths, capsys, monkeypatch):
     assert run("doctor", *argv) == code
     ((model, rows), settings) = calls[0]
     assert model == paths["model"] and len(rows) == 10
-    assert settings == {"learning_rate": 1e-3, "max_length": 20}
+    assert settings == {"recipe": "strong", "learning_rate": 1e-3, "max_length": 20}
     printed = capsys.readouterr()
     assert level in printed.out and "10 rows of 3 tokens" in printed.out
     assert ("-> pass longer rows" in printed.out) == (level != "ok")
