@@ -39,7 +39,7 @@ def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):
     """With 3 rows and a batch size of 1, one epoch has three steps."""
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
     options = ["--recipe", "guide", "--max_rows", 3, "--num_train_epochs", 1, "--per_device_train_batch_size", 1]
-    options += ["--save_strategy", "steps", "--save_steps", 1, "--use_cpu"]
+    options += ["--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 3, "--use_cpu"]
     assert run("purify", *argv, *options) == 0
     checkpoints = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert checkpoints == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
