@@ -10,9 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from crow_hf import ByteEntropyPredictor, CrowTrainer, doctor
+from crow_hf import ByteEntropyPredictor, CrowTrainer, doctor, recipe_config
 from crow_hf.cli.main import main
-from crow_hf.recipes import patch_checkup
+from crow_hf.recipes import forecast, patch_checkup
 from helpers.coconut import DEEP, LOCAL, TOKENIZER, coconut
 from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
 
@@ -60,10 +60,24 @@ def test_checks_change_nothing(training, tmp_path, monkeypatch):
 def test_every_part_of_a_healthy_model_is_checked():
     """Fails if a check is skipped silently."""
     common = {"layers", "precision", "tokenizer", "rows", "context", "vocabulary", "objective", "language model"}
-    assert set(levels(doctor(tiny_llama(), TEXT, BYTES))) == common
+    assert set(levels(doctor(tiny_llama(), TEXT, BYTES))) == common | {"cost"}
     latent = {"components", "LoRA", "entropy predictor", "thresholds"}
-    assert set(levels(doctor(small_coconut(), TEXT, TOKENIZER))) == common | latent
+    assert set(levels(doctor(small_coconut(), TEXT, TOKENIZER))) == common | latent | {"cost"}
     assert set(levels(doctor(small_coconut(), processing_class=TOKENIZER))) == (common | latent) - {"rows", "context"}
+
+
+@pytest.mark.parametrize("recipe", ["strong", "guide"])
+def test_learning_rate_and_cost_are_those_of_the_recipe(recipe):
+    """Fails if the doctor checks another learning rate than the one that the recipe uses, or tells another cost."""
+    findings = doctor(tiny_llama(), ROWS, BYTES, recipe=recipe)
+    assert f"{recipe_config(recipe, 'out').learning_rate:g} leaves" in found(findings, "precision").found
+    assert re.match(r"On .*, this takes about \d+ \w+, about .* of memory", found(findings, "cost").found)
+
+
+def test_too_little_memory_is_a_warning(monkeypatch):
+    monkeypatch.setattr(forecast, "_memory", lambda device: (10**9, 0))
+    finding = found(doctor(tiny_llama(), ROWS, BYTES), "cost")
+    assert finding.level == "warning" and "free memory" in finding.remedy
 
 
 def test_a_perturbation_larger_than_the_embeddings_is_a_warning():
@@ -96,7 +110,7 @@ def test_the_loss_is_compared_with_guessing():
 def test_precision_is_the_share_of_weights_that_adam_leaves_unchanged():
     """The reported share is compared with a real Adam step of the largest possible size."""
     model = tiny_llama().to(torch.bfloat16)
-    said = found(doctor(model, ROWS, BYTES), "precision")
+    said = found(doctor(model, ROWS, BYTES, learning_rate=2e-5), "precision")
     before = weights_of(model)
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)
@@ -357,7 +371,9 @@ def test_long_rows_are_counted():
 
 def test_streams_are_read_as_datasets_are():
     """The findings do not depend on the type of the dataset."""
-    assert doctor(tiny_llama(), TEXT.to_iterable_dataset(), BYTES) == doctor(tiny_llama(), TEXT, BYTES)
+    findings = [doctor(tiny_llama(), rows, BYTES) for rows in (TEXT.to_iterable_dataset(), TEXT)]
+    # The cost, which stands last, is measured.
+    assert findings[0][:-1] == findings[1][:-1] and findings[0][-1].name == findings[1][-1].name == "cost"
 
 
 # Folders
@@ -468,6 +484,9 @@ def test_command_prints_every_finding_and_exits_with_its_verdict(tmp_path, capsy
     squeezed = re.sub(r"\s", "", captured.out)
     for finding in doctor(model, TEXT, max_length=20):
         assert finding.level in captured.out
+        if finding.name == "cost":
+            # It is measured each time.
+            continue
         assert re.sub(r"\s", "", finding.name) in squeezed
         for word in f"{finding.found} {finding.remedy}".split():
             assert word in squeezed, finding
