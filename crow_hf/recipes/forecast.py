@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -189,7 +189,7 @@ def _encoded(
 ) -> list[list[int]]:
     """Return the token ids of the first rows, each with an answer and, for Invariance, about as long as a decoy."""
     sample = Dataset.from_list(list(islice(dataset.with_format(None), _SAMPLE)))
-    if find_format(add_empty_answers(sample).column_names) in ("text", "tokens"):
+    if not _has_prompts(sample):
         return [row["input_ids"] for row in prepare_dataset(sample, tokenizer, max_length)]
     rows = []
     for index, row in enumerate(add_empty_answers(sample)):
@@ -200,6 +200,10 @@ def _encoded(
             ids += ids[:1] * (_DECOY_TOKENS + (0 if rendered.answer.strip() else args.max_answer_length))
         rows.append(ids[:max_length])
     return [ids for ids in rows if len(ids) > 1]
+
+
+def _has_prompts(dataset: Dataset) -> bool:
+    return find_format(add_empty_answers(dataset).column_names) not in ("text", "tokens")
 
 
 def _measured(
@@ -277,7 +281,9 @@ def _seconds(
 
 
 def _num_variants(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    rows: Iterable[Any] = add_empty_answers(dataset) if isinstance(dataset, Dataset) else ()
+    if not isinstance(dataset, Dataset) or not _has_prompts(dataset):
+        return 0
+    rows = add_empty_answers(dataset)
     return sum(num_variants(render(row, tokenizer, index).prompt) for index, row in enumerate(rows))
 
 
