@@ -14,7 +14,7 @@ from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import canary_success, draw_canaries, implant_canaries
 from crow_hf.evidence.screening import Screening
 from crow_hf.recipes import run as run_module
-from crow_hf.recipes.presets import RECIPES, recipe_config
+from crow_hf.recipes.presets import RECIPES, lora_config, recipe_config
 from crow_hf.recipes.purification import purify
 from crow_hf.recipes.run import RecipeRun, default_adapter, run_recipe
 from helpers.recipes import ANSWERS, PROMPTS, ROWS, arguments
@@ -274,3 +274,60 @@ def test_what_a_recipe_trains_by_default(tmp_path, monkeypatch):
         with monkeypatch.context() as sharded:
             sharded.setattr(run_module, "will_shard", lambda args: True)
             assert default_adapter(recipe, tiny_llama(), args) is None
+
+
+@pytest.mark.parametrize("recipe", ["strong", "guide"])
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "optimizer"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"max_steps": 0}, "would not change"),
+        ({"learning_rate": 0.0}, "would not change"),
+        ({"max_steps": 1, "warmup_steps": 1}, "would not change"),
+        ({"per_device_train_batch_size": 64, "dataloader_drop_last": True}, "would not change"),
+        ({"report_to": "wandb"}, "tracker"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_model_is_used(
+    recipe, settings, reason, tmp_path, byte_tokenizer
+):
+    model = tiny_llama()
+    model.forward = lambda *args, **kwargs: pytest.fail("The model is used.")
+    args = arguments(tmp_path, recipe, **settings)
+    with pytest.raises(ValueError, match=reason):
+        purify(model, ROWS, recipe, args, processing_class=byte_tokenizer)
+    assert not list(tmp_path.glob("run*/*"))
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS.select_columns(["prompt"])], ids=["answers", "prompts"])
+@pytest.mark.parametrize("limit", ["max_length", "context"])
+def test_canaries_that_do_not_fit_are_refused_before_the_model_is_used(rows, limit, tmp_path, byte_tokenizer):
+    """Fails if it is seen only after the canaries were implanted, or not for prompts without answers."""
+    model = tiny_llama(max_position_embeddings=32 if limit == "context" else 128)
+    model.forward = lambda *args, **kwargs: pytest.fail("The model is used.")
+    args = arguments(tmp_path, num_canaries=1, max_length=32 if limit == "max_length" else 1024)
+    with pytest.raises(ValueError, match="No row has room for a canary: .* allow 32"):
+        purify(model, rows, args=args, processing_class=byte_tokenizer)
+
+
+def test_an_adapter_that_does_not_fit_the_model_is_refused_before_it_is_used(tmp_path, byte_tokenizer):
+    model = tiny_llama()
+    model.forward = lambda *args, **kwargs: pytest.fail("The model is used.")
+    with pytest.raises(ValueError, match="no_such_layer"):
+        purify(
+            model,
+            ROWS,
+            args=arguments(tmp_path),
+            processing_class=byte_tokenizer,
+            peft_config=LoraConfig(target_modules=["no_such_layer"]),
+        )
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
+
+
+def test_the_rehearsal_leaves_the_suspect_as_it_was(tmp_path, byte_tokenizer):
+    model = tiny_llama()
+    before, modules = weights_of(model), [name for name, _ in model.named_modules()]
+    run_module.rehearse(model, ROWS, arguments(tmp_path), byte_tokenizer, lora_config(2))
+    assert same_weights(weights_of(model), before) and [name for name, _ in model.named_modules()] == modules
+    assert all(weight.requires_grad for weight in model.parameters())

@@ -1,11 +1,16 @@
 """Tests of what a recipe writes and pushes."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from crow_hf import load_causal_lm
+from crow_hf.evaluation.retention import measure_retention
+from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes import run as run_module
 from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.purification import purify
@@ -105,3 +110,72 @@ def test_a_repository_that_cannot_be_opened_is_reported_before_the_work(tmp_path
             arguments(tmp_path, "guide", push_to_hub=True),
             processing_class=byte_tokenizer,
         )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("asked", [None, "float32"])
+def test_the_dtype_of_the_suspect_comes_back(recipe, asked, tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if the folder doubles in size, the report says otherwise, or another model is measured than saved."""
+    measured = []
+
+    def record(model, *args):
+        measured.append(weights_of(model))
+        return measure_retention(model, *args)
+
+    monkeypatch.setattr(purification_module, "measure_retention", record)
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "suspect")
+    args = arguments(tmp_path, recipe, model_init_kwargs=None if asked is None else {"dtype": asked})
+    found = purify(tmp_path / "suspect", ROWS, recipe, args, processing_class=byte_tokenizer)
+    wanted = torch.float32 if asked else torch.bfloat16
+    saved = load_causal_lm(args.output_dir)
+    assert saved.dtype == found.model.dtype == wanted and saved.config.dtype == wanted
+    assert found.report["model"]["dtype"] == str(wanted).removeprefix("torch.")
+    assert f"saved in {found.report['model']['dtype']}" in (Path(args.output_dir) / "README.md").read_text()
+    assert same_weights(weights_of(saved), weights_of(found.model)) and same_weights(measured[-1], weights_of(saved))
+
+
+@pytest.mark.parametrize("kept", [None, 2])
+def test_checkpoints_of_a_finished_run_are_removed_unless_they_are_kept_on_purpose(kept, tmp_path, byte_tokenizer):
+    args = arguments(tmp_path, "guide", save_strategy="steps", save_steps=1, save_total_limit=kept)
+    purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
+    assert len(list(Path(args.output_dir).glob("checkpoint-*"))) == (kept or 0)
+
+
+def test_the_model_is_saved_before_anything_else_can_fail(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if hours of training are lost with a measurement, a card, a report, or a file of the suspect."""
+
+    def broken(*args, **kwargs):
+        raise RecursionError("too deep")
+
+    for name in ("build_model_card", "write_report", "copy_side_files"):
+        monkeypatch.setattr(f"crow_hf.recipes.saving.{name}", broken)
+    monkeypatch.setattr(purification_module, "measure_retention", broken)
+    args = arguments(tmp_path, "guide", save_strategy="steps", save_steps=1)
+    found = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
+    assert same_weights(weights_of(load_causal_lm(args.output_dir)), weights_of(found.model))
+    assert len(found.trainer.failures) == 3 and all("too deep" in each for each in found.trainer.failures)
+    # Whoever has lost something may want to go on from here.
+    assert len(list(Path(args.output_dir).glob("checkpoint-*"))) == 2
+
+
+def test_files_of_the_suspect_are_in_the_purified_folder(tmp_path, byte_tokenizer):
+    suspect = tmp_path / "suspect"
+    tiny_llama().save_pretrained(suspect)
+    (suspect / "processor_config.json").write_text("{}")
+    args = arguments(tmp_path, "guide")
+    purify(suspect, ROWS, "guide", args, processing_class=byte_tokenizer)
+    assert (Path(args.output_dir) / "processor_config.json").read_text() == "{}"
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, byte_tokenizer):
+    """Fails if the model of one run ends up beside the report of another."""
+    args = arguments(tmp_path, "guide")
+    code = "import sys; from crow_hf.recipes.saving import claim; claim(sys.argv[1]); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, args.output_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="Another run is writing"):
+            purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
+        other.communicate(b"\n")
+    purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
