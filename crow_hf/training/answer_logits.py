@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.encoding import IGNORE_INDEX
+from .recorder import plain_outputs
 
 
 # Number of logits that are converted to float32 at a time, which takes 16 MiB.
@@ -40,7 +41,7 @@ def answer_logits(model: PreTrainedModel, forward: Callable[..., Any], inputs: d
         `torch.Tensor`: Shape `(T, V)`, row after row, in the dtype of the model's logits.
     """
     predicting = predicting_positions(inputs["labels"])
-    with _head_only_at(model.get_output_embeddings(), predicting) as selected:
+    with plain_outputs(model), _head_only_at(model.get_output_embeddings(), predicting) as selected:
         logits = forward(**{name: value for name, value in inputs.items() if name != "labels"}).logits
     return logits[0] if selected else logits[predicting.to(logits.device)]
 

@@ -1,17 +1,25 @@
 """Load a suspect model safely: from safetensors only, without remote code, with adapters on top of their base."""
 
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+from peft import PeftConfig, PeftModel, PeftType
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
+from .recorder import base_model_of, embedding_table, plain_outputs
 from .sharding import loading_unsharded
 
 
@@ -59,54 +67,81 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     """
     if Path(path).is_dir():
         _check_folder(Path(path))
-    elif "gguf_file" not in kwargs:
-        _check_exists(path, **_hub_options(kwargs))
+    else:
+        kwargs = _without_retries(kwargs)
+        if "gguf_file" not in kwargs:
+            _check_exists(path, **_hub_options(kwargs))
     # Training is in float32 because half precision rounds most updates of a purification to zero.
     kwargs = {"trust_remote_code": False, **({"dtype": "float32"} if is_trainable else {}), **kwargs}
-    revision = kwargs.get("revision")
-    try:
-        is_adapter = find_adapter_config_file(str(path), revision=revision) is not None
-        if not Path(path).is_dir():
-            _check_repository(str(path), is_adapter, kwargs)
-        if not is_adapter:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True, **kwargs
-            )
-            model, found = loaded
-            if missing := sorted(found["missing_keys"]):
-                raise ValueError(
-                    f"The weights of {path} lack {len(missing)} tensors that its config requires, such as "
-                    f"{missing[0]}. Download or save the model again."
-                )
-            return model
-        adapter = PeftConfig.from_pretrained(str(path), revision=revision)
-        base = load_causal_lm(
-            adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
+    with _in_one_sentence(path):
+        is_adapter = find_adapter_config_file(str(path), **_hub_options(kwargs)) is not None
+    if not Path(path).is_dir():
+        _check_repository(str(path), is_adapter, kwargs)
+    if is_adapter:
+        return _load_adapter(str(path), is_trainable, kwargs)
+    with _in_one_sentence(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **kwargs
         )
-        adapted: Any = PeftModel.from_pretrained(
-            base, path, is_trainable=is_trainable, revision=revision, use_safetensors=True
-        )
-        # PEFT leaves the name of the base model here.
-        adapted.name_or_path = str(path)
-        return adapted
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights of {path} cannot be read ({error}). Download or save the model again."
-        ) from error
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be loaded ({_in_one_line(error)}). Check `model_init_kwargs`, and that the config belongs "
-            "to the weights."
-        ) from error
-    except ValueError as error:
-        if NEEDS_CODE not in str(error):
-            raise
-        raise ValueError(CODE_IS_NOT_RUN.format(path)) from None
+    model, found = loaded
+    _check_complete(path, "lack {} tensors that its config requires", found["missing_keys"])
+    _check_complete(path, "have {} tensors for which its config has no place", found["unexpected_keys"])
+    return model
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Merge the adapter of a model, if it has one, into its weights. They must not be quantized."""
-    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    """
+    Merge the adapter of a model, if it has one, into its weights. They must not be quantized.
+
+    Tensors that the base model shares between two modules, such as tied embeddings, are separated if the adapter
+    changes one of the modules.
+
+    Raises:
+        `ValueError`: If the adapter is of a kind that cannot be merged, or if the merged model does not compute the
+            same.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    before = _some_logits(model)
+    with _in_one_sentence(f"The adapter of {model.name_or_path}", "be merged"):
+        _separate_shared_weights(model)
+        whole: Any = model.merge_and_unload(safe_merge=True)
+    after = _some_logits(whole)
+    tolerance = 1e-3 if whole.dtype == torch.float32 else 5e-2
+    if not (after - before).norm() <= tolerance * before.norm():
+        raise ValueError(
+            f"The adapter of {model.name_or_path} cannot be merged, because the merged model computes other logits "
+            f"(up to {(after - before).abs().max():.2g} apart). Train the adapter itself, without a fresh one."
+        )
+    return whole
+
+
+def _separate_shared_weights(model: PeftModel) -> None:
+    """Separate the tensors that the base model uses in two places, if the adapter changes one of them."""
+    base = base_model_of(model)
+    places = defaultdict(list)
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        places[parameter].append(name.rpartition("."))
+    for shared, (first, *others) in places.items():
+        # The names that PEFT gives to a layer inside its own.
+        if any(owner.endswith((".base_layer", ".original_module")) for owner, _, _ in (first, *others)):
+            for owner, _, name in others:
+                own = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+                setattr(base.get_submodule(owner), name, own)
+
+
+@torch.no_grad()
+def _some_logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    """The logits of a few tokens from the whole vocabulary, in float32."""
+    size = len(embedding_table(model))
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(0, size, max(1, size // 16), device=model.device)[None, :16]
+        with plain_outputs(model):
+            return model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
 
 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
@@ -139,22 +174,114 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             "The model was not loaded from a folder or the Hub, so its tokenizer is unknown. Pass `processing_class`."
         )
-    _check_exists(path)
+    options = {} if Path(path).is_dir() else _without_retries({})
+    _check_exists(path, **options)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:
         if NEEDS_CODE in str(error):
             raise ValueError(CODE_IS_NOT_RUN.format(f"The tokenizer of {path}")) from None
-        if find_adapter_config_file(str(path)) is not None:
-            return load_tokenizer(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
+        if find_adapter_config_file(str(path), **options) is not None:
+            return load_tokenizer(_adapter_config(str(path), **options).base_model_name_or_path)
         raise ValueError(
             f"There is no readable tokenizer in {path} ({_in_one_line(error)}). Save one next to the model or, in "
             "Python, pass `processing_class`."
         ) from error
 
 
+def _load_adapter(path: str, is_trainable: bool, kwargs: dict[str, Any]) -> PeftModel:
+    adapter = _adapter_config(path, **_hub_options(kwargs))
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"{path} is an adapter of the kind {PeftType(adapter.peft_type).value}, which puts vectors before the "
+            "prompt and changes no weights. Only adapters that change weights, such as LoRA, are supported."
+        )
+    try:
+        base: Any = load_causal_lm(
+            adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"The base model of the adapter {path} cannot be loaded: {error} The adapter_config.json names it as "
+            "`base_model_name_or_path`."
+        ) from error
+    with _in_one_sentence(path):
+        _resize_embeddings(base, path, _hub_options(kwargs))
+        adapted: Any = PeftModel.from_pretrained(
+            base, path, is_trainable=is_trainable, revision=kwargs.get("revision"), use_safetensors=True
+        )
+    # PEFT leaves the name of the base model here.
+    adapted.name_or_path = path
+    return adapted
+
+
+def _adapter_config(path: str, **options: Any) -> PeftConfig:
+    with _in_one_sentence(path):
+        adapter = PeftConfig.from_pretrained(path, **options)
+    if not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter {path} names no base model. Write its folder or name into adapter_config.json, as "
+            "`base_model_name_or_path`."
+        )
+    return adapter
+
+
+def _resize_embeddings(base: PreTrainedModel, path: str, options: dict[str, Any]) -> None:
+    """Give the base model as many tokens as it had when the adapter was trained."""
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    names = [name for name, module in base.named_modules() if any(module is layer for layer in layers)]
+    with safe_open(cached_file(path, ADAPTER_SAFE_WEIGHTS_NAME, **options), "pt") as weights:
+        shapes = {
+            key: weights.get_slice(key).get_shape()
+            for key in weights.keys()
+            if any(f".{name}." in key for name in names)
+        }
+    sizes = [shape[1] for key, shape in shapes.items() if key.endswith("lora_embedding_A")]
+    sizes += [shape[0] for key, shape in shapes.items() if re.search(r"(?<!lora_A)\.weight$", key)]
+    if sizes and max(sizes) != len(embedding_table(base)):
+        base.resize_token_embeddings(max(sizes), mean_resizing=False)
+
+
+@contextmanager
+def _in_one_sentence(what: str | Path, done: str = "be loaded") -> Iterator[None]:
+    """Turn any error of a library into one sentence that says what it concerns."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {what} cannot be read ({_in_one_line(error)}). Download or save the model again."
+        ) from error
+    # Libraries raise errors of every class for files that they do not understand.
+    except Exception as error:
+        if NEEDS_CODE in str(error):
+            raise ValueError(CODE_IS_NOT_RUN.format(what)) from None
+        raise ValueError(
+            f"{what} cannot {done} ({_in_one_line(error)}). Check `model_init_kwargs`, and that the config belongs to "
+            "the weights."
+        ) from error
+
+
+def _check_complete(path: str | Path, trouble: str, names: Collection[str]) -> None:
+    if names:
+        raise ValueError(
+            f"The weights of {path} {trouble.format(len(names))}, such as {', '.join(sorted(names)[:3])}. Download or "
+            "save the model again."
+        )
+
+
 def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    """The text of an error, without the long lists that transformers appends, and with its class if it says little."""
+    text = " ".join(str(error).partition("Model type should be one of")[0].split())[:300]
+    return text if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
+
+
+def _without_retries(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Look for files on this machine only if the Hub does not answer, because each request is repeated for a while."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:
+        return {**kwargs, "local_files_only": True}
+    return kwargs
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,13 @@ from .sharding import is_sharded
 
 
 MIN_LAYERS = 3
+# Values of the fields of a config that decide what a model returns.
+PLAIN_OUTPUTS = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "_output_attentions": False,
+    "output_router_logits": False,
+}
 
 Inputs = dict[str, Any]
 Perturb = Literal["embeddings", "patches", "thoughts"]
@@ -142,7 +149,8 @@ class LayerRecorder:
         handles += [layer.register_forward_hook(on_layer(number)) for number, layer in enumerate(self.layers)]
         handles += self._register_hooks()
         try:
-            yield record
+            with plain_outputs(self.base):
+                yield record
         finally:
             for handle in handles:
                 handle.remove()
@@ -351,6 +359,25 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         return model
     base: Any = model.get_base_model()
     return base
+
+
+@contextmanager
+def plain_outputs(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """
+    Switch off what a model's config adds to its outputs in the `with` block, such as attentions or a router's loss.
+
+    A mixture of experts that was trained with its router's loss still computes it, and adds it to the loss.
+    """
+    config = base_model_of(model).config
+    parts = [vars(part) for part in (config, config.get_text_config(decoder=True))]
+    own = [{name: part[name] for name in PLAIN_OUTPUTS if name in part} for part in parts]
+    for part, values in zip(parts, own, strict=True):
+        part.update({name: PLAIN_OUTPUTS[name] for name in values})
+    try:
+        yield
+    finally:
+        for part, values in zip(parts, own, strict=True):
+            part.update(values)
 
 
 def embedding_table(model: PreTrainedModel | PeftModel) -> torch.Tensor:

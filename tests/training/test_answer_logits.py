@@ -13,6 +13,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
     set_seed,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -123,6 +124,8 @@ def test_compiled_models_keep_no_positions_of_another_batch():
 
 class UnusualHead(nn.Module):
     """Calls its head on `(B * S, D)`, by keyword, or not at all as a module."""
+
+    config = LlamaConfig()
 
     def __init__(self, way):
         super().__init__()
