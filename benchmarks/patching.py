@@ -306,10 +306,10 @@ def plot_sentence(predictor: ByteEntropyPredictor, path: Path) -> None:
         axis.plot(range(1, len(SENTENCE)), entropies[:-1], ".-", color="C0", linewidth=1)
         for start in np.cumsum(lengths) - lengths:
             axis.axvline(start - 0.5, color="0.6", linewidth=0.8)
-        rise = "" if patcher.rule.rule == "global" else f" or a rise of {patcher.rule.relative_threshold:.2f} bits"
+        threshold, relative_threshold = patcher.rule.bits
+        rise = "" if patcher.rule.rule == "global" else f" or a rise of {relative_threshold:.2f} bits"
         axis.set(
-            title=f"{title}: above {patcher.rule.threshold:.2f} bits{rise}, "
-            f"{len(SENTENCE) / len(lengths):.2f} bytes per patch",
+            title=f"{title}: above {threshold:.2f} bits{rise}, {len(SENTENCE) / len(lengths):.2f} bytes per patch",
             ylabel="bits",
             ylim=(0, None),
             xlim=(-0.6, len(SENTENCE) - 0.4),

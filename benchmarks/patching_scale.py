@@ -44,7 +44,7 @@ def patcher_of(name: str) -> EntropyPatcher:
     predictor = ByteEntropyPredictor(
         hidden_size=8, num_layers=1, num_heads=1, ff_dim=8, sliding_window=16, max_position_embeddings=128
     )
-    return EntropyPatcher(predictor, threshold=7.99, relative_threshold=0.05)
+    return EntropyPatcher(predictor, threshold=7.99, relative_threshold=0.05, unit="bits")
 
 
 def generated_documents(num_bytes: int, seed: int) -> Iterator[dict[str, bytes]]:

@@ -36,9 +36,9 @@ BYTES_OF_SCRIPTS = 1_200_000
 BYTES_OF_NOISE = 250_000
 BYTES_PER_STRAY_BYTE = 500
 PATCH_SIZE = 4.5
-# Ratio of the threshold to the relative threshold. It keeps the scaled threshold below 8 bits, so that incompressible
-# bytes form patches of their own.
-THRESHOLD_RATIO = 5.0
+# In the ratio of 5 to 1 both scaled thresholds stay below the largest entropy, so that incompressible bytes form
+# patches of their own.
+THRESHOLDS = {"threshold": 0.5, "relative_threshold": 0.1}
 README = """# The default byte-entropy predictor of crow_hf
 
 {parameters:,} parameters in float32, trained on bytes by `examples/train_entropy_predictor.py` (seed {seed}, {steps:,}
@@ -48,8 +48,8 @@ steps of {batch:,} bytes, Python {python}). Training data: {training_bytes:,} by
 |---|---:|---:|
 {rows}
 
-A threshold of {threshold:.3f} bits and a relative one of {relative_threshold:.3f} bits cut the held-out documentation
-and code into patches of {patch_size:.2f} bytes.
+A threshold of {threshold:.4f} and a relative one of {relative_threshold:.4f} (shares of 8 bits) cut the held-out
+documentation and code into patches of {patch_size:.2f} bytes.
 """
 
 
@@ -161,9 +161,9 @@ def main() -> None:
         metrics = trainer.evaluate(rows(data, args.row_length))
         table.append(f"| {kind} | {len(data):,} | {metrics['eval_loss'] / math.log(2):.3f} |")
     files = [held_out["documentation"], held_out["code"]]
-    found = calibrate_threshold(files, predictor, PATCH_SIZE, threshold=THRESHOLD_RATIO, relative_threshold=1.0)
-    predictor.config.patch_threshold = round(found.threshold, 3)
-    predictor.config.patch_relative_threshold = round(found.relative_threshold, 3)
+    found = calibrate_threshold(files, predictor, PATCH_SIZE, **THRESHOLDS)
+    predictor.config.patch_threshold = round(found.threshold, 4)
+    predictor.config.patch_relative_threshold = round(found.relative_threshold, 4)
     weights = Path(args.output_dir) / "weights"
     predictor.save_pretrained(weights)
     (weights / "README.md").write_text(

@@ -49,7 +49,7 @@ def predictor(tmp_path_factory):
     model = ByteEntropyPredictor(
         hidden_size=16, num_layers=1, num_heads=1, ff_dim=16, sliding_window=8, max_position_embeddings=64
     )
-    model.config.patch_threshold, model.config.patch_relative_threshold = 7.995, 0.05
+    model.config.patch_threshold, model.config.patch_relative_threshold = 0.9994, 0.00625
     path = tmp_path_factory.mktemp("predictor")
     model.save_pretrained(path)
     return str(path)

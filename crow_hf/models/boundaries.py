@@ -2,7 +2,8 @@
 
 `entropies[i]` is the uncertainty about byte `i + 1`. It decides whether a patch starts at `i + 1`, so a surprising
 byte is the first byte of its patch (BLT, section 2.3). In the table, `H` is `entropies[t - 1]`, the entropy of the
-prediction of byte `t`, and `rise` is `entropies[t - 1] - entropies[t - 2]`.
+prediction of byte `t`, and `rise` is `entropies[t - 1] - entropies[t - 2]`. Both are compared with thresholds that are
+shares of the largest possible entropy of a byte, 8 bits: a threshold of 0.8 is 6.4 bits.
 
 | rule | a patch starts at byte `t` if |
 |---|---|
@@ -22,6 +23,7 @@ one. The model knows whether a patch has ended when it predicts the next byte. T
 it has to predict, so the boundary must not reveal it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +35,11 @@ from .byte_vocabulary import BYTE_OFFSET, EOS_TOKEN_ID, NEWLINE, PAD_TOKEN_ID, i
 RULES = ("either", "global", "monotonic", "both", "running_minimum", "stride", "whitespace")
 RULES_WITHOUT_ENTROPY = ("stride", "whitespace")
 WHITESPACE = tuple(b" \t\n\r\v\f")
+
+# The entropy of a byte about which nothing is known.
+MOST_BITS = 8.0
+# The largest possible entropy of a byte in each unit of thresholds.
+UNITS = {"share": 1.0, "bits": MOST_BITS, "nats": MOST_BITS * math.log(2)}
 
 # Mean patch sizes outside of this range, in bytes, deserve a warning, if they are measured on enough bytes.
 USUAL_PATCH_SIZES = (1.5, 16.0)
@@ -48,16 +55,17 @@ class PatchRule:
         rule (`str`, *optional*, defaults to `"either"`):
             One of [`RULES`].
         threshold (`float`, *optional*, defaults to 0.8):
-            Highest entropy inside a patch, in bits.
+            Highest entropy inside a patch, as a share of 8 bits.
         relative_threshold (`float`, *optional*, defaults to 0.1):
-            Highest rise of the entropy inside a patch, in bits.
+            Highest rise of the entropy inside a patch, as a share of 8 bits.
         reset_on_newline (`bool`, *optional*, defaults to `True`):
             Whether the byte after a newline starts a patch.
         max_patch_length (`int`, *optional*):
             Maximum length of a patch in bytes. Longer patches are cut into pieces of this length and a remainder.
 
     Raises:
-        `ValueError`: If the rule is unknown, `max_patch_length` is not positive, or the rule `"stride"` has none.
+        `ValueError`: If the rule is unknown, a threshold is not between 0 and 1, `max_patch_length` is not positive,
+        or the rule `"stride"` has none.
     """
 
     rule: str = "either"
@@ -69,6 +77,13 @@ class PatchRule:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"Unknown patch rule {self.rule!r}. Choose one of {', '.join(RULES)}.")
+        for name in ("threshold", "relative_threshold"):
+            # Also refuses NaN.
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(
+                    f"`{name}` is a share of the largest possible entropy, between 0 and 1, got {share:.4g}. Divide a "
+                    "number of bits by 8, or pass `unit='bits'` where there is such an argument."
+                )
         if self.max_patch_length is not None and self.max_patch_length < 1:
             raise ValueError(f"`max_patch_length` must be at least 1, got {self.max_patch_length}.")
         if self.rule == "stride" and self.max_patch_length is None:
@@ -78,6 +93,11 @@ class PatchRule:
     def needs_entropies(self) -> bool:
         """Whether the rule uses entropies."""
         return self.rule not in RULES_WITHOUT_ENTROPY
+
+    @property
+    def bits(self) -> tuple[float, float]:
+        """Both thresholds in bits."""
+        return MOST_BITS * self.threshold, MOST_BITS * self.relative_threshold
 
 
 class PatchState(NamedTuple):
@@ -110,6 +130,27 @@ class PatchState(NamedTuple):
             torch.zeros(batch_size, dtype=torch.long, device=device),
             torch.full((batch_size,), torch.inf, device=device),
         )
+
+
+def share_of(value: float, unit: str) -> float:
+    """
+    Convert a threshold to a share of the largest possible entropy of a byte.
+
+    Args:
+        value (`float`):
+            The threshold.
+        unit (`str`):
+            Its unit, one of [`UNITS`].
+
+    Returns:
+        `float`: 1 is the entropy of a byte about which nothing is known: 8 bits, or 5.55 nats.
+
+    Raises:
+        `ValueError`: If there is no such unit.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"Unknown unit {unit!r}. Choose one of {', '.join(UNITS)}.")
+    return value / UNITS[unit]
 
 
 def patch_starts(input_ids: torch.Tensor, entropies: torch.Tensor | None, rule: PatchRule) -> torch.Tensor:
@@ -186,8 +227,9 @@ def _rule_starts(ids: torch.Tensor, scores: torch.Tensor, ordinary: torch.Tensor
         return space[:, 1:-1] & ~space[:, 2:]
     before = scores[:, 1:-1]
     # The entropy does not rise across the border of two texts.
-    rises = (before - scores[:, :-2] > rule.relative_threshold) & ordinary[:, :-2]
-    high = before > rule.threshold
+    threshold, relative_threshold = rule.bits
+    rises = (before - scores[:, :-2] > relative_threshold) & ordinary[:, :-2]
+    high = before > threshold
     return {"either": high | rises, "global": high, "monotonic": rises, "both": high & rises}[rule.rule]
 
 
@@ -206,11 +248,12 @@ def _scan_running_minimum(
     """Scan byte by byte, since a patch's end depends on its begin. Plain floats are the fastest way in Python."""
     rows, lengths, minima = [], [], []
     longest = rule.max_patch_length or float("inf")
+    threshold, relative_threshold = rule.bits
     columns = (forced, alone, before, state.length, state.lowest)
     for row_forced, row_alone, row_before, length, lowest in zip(*(c.tolist() for c in columns), strict=True):
         expected = []
         for is_forced, is_alone, entropy in zip(row_forced, row_alone, row_before, strict=True):
-            surprising = entropy > rule.threshold or entropy - lowest > rule.relative_threshold
+            surprising = entropy > threshold or entropy - lowest > relative_threshold
             expected.append(is_forced or surprising or length == longest)
             starts = expected[-1] or is_alone
             length, lowest = (1, float("inf")) if starts else (length + 1, min(lowest, entropy))

@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig
 
+from .boundaries import PatchRule
+
 
 @strict
 class ByteEntropyConfig(MistralConfig):
@@ -34,10 +36,13 @@ class ByteEntropyConfig(MistralConfig):
             Whether the context restarts at each newline byte, with positions from 0 (BLT, section 4.4). Without it,
             repetitive text becomes ever less surprising.
         patch_threshold (`float`, *optional*, defaults to 0.8):
-            Highest entropy inside a patch, in bits. Thresholds do not transfer between predictors, so each predictor
-            carries its own.
+            Highest entropy inside a patch, as a share of 8 bits. Thresholds do not transfer between predictors, so
+            each predictor carries its own.
         patch_relative_threshold (`float`, *optional*, defaults to 0.1):
-            Highest rise of the entropy inside a patch, in bits.
+            Highest rise of the entropy inside a patch, as a share of 8 bits.
+
+    Raises:
+        `StrictDataclassError`: If a threshold is not between 0 and 1.
     """
 
     model_type = "byte_entropy"
@@ -68,6 +73,10 @@ class ByteEntropyConfig(MistralConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         super().__post_init__(**kwargs)
+
+    def validate_thresholds(self) -> None:
+        """Raise a `ValueError` if a threshold is not between 0 and 1."""
+        PatchRule(threshold=self.patch_threshold, relative_threshold=self.patch_relative_threshold)
 
     @property
     def receptive_field(self) -> int | None:

@@ -11,6 +11,8 @@ from .configuration_byte_entropy import ByteEntropyConfig
 
 
 ThoughtMode = Literal["sequential", "recompute", "jacobi"]
+# The defaults of `LlamaConfig` describe a model of seven billion parameters.
+_SMALL_LLAMA = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 @strict
@@ -19,9 +21,10 @@ class CoconutConfig(PreTrainedConfig):
     Configuration of a [`CoconutForCausalLM`].
 
     Args:
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a [`~transformers.LlamaConfig`]):
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the latent transformer over patches: any decoder-only model of transformers that accepts
-            `inputs_embeds` and `position_ids`. It needs no vocabulary, so its `vocab_size` is set to 1.
+            `inputs_embeds` and `position_ids`. It needs no vocabulary, so its `vocab_size` is set to 1. By default a
+            Llama of four layers and a width of 256.
         encoder_config (`MistralConfig` or `dict`, *optional*):
             Configuration of the byte encoder, the layers below the latent transformer. By default one layer of half
             the backbone's width with a sliding window of 512 bytes.
@@ -29,8 +32,8 @@ class CoconutConfig(PreTrainedConfig):
             Configuration of the byte decoder, the layers above the latent transformer. It has the width of the
             encoder, and three layers by default.
         entropy_config (`ByteEntropyConfig` or `dict`, *optional*):
-            Configuration of the frozen entropy predictor, which decides where patches begin. It carries the thresholds
-            in bits.
+            Configuration of the frozen entropy predictor, which decides where patches begin. It carries the
+            thresholds.
         vocab_size (`int`, *optional*, defaults to 264):
             Vocabulary size: BLT's 260 ids, three tokens of continuous thoughts, and padding.
         patch_rule (`str`, *optional*, defaults to `"either"`):
@@ -102,7 +105,7 @@ class CoconutConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        backbone = self.backbone_config or LlamaConfig()
+        backbone = self.backbone_config or LlamaConfig(**_SMALL_LLAMA, initializer_range=256**-0.5)
         backbone = dict(backbone) if isinstance(backbone, dict) else backbone.to_dict()
         # The inputs are patches, which have no token ids.
         backbone |= {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -452,21 +452,21 @@ class BinaryPatchModule(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """Highest entropy inside a patch, in bits."""
+        """Highest entropy inside a patch, as a share of 8 bits."""
         return self.config.entropy_config.patch_threshold
 
     @threshold.setter
-    def threshold(self, bits: float) -> None:
-        self.config.entropy_config.patch_threshold = bits
+    def threshold(self, share: float) -> None:
+        self.config.entropy_config.patch_threshold = share
 
     @property
     def relative_threshold(self) -> float:
-        """Highest rise of the entropy inside a patch, in bits."""
+        """Highest rise of the entropy inside a patch, as a share of 8 bits."""
         return self.config.entropy_config.patch_relative_threshold
 
     @relative_threshold.setter
-    def relative_threshold(self, bits: float) -> None:
-        self.config.entropy_config.patch_relative_threshold = bits
+    def relative_threshold(self, share: float) -> None:
+        self.config.entropy_config.patch_relative_threshold = share
 
     @property
     def rule(self) -> PatchRule:
@@ -1155,7 +1155,7 @@ class CoconutForCausalLM(CoconutPreTrainedModel, GenerationMixin):
 
     @property
     def binary_patch_module(self) -> BinaryPatchModule:
-        """The module that holds `threshold` and `relative_threshold`, in bits."""
+        """The module that holds `threshold` and `relative_threshold`, as shares of 8 bits."""
         return self.model.binary_patch_module
 
     @property

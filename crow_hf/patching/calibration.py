@@ -30,9 +30,9 @@ class Calibration:
 
     Attributes:
         threshold (`float`):
-            Highest entropy inside a patch, in bits.
+            Highest entropy inside a patch, as a share of 8 bits.
         relative_threshold (`float`):
-            Highest rise of the entropy inside a patch, in bits.
+            Highest rise of the entropy inside a patch, as a share of 8 bits.
         patch_size (`float`):
             Mean patch size on the data with these thresholds, in bytes.
         num_bytes (`int`):
@@ -55,8 +55,8 @@ def calibrate_threshold(
     """
     Find the thresholds that give patches of a certain mean size.
 
-    Both thresholds are multiplied by one factor, which bisection finds, so their proportion stays as it is given. The
-    predictor runs once over the data.
+    Both thresholds are multiplied by one factor, which bisection finds, so their proportion stays as it is given,
+    unless one of them would exceed the largest possible entropy. The predictor runs once over the data.
 
     Args:
         dataset (`Dataset`, `IterableDataset` or iterable of `str` or `bytes`):
@@ -96,7 +96,7 @@ def calibrate_threshold(
 
     def measure(factor: float) -> Calibration:
         settings = asdict(patcher.rule)
-        settings |= {name: settings[name] * factor for name in ("threshold", "relative_threshold")}
+        settings |= {name: min(settings[name] * factor, 1.0) for name in ("threshold", "relative_threshold")}
         num_patches = patch_starts(ids, entropies, PatchRule(**settings)).sum().item() - len(documents)
         size = num_bytes / num_patches
         return Calibration(settings["threshold"], settings["relative_threshold"], size, num_bytes)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from ..models.byte_vocabulary import BYTE_OFFSET
 
@@ -91,6 +92,32 @@ def to_bytes(value: Any, column: str = "text") -> bytes:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     raise ValueError(f"Column {column!r} holds {type(value).__name__}, not text or bytes. Fill or drop these rows.")
+
+
+def as_bytes(byte_sequence: Any) -> bytes:
+    """
+    Return one sequence of bytes as `bytes`.
+
+    Args:
+        byte_sequence (`str`, `bytes`, `bytearray`, `memoryview`, `Sequence[int]`, `np.ndarray` or `torch.Tensor`):
+            Text, which is encoded in UTF-8, bytes, or one dimension of integers between 0 and 255.
+
+    Raises:
+        `ValueError`: For anything else.
+    """
+    if isinstance(byte_sequence, str):
+        return byte_sequence.encode("utf-8")
+    if isinstance(byte_sequence, (bytes, bytearray, memoryview)):
+        return bytes(byte_sequence)
+    values = np.asarray(byte_sequence.cpu() if torch.is_tensor(byte_sequence) else byte_sequence)
+    if values.ndim != 1 or (values.size and not np.issubdtype(values.dtype, np.integer)):
+        raise ValueError(
+            f"`byte_sequence` must be text, bytes or a row of integers, got {type(byte_sequence).__name__} of shape "
+            f"{tuple(values.shape)} and type {values.dtype}."
+        )
+    if values.size and not 0 <= values.min() <= values.max() <= 255:
+        raise ValueError(f"`byte_sequence` holds {values.min()} to {values.max()}. Bytes are between 0 and 255.")
+    return values.astype(np.uint8).tobytes()
 
 
 def split_patches(document: PatchedDocument) -> list[bytes]:

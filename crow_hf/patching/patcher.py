@@ -14,14 +14,16 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from transformers.utils import logging
 
-from ..models.boundaries import ENOUGH_BYTES, USUAL_PATCH_SIZES, PatchRule, patch_starts
+from ..models.boundaries import ENOUGH_BYTES, USUAL_PATCH_SIZES, PatchRule, patch_starts, share_of
 from ..models.byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID, NEWLINE
 from ..models.configuration_byte_entropy import ByteEntropyConfig
 from ..models.modeling_byte_entropy import ByteEntropyPredictor
-from .documents import PatchedDocument, documents_of, split_patches, to_binary
+from .documents import PatchedDocument, as_bytes, documents_of, split_patches, to_binary
 
 
 logger = logging.get_logger(__name__)
+
+ByteSequence = str | bytes | bytearray | memoryview | Sequence[int] | np.ndarray | torch.Tensor
 
 # A predictor with a higher mean entropy looks untrained.
 UNTRAINED_BITS = 7.0
@@ -58,37 +60,50 @@ def load_entropy_predictor(path: str | Path | None = None) -> ByteEntropyPredict
 
 
 def entropy_patching(
-    byte_sequence: bytes,
+    byte_sequence: ByteSequence,
     entropy_predictor: ByteEntropyPredictor,
     threshold: float = 0.8,
     relative_threshold: float = 0.1,
+    unit: str = "share",
     **kwargs: Any,
 ) -> list[bytes]:
     """
     Cut bytes into patches that begin where the next byte is hard to predict.
 
-    The default thresholds come from the project's guide. Most predictors are less certain, so nearly every byte
-    becomes a patch. Use [`calibrate_threshold`] to find thresholds for a patch size, or [`EntropyPatcher`] for the
-    predictor's own thresholds.
+    The default thresholds come from the project's guide. With the predictor that ships with the package, they cut
+    English into patches of about 3 bytes. Use [`calibrate_threshold`] to find thresholds for another size, or
+    [`EntropyPatcher`] for the predictor's own thresholds.
 
     Args:
-        byte_sequence (`bytes`):
-            The bytes to cut.
+        byte_sequence (`bytes`, `str`, `list[int]`, `np.ndarray` or `torch.Tensor`):
+            The bytes to cut: anything that [`as_bytes`] accepts. Text is encoded in UTF-8.
         entropy_predictor (`ByteEntropyPredictor`):
             The model that predicts the next byte. [`load_entropy_predictor`] loads the one that ships with the
             package.
         threshold (`float`, *optional*, defaults to 0.8):
-            Highest entropy inside a patch, in bits.
+            Highest entropy inside a patch.
         relative_threshold (`float`, *optional*, defaults to 0.1):
-            Highest rise of the entropy from one byte to the next inside a patch, in bits.
+            Highest rise of the entropy from one byte to the next inside a patch.
+        unit (`str`, *optional*, defaults to `"share"`):
+            Unit of both thresholds: `"share"` of the largest possible entropy of a byte, `"bits"` (the largest is 8)
+            or `"nats"`.
         **kwargs:
             Other arguments of [`EntropyPatcher`], such as `rule`, `reset_on_newline` or `max_patch_length`.
 
     Returns:
         `list[bytes]`: The patches. Joined, they equal the input.
+
+    Raises:
+        `ValueError`: If `byte_sequence` is neither text nor bytes, or for settings that [`EntropyPatcher`] refuses.
+
+    Example:
+
+    ```python
+    >>> entropy_patching("Our Theatre. A review of the play.", load_entropy_predictor())
+    ```
     """
-    patcher = EntropyPatcher(entropy_predictor, threshold, relative_threshold, **kwargs)
-    return patcher.patches(byte_sequence)
+    patcher = EntropyPatcher(entropy_predictor, threshold, relative_threshold, unit=unit, **kwargs)
+    return patcher.patches(as_bytes(byte_sequence))
 
 
 class EntropyPatcher:
@@ -112,11 +127,10 @@ class EntropyPatcher:
             mode and stays on its device. Worker processes of `map` compute on the CPU, or with `with_rank=True` on the
             GPU of their rank. In that case start them with `multiprocess.set_start_method("spawn")`.
         threshold (`float`, *optional*):
-            Highest entropy inside a patch, in bits. Defaults to the value of the predictor's configuration, because
-            thresholds do not transfer between predictors. [`calibrate_threshold`] finds others.
+            Highest entropy inside a patch. Defaults to the value of the predictor's configuration, because thresholds
+            do not transfer between predictors. [`calibrate_threshold`] finds others.
         relative_threshold (`float`, *optional*):
-            Highest rise of the entropy inside a patch, in bits. Defaults to the value of the predictor's
-            configuration.
+            Highest rise of the entropy inside a patch. Defaults to the value of the predictor's configuration.
         rule (`str`, *optional*, defaults to `"either"`):
             One of [`~models.boundaries.RULES`].
         reset_on_newline (`bool`, *optional*):
@@ -124,6 +138,9 @@ class EntropyPatcher:
             setting that the predictor was trained with.
         max_patch_length (`int`, *optional*):
             Maximum length of a patch in bytes. Longer patches are cut.
+        unit (`str`, *optional*, defaults to `"share"`):
+            Unit of the thresholds that are passed, one of [`~models.boundaries.UNITS`]: `"share"` of the largest
+            possible entropy of a byte, `"bits"` (the largest is 8) or `"nats"`. Configurations hold shares.
         column (`str`, *optional*):
             Column of text or bytes. Defaults to the first of `text`, `raw_content`, `content`, `bytes`.
         add_special_tokens (`bool`, *optional*, defaults to `True`):
@@ -153,6 +170,7 @@ class EntropyPatcher:
         rule: str = "either",
         reset_on_newline: bool | None = None,
         max_patch_length: int | None = None,
+        unit: str = "share",
         column: str | None = None,
         add_special_tokens: bool = True,
         return_entropies: bool = False,
@@ -168,8 +186,8 @@ class EntropyPatcher:
         self.predictor = predictor.eval()
         self.rule = PatchRule(
             rule,
-            config.patch_threshold if threshold is None else threshold,
-            config.patch_relative_threshold if relative_threshold is None else relative_threshold,
+            config.patch_threshold if threshold is None else share_of(threshold, unit),
+            config.patch_relative_threshold if relative_threshold is None else share_of(relative_threshold, unit),
             config.reset_on_newline if reset_on_newline is None else reset_on_newline,
             max_patch_length,
         )

@@ -28,6 +28,7 @@ def get_redpajama_binary_dataset(
     entropy_predictor: ByteEntropyPredictor | str | Path | None = None,
     entropy_threshold: float | None = 0.8,
     relative_threshold: float | None = 0.1,
+    unit: str = "share",
     data_files: str | Path | Sequence[str | Path] | None = None,
     source: str = "c4",
     offline_sample: bool = False,
@@ -45,11 +46,13 @@ def get_redpajama_binary_dataset(
         entropy_predictor (`ByteEntropyPredictor`, `str` or `Path`, *optional*):
             The predictor or its location, as for [`EntropyPatcher`]. Defaults to the one that ships with the package.
         entropy_threshold (`float`, *optional*, defaults to 0.8):
-            Highest entropy inside a patch, in bits. The default comes from the guide. `None` takes the predictor's
-            own.
+            Highest entropy inside a patch. The default comes from the guide. `None` takes the predictor's own.
         relative_threshold (`float`, *optional*, defaults to 0.1):
-            Highest rise of the entropy inside a patch, in bits. The default comes from the guide. `None` takes the
-            predictor's own.
+            Highest rise of the entropy inside a patch. The default comes from the guide. `None` takes the predictor's
+            own.
+        unit (`str`, *optional*, defaults to `"share"`):
+            Unit of both thresholds: `"share"` of the largest possible entropy of a byte, `"bits"` (the largest is 8)
+            or `"nats"`.
         data_files (`str`, `Path` or a sequence of them, *optional*):
             Local shards of RedPajama-1T or V2, or glob patterns. By default the sample on the Hub is read.
         source (`str`, *optional*, defaults to `"c4"`):
@@ -70,7 +73,9 @@ def get_redpajama_binary_dataset(
         raise ValueError(f"`max_chars` must be at least 1, got {max_chars}.")
     if offline_sample and data_files is not None:
         raise ValueError("`data_files` and `offline_sample` are different sources. Pass only one of them.")
-    patcher = EntropyPatcher(entropy_predictor, entropy_threshold, relative_threshold, column="text", **kwargs)
+    patcher = EntropyPatcher(
+        entropy_predictor, entropy_threshold, relative_threshold, unit=unit, column="text", **kwargs
+    )
     if offline_sample:
         rows = _take(_generated_documents(max_chars or 1000), max_chars)
     else:

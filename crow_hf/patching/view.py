@@ -1,19 +1,20 @@
 """Views of a patched document: colours in the terminal, and a web page."""
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
 import jinja2
 import numpy as np
+import torch
 from rich.text import Text
 
+from ..models.boundaries import MOST_BITS, PatchRule, patch_starts
 from ..models.byte_vocabulary import BYTE_OFFSET
 from .documents import PatchedDocument, split_patches
 
 
-MOST_BITS = 8
 _NAMES = {" ": "\N{NO-BREAK SPACE}", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("crow_hf.patching"),
@@ -75,6 +76,38 @@ def summarize(document: PatchedDocument) -> str:
     if document.entropies is None:
         return f"{sentence}."
     return f"{sentence}; mean entropy {document.entropies[ordinary].mean():.2f} bits."
+
+
+def describe_rule(document: PatchedDocument, rule: PatchRule) -> str:
+    """
+    Say in which unit the rule's thresholds are, and how often each of them decides.
+
+    Args:
+        document (`PatchedDocument`):
+            A document that was cut by this rule.
+        rule (`PatchRule`):
+            The rule.
+
+    Returns:
+        `str`: A sentence for each threshold that the rule uses, with the share of the bytes that exceed it.
+    """
+    parts = {"global": (rule.threshold, "entropy"), "monotonic": (rule.relative_threshold, "rise of the entropy")}
+    if document.entropies is None:
+        return f"The rule {rule.rule} uses no entropies."
+    ids, entropies = (torch.from_numpy(values)[None] for values in (document.input_ids, document.entropies))
+    # The first byte of a text is not predicted.
+    predicted = torch.from_numpy(np.append(False, document.input_ids[:-1] >= BYTE_OFFSET))
+    predicted &= ids[0] >= BYTE_OFFSET
+    sentences = []
+    for part, (share, name) in parts.items():
+        if rule.rule in (part, "either", "both", "running_minimum"):
+            alone = replace(rule, rule=part, reset_on_newline=False, max_patch_length=None)
+            exceeded = patch_starts(ids, entropies, alone)[0][predicted].float().mean().item()
+            sentences.append(
+                f"The {name} exceeds {share:.4g} of the largest ({MOST_BITS * share:.3g} bits) at {exceeded:.1%} of "
+                "the bytes."
+            )
+    return " ".join(sentences)
 
 
 def render_terminal(document: PatchedDocument) -> Text:

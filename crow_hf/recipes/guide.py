@@ -219,7 +219,7 @@ def apply_crow_to_coconut(
             coconut_model.latent_transformer.entropy_predictor,
             rule.threshold,
             rule.relative_threshold,
-            data_files,
+            data_files=data_files,
             offline_sample=offline_sample,
             rule=rule.rule,
             reset_on_newline=rule.reset_on_newline,

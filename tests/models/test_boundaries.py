@@ -19,7 +19,7 @@ SEQUENCES = st.lists(st.tuples(IDS, ENTROPIES), min_size=1, max_size=25)
 def rules(draw):
     rule = draw(st.sampled_from(RULES))
     longest = draw(st.integers(1, 5) if rule == "stride" else st.none() | st.integers(1, 5))
-    return PatchRule(rule, 0.8, 0.3, draw(st.booleans()), longest)
+    return PatchRule(rule, 0.8 / 8, 0.3 / 8, draw(st.booleans()), longest)
 
 
 def is_byte(token):
@@ -36,13 +36,13 @@ def slow_starts(ids, entropies, rule):
             entropy = entropies[t - 1]
             rise = entropy - entropies[t - 2] if t >= 2 and is_byte(ids[t - 2]) else float("-inf")
             lowest = min(entropies[begin : t - 1], default=float("inf"))
-            high, rises = entropy > rule.threshold, rise > rule.relative_threshold
+            high, rises = entropy > 8 * rule.threshold, rise > 8 * rule.relative_threshold
             start = {
                 "either": high or rises,
                 "global": high,
                 "monotonic": rises,
                 "both": high and rises,
-                "running_minimum": high or entropy - lowest > rule.relative_threshold,
+                "running_minimum": high or entropy - lowest > 8 * rule.relative_threshold,
                 "stride": False,
                 "whitespace": chr(ids[t - 1] - 4) in " \t\n\r\v\f" and ids[t] - 4 not in list(b" \t\n\r\v\f"),
             }[rule.rule] or t - begin == rule.max_patch_length
@@ -76,17 +76,20 @@ def test_starts_do_not_depend_on_other_rows_or_later_bytes(rows, rule, data):
 @pytest.mark.parametrize(
     ("rule", "lengths"),
     [
-        (PatchRule("global", 1.0), [3, 2, 1]),
-        (PatchRule("monotonic", 1.0, 0.5), [3, 3]),
-        (PatchRule("both", 1.0, 0.5), [3, 3]),
-        (PatchRule("either", 1.0, 0.25), [2, 1, 2, 1]),
-        (PatchRule("running_minimum", 9.0, 0.75), [3, 3]),
+        (PatchRule("global", 1 / 8), [3, 2, 1]),
+        (PatchRule("monotonic", 1 / 8, 0.5 / 8), [3, 3]),
+        (PatchRule("both", 1 / 8, 0.5 / 8), [3, 3]),
+        (PatchRule("either", 1 / 8, 0.25 / 8), [2, 1, 2, 1]),
+        (PatchRule("running_minimum", 1.0, 0.75 / 8), [3, 3]),
         (PatchRule("stride", max_patch_length=4), [4, 2]),
-        (PatchRule("global", 9.0, max_patch_length=4), [4, 2]),
+        (PatchRule("global", 1.0, max_patch_length=4), [4, 2]),
     ],
 )
 def test_by_hand(rule, lengths):
-    """Each entropy is about the next byte: the third byte has 0.5 bits, the fourth 1.25, and so on."""
+    """
+    Each entropy is about the next byte: the third byte has 0.5 bits, the fourth 1.25, and so on. Thresholds are shares
+    of 8 bits.
+    """
     ids = torch.arange(100, 106)[None]
     entropies = torch.tensor([[0.1, 0.5, 1.25, 0.9, 1.1, 7.0]])
     starts = patch_starts(ids, entropies, rule)[0].nonzero().flatten()
@@ -95,7 +98,12 @@ def test_by_hand(rule, lengths):
 
 @pytest.mark.parametrize(
     ("kwargs", "said"),
-    [({"rule": "best"}, "best"), ({"max_patch_length": 0}, "at least 1"), ({"rule": "stride"}, "max_patch_length")],
+    [
+        ({"rule": "best"}, "best"),
+        ({"max_patch_length": 0}, "at least 1"),
+        ({"rule": "stride"}, "max_patch_length"),
+        ({"threshold": 1.335}, "between 0 and 1"),
+    ],
 )
 def test_bad_rules_are_refused(kwargs, said):
     with pytest.raises(ValueError, match=said):
@@ -133,6 +141,6 @@ def test_the_end_token_does_not_start_a_patch_of_its_own():
     """Fails if the boundaries reveal the end of a text, which the model has to predict."""
     ids = torch.tensor([[1, 101, 102, EOS_TOKEN_ID, 103]])
     calm, surprised = torch.zeros(1, 5), torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]])
-    rule = PatchRule("global", 0.8)
+    rule = PatchRule("global", 0.1)
     assert patch_starts(ids, calm, rule)[0].tolist() == [True, True, False, False, True]
     assert patch_starts(ids, surprised, rule)[0].tolist() == [True, True, False, True, True]

@@ -163,9 +163,9 @@ def test_labels_give_the_shifted_loss():
 
 
 def test_saved_and_loaded_through_the_auto_classes(tmp_path):
-    predictor = tiny_predictor(sliding_window=6, patch_threshold=3.5)
+    predictor = tiny_predictor(sliding_window=6, patch_threshold=0.4375)
     predictor.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).patch_threshold == 3.5
+    assert AutoConfig.from_pretrained(tmp_path).patch_threshold == 0.4375
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is ByteEntropyPredictor
     assert torch.equal(loaded.entropies(ids_of(TEXT)), predictor.entropies(ids_of(TEXT)))

@@ -19,7 +19,7 @@ WINDOWED = tiny_predictor(sliding_window=6, max_position_embeddings=32)
 @pytest.mark.parametrize("target", [3.0, 4.5])
 def test_calibration_reaches_the_target_and_reports_the_size(rule, target):
     documents = [words(b"abcdefgh ", 1000, seed) for seed in range(5)]
-    kwargs = {"rule": rule, "threshold": 6.0, "relative_threshold": 0.75}
+    kwargs = {"rule": rule, "threshold": 0.75, "relative_threshold": 0.09375}
     found = calibrate_threshold(documents, WINDOWED, target, **kwargs)
     assert found.relative_threshold == pytest.approx(found.threshold / 8)
     assert found.num_bytes == 5000

@@ -1,5 +1,6 @@
 """Tests of the patcher: lossless, independent of other documents, equal to one call per byte, and cached."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crow_hf import EntropyPatcher, entropy_patching, from_binary, load_entropy_predictor
+from crow_hf import ByteEntropyConfig, EntropyPatcher, entropy_patching, from_binary, load_entropy_predictor
 from crow_hf.models.boundaries import RULES
 from crow_hf.models.byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID
 from crow_hf.patching.patcher import split_patches
+from crow_hf.recipes.patch_checkup import PROSE
 from helpers.documents import words
 from helpers.tiny import tiny_predictor
 
@@ -24,7 +27,7 @@ from helpers.tiny import tiny_predictor
 DOCUMENTS = st.one_of(st.binary(max_size=80), st.text("ab \n", max_size=80).map(str.encode))
 PREDICTOR = tiny_predictor()
 WINDOWED = tiny_predictor(sliding_window=6, max_position_embeddings=32)
-THRESHOLDS = {"threshold": 5.2, "relative_threshold": 0.6}
+THRESHOLDS = {"threshold": 5.2, "relative_threshold": 0.6, "unit": "bits"}
 
 
 def starts_of(document):
@@ -67,7 +70,8 @@ def assert_same_where_clear(one, other, rule, margin=1e-3):
     """Check that the starts agree, except where float32 rounding near a threshold decides."""
     entropies = one.entropies
     rises = np.diff(entropies, prepend=np.inf)
-    doubtful = (abs(entropies - rule.threshold) < margin) | (abs(rises - rule.relative_threshold) < margin)
+    threshold, relative_threshold = rule.bits
+    doubtful = (abs(entropies - threshold) < margin) | (abs(rises - relative_threshold) < margin)
     clear = ~np.append(False, doubtful[:-1])
     starts = [np.isin(np.arange(len(entropies)), starts_of(document)) for document in (one, other)]
     assert (starts[0] == starts[1])[clear].all()
@@ -95,7 +99,7 @@ def test_equal_to_one_call_per_byte(document):
                 patches, current = [*patches, current], b""
             before = entropy
         current += document[index : index + 1]
-    assert entropy_patching(document, PREDICTOR, threshold=5.2, relative_threshold=0.6) == [*patches, current]
+    assert entropy_patching(document, PREDICTOR, **THRESHOLDS) == [*patches, current]
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -176,8 +180,8 @@ def test_second_map_hits_the_cache_and_another_setting_does_not(tmp_path):
     WINDOWED.save_pretrained(tmp_path / "predictor")
     assert fingerprint(EntropyPatcher(tmp_path / "predictor", **THRESHOLDS)) == first
     others = [
-        EntropyPatcher(WINDOWED, threshold=5.3, relative_threshold=0.6),
-        EntropyPatcher(WINDOWED, threshold=5.2, relative_threshold=0.7),
+        EntropyPatcher(WINDOWED, **THRESHOLDS | {"threshold": 5.3}),
+        EntropyPatcher(WINDOWED, **THRESHOLDS | {"relative_threshold": 0.7}),
         EntropyPatcher(WINDOWED, rule="global", **THRESHOLDS),
         EntropyPatcher(WINDOWED, reset_on_newline=False, **THRESHOLDS),
         EntropyPatcher(WINDOWED, max_patch_length=9, **THRESHOLDS),
@@ -206,17 +210,88 @@ def test_a_pickled_patcher_patches_the_same_and_keeps_the_threads():
     assert copied.patches(b"hello there, you") == patcher.patches(b"hello there, you")
 
 
+@pytest.mark.parametrize(("unit", "largest"), [("share", 1), ("bits", 8), ("nats", 8 * math.log(2))])
+def test_thresholds_can_have_any_unit(unit, largest):
+    rule = EntropyPatcher(PREDICTOR, 0.65 * largest, 0.075 * largest, unit=unit).rule
+    assert rule.bits == pytest.approx((5.2, 0.6))
+    text = b"hello there, how are you"
+    given = entropy_patching(text, PREDICTOR, 0.65 * largest, 0.075 * largest, unit)
+    assert given == entropy_patching(text, PREDICTOR, **THRESHOLDS)
+
+
+@pytest.mark.parametrize("thresholds", [(1.01, 0.1), (0.8, -0.1), (math.nan, 0.1), (5.2, 0.6)])
+def test_thresholds_beyond_the_largest_entropy_are_refused(thresholds):
+    """Fails if bits are read as shares without a word."""
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        EntropyPatcher(PREDICTOR, *thresholds)
+    with pytest.raises(StrictDataclassError, match="between 0 and 1"):
+        ByteEntropyConfig(patch_threshold=thresholds[0], patch_relative_threshold=thresholds[1])
+
+
+def test_the_guides_thresholds_give_patches_of_a_usual_size(patching_warnings):
+    """The guide's own call, with the predictor that ships with the package, on English."""
+    patches = entropy_patching(PROSE.encode(), load_entropy_predictor(), threshold=0.8, relative_threshold=0.1)
+    assert b"".join(patches) == PROSE.encode()
+    assert 2 < len(PROSE) / len(patches) < 6
+    assert not patching_warnings()
+
+
+DATA = "naïve 🦜".encode()
+
+
+@pytest.mark.parametrize(
+    "byte_sequence",
+    [
+        DATA.decode(),
+        bytearray(DATA),
+        memoryview(DATA),
+        list(DATA),
+        np.frombuffer(DATA, np.uint8),
+        torch.tensor(list(DATA), dtype=torch.uint8),
+        torch.tensor(list(DATA)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_byte_sequence_can_have_any_type(byte_sequence):
+    assert entropy_patching(byte_sequence, PREDICTOR, **THRESHOLDS) == entropy_patching(DATA, PREDICTOR, **THRESHOLDS)
+
+
+@pytest.mark.parametrize("nothing", [b"", "", [], torch.tensor([], dtype=torch.uint8)])
+def test_no_bytes_are_no_patches(nothing):
+    assert entropy_patching(nothing, PREDICTOR) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (None, "NoneType"),
+        (7, "int"),
+        ([1.5], "float"),
+        ([256], "between 0 and 255"),
+        (torch.tensor([-1]), "between 0 and 255"),
+        ([[1, 2], [3, 4]], "shape"),
+        (["a"], "list"),
+        ({"text": "a"}, "dict"),
+    ],
+)
+def test_anything_else_is_refused(other, said):
+    with pytest.raises(ValueError, match=said):
+        entropy_patching(other, PREDICTOR)
+
+
 def test_contradictory_settings_are_refused():
     with pytest.raises(ValueError, match="260"):
         EntropyPatcher(tiny_predictor(vocab_size=260))
+    with pytest.raises(ValueError, match="share, bits, nats"):
+        EntropyPatcher(WINDOWED, 0.5, unit="bit")
     with pytest.raises(ValueError, match="return_entropies"):
         EntropyPatcher(WINDOWED, rule="whitespace", return_entropies=True)
 
 
 def test_thresholds_default_to_those_of_the_predictor():
-    predictor = tiny_predictor(patch_threshold=3.0, patch_relative_threshold=0.5, reset_on_newline=False)
+    predictor = tiny_predictor(patch_threshold=0.75, patch_relative_threshold=0.5, reset_on_newline=False)
     rule = EntropyPatcher(predictor).rule
-    assert (rule.threshold, rule.relative_threshold, rule.reset_on_newline) == (3.0, 0.5, False)
+    assert (rule.threshold, rule.relative_threshold, rule.reset_on_newline) == (0.75, 0.5, False)
     rule = EntropyPatcher(predictor, 1.0, 0.0, reset_on_newline=True).rule
     assert (rule.threshold, rule.relative_threshold, rule.reset_on_newline) == (1.0, 0.0, True)
 
@@ -239,7 +314,7 @@ def test_noise_does_not_make_a_trained_predictor_look_untrained(patching_warning
     assert not any("untrained" in warning for warning in patching_warnings())
 
 
-@pytest.mark.parametrize(("thresholds", "size"), [((0.0, 0.0), "1.0"), ((9.0, 9.0), "24.0")])
+@pytest.mark.parametrize(("thresholds", "size"), [((0.0, 0.0), "1.0"), ((1.0, 1.0), "24.0")])
 def test_unusual_patch_sizes_give_a_warning(patching_warnings, thresholds, size):
     EntropyPatcher(WINDOWED, *thresholds).patch([b"hello there, how are you"] * 9)
     (warning,) = patching_warnings()

@@ -137,13 +137,13 @@ def test_rows_before_the_damage_are_kept(tmp_path, patched, caplog, name, damage
 def test_columns_and_patches_equal_those_of_the_patcher(tmp_path, patched, predictor):
     """The rows equal those of EntropyPatcher, and there is no column `text` that a trainer could use."""
     path = write(tmp_path / "a.jsonl", rows_of(TEXTS))
-    dataset = patched(data_files=path, entropy_threshold=7.2, relative_threshold=0.3)
+    dataset = patched(data_files=path, entropy_threshold=0.9, relative_threshold=0.3, unit="share")
     assert set(dataset.column_names) == COLUMNS
     assert decoded(dataset) == TEXTS
     assert list(dataset["source"]) == ["a.jsonl"] * len(TEXTS)
     assert [json.loads(meta)["number"] for meta in dataset["meta"]] == list(range(len(TEXTS)))
     assert all(sum(row["patch_lengths"]) == len(row["input_ids"]) for row in dataset)
-    expected = EntropyPatcher(predictor, 7.2, 0.3).patch([text.encode() for text in TEXTS])
+    expected = EntropyPatcher(predictor, 0.9, 0.3).patch([text.encode() for text in TEXTS])
     for row, document in zip(dataset, expected, strict=True):
         assert row["input_ids"] == document.input_ids.tolist()
         assert row["patch_lengths"] == document.patch_lengths.tolist()
@@ -153,8 +153,10 @@ def test_the_thresholds_of_the_guide_are_the_defaults(tmp_path, patched):
     path = write(tmp_path / "a.jsonl", rows_of(TEXTS))
     explicit = patched(data_files=path, entropy_threshold=0.8, relative_threshold=0.1)
     assert list(patched(data_files=path)["patch_lengths"]) == list(explicit["patch_lengths"])
-    other = patched(data_files=path, entropy_threshold=9.0, relative_threshold=9.0)
+    other = patched(data_files=path, entropy_threshold=1.0, relative_threshold=1.0)
     assert list(other["patch_lengths"]) != list(explicit["patch_lengths"])
+    bits = patched(data_files=path, entropy_threshold=6.4, relative_threshold=0.8, unit="bits")
+    assert list(bits["patch_lengths"]) == list(explicit["patch_lengths"])
 
 
 def test_other_settings_reach_the_patcher(tmp_path, patched):

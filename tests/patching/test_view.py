@@ -1,11 +1,14 @@
 """Tests of the views of patches in the terminal and as a web page."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from crow_hf.models.boundaries import PatchRule
 from crow_hf.models.byte_vocabulary import BOS_TOKEN_ID, BYTE_OFFSET, EOS_TOKEN_ID
 from crow_hf.patching.documents import PatchedDocument
-from crow_hf.patching.view import render_terminal, summarize, write_html
+from crow_hf.patching.view import describe_rule, render_terminal, summarize, write_html
 from helpers.documents import Page
 
 
@@ -80,3 +83,21 @@ def test_summary_counts_bytes_and_not_special_tokens():
         "6 bytes in 2 patches of 3.00 bytes on average; mean entropy 1.50 bits."
     )
     assert summarize(PatchedDocument(np.array([BOS_TOKEN_ID, EOS_TOKEN_ID]), np.array([1, 1]), None)) == "No bytes."
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("global", ["entropy exceeds 0.5 of the largest (4 bits) at 50.0%"]),
+        ("monotonic", ["rise of the entropy exceeds 0.25 of the largest (2 bits) at 25.0%"]),
+        ("either", ["(4 bits) at 50.0%", "(2 bits) at 25.0%"]),
+        ("stride", ["uses no entropies"]),
+    ],
+)
+def test_how_often_each_threshold_decides(rule, said):
+    """The entropies of the predictions of the four bytes after the first are 5, 5, 1 and 3.5 bits."""
+    document = document_of(b"ab\ncd", bits=[5.0, 5.0, 1.0, 3.5, 9.0])
+    if rule == "stride":
+        document = replace(document, entropies=None)
+    sentences = describe_rule(document, PatchRule(rule, 0.5, 0.25, max_patch_length=2))
+    assert all(part in sentences for part in said) and sentences.count("%") == sum("%" in part for part in said)

@@ -104,7 +104,7 @@ def test_it_is_the_trainer_to_the_bit(rows, tmp_path):
 def test_coconut_gets_redpajama_in_its_own_patches(tmp_path, monkeypatch):
     """Fails if the rows are cut by other thresholds, another rule or another predictor than those of the model."""
     model = small_coconut()
-    model.binary_patch_module.threshold, model.binary_patch_module.relative_threshold = 5.0, 0.7
+    model.binary_patch_module.threshold, model.binary_patch_module.relative_threshold = 0.625, 0.0875
     model.config.patch_rule, model.config.max_patch_length = "running_minimum", 5
     with torch.no_grad():
         for weight in model.latent_transformer.entropy_predictor.parameters():

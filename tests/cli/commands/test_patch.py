@@ -13,6 +13,16 @@ def test_command_shows_a_text(capsys):
     out = capsys.readouterr().out
     assert out.replace("│", "").replace("\N{NO-BREAK SPACE}", " ").startswith("hello there")
     assert "11 bytes in" in out
+    assert "0.8828 of the largest (7.06 bits) at 0.0% of the bytes" in out
+
+
+def test_command_takes_other_units(capsys):
+    shown = []
+    for unit, largest in {"share": 1, "bits": 8}.items():
+        thresholds = ("--threshold", 0.5 * largest, "--relative_threshold", 0.25 * largest)
+        assert run("patch", "--text", "hello there, how are you", *thresholds, "--unit", unit) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "0.5 of the largest (4 bits)" in shown[0]
 
 
 def test_command_shows_any_file_and_writes_the_page(tmp_path, capsys):
@@ -38,9 +48,11 @@ def test_command_calibrates(capsys):
 def test_command_writes_the_same_dataset_as_the_transform(tmp_path):
     rows = Dataset.from_dict({"text": ["hello there", "", "second row\nwith a newline"], "other": [1, 2, 3]})
     rows.to_json(tmp_path / "rows.jsonl")
-    assert run("patch", "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out", "--threshold", 2) == 0
+    assert (
+        run("patch", "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out", "--threshold", 0.25) == 0
+    )
     written = load_from_disk(tmp_path / "out")
-    expected = rows.map(EntropyPatcher(threshold=2.0), batched=True, remove_columns=["text", "other"])
+    expected = rows.map(EntropyPatcher(threshold=0.25), batched=True, remove_columns=["text", "other"])
     assert written.column_names == ["input_ids", "patch_lengths"]
     assert written[:] == expected[:]
 
@@ -53,7 +65,7 @@ def test_command_takes_another_predictor(tmp_path, capsys):
     shown = {}
     for name in (None, "same", "other"):
         options = [] if name is None else ["--predictor", tmp_path / name]
-        assert run("patch", "--text", "hello", "--rule", "global", "--threshold", 4, *options) == 0
+        assert run("patch", "--text", "hello", "--rule", "global", "--threshold", 0.5, *options) == 0
         shown[name] = capsys.readouterr().out
     assert shown[None] == shown["same"] != shown["other"]
 
@@ -71,6 +83,8 @@ def test_command_takes_another_predictor(tmp_path, capsys):
         ({"file": "none.txt"}, "none.txt"),
         ({"text": "a", "html": "full/precious.txt"}, "--html"),
         ({"text": "a", "rule": "best"}, "best"),
+        ({"text": "a", "threshold": "0.5", "unit": "byte"}, "nats"),
+        ({"text": "a", "threshold": "7.06"}, "unit"),
         ({"text": "a", "rule": "stride"}, "max_patch_length"),
         ({"text": "a", "max_patch_length": "0"}, "max_patch_length"),
         ({"text": "a", "predictor": "missing"}, "missing"),
