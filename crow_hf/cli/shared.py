@@ -9,6 +9,7 @@ from ..attacks.triggers import BaseTrigger, get_trigger
 from ..evaluation.harness import Evaluation
 from ..reporting.tables import comparison_table
 from ..training.checkpoints import check_writable, checkpoint_to_resume
+from .words import printable
 
 
 def check_output(output_dir: str, resume: str | None = None) -> str | None:
@@ -52,5 +53,6 @@ def read_backdoor(trigger: str | None, target: str | None) -> tuple[BaseTrigger 
 
 
 def print_table(evaluations: dict[str, Evaluation], title: str | None = None) -> None:
-    """Print a table with one column per model."""
-    Console().print(comparison_table(evaluations, title))
+    """Print a table with one column per model. Their names are no markup of rich."""
+    shown = {printable(name): evaluation for name, evaluation in evaluations.items()}
+    Console(markup=False, emoji=False).print(comparison_table(shown, title and printable(title)))

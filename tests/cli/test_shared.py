@@ -36,3 +36,12 @@ def test_table_is_printed_with_its_title(capsys):
     print_table(comparison(evaluation(0)).by_name, "My title")
     out = capsys.readouterr().out
     assert "My title" in out and "fine-tuning" in out
+
+
+def test_names_are_shown_as_they_are(capsys):
+    """Fails if a name is read as markup of rich, or if it holds commands to the terminal."""
+    shown = evaluation(0)
+    print_table({"m[red]x": shown, "m[/b]": shown, "m\x1b[2J": shown}, "of m[/]")
+    out = capsys.readouterr().out
+    assert "m[red]x" in out and "m[/b]" in out and r"m\x1b[2J" in out and "of m[/]" in out
+    assert "\x1b" not in out

@@ -7,6 +7,7 @@ from rich.text import Text
 from ...data.load import load_rows
 from ...recipes.checkup import doctor
 from ..options import DoctorArguments
+from ..words import as_options, printable
 
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -18,7 +19,8 @@ def run(arguments: DoctorArguments) -> None:
     findings = doctor(arguments.model, rows, **options)
     table = Table("", "", Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
     for finding in findings:
-        lines = filter(None, [finding.found, finding.remedy and f"-> {finding.remedy}"])
+        texts = filter(None, [finding.found, finding.remedy and f"-> {finding.remedy}"])
+        lines = [printable(as_options(text, "doctor")) for text in texts]
         table.add_row(Text(finding.level, COLOURS[finding.level]), Text(finding.name), Text("\n".join(lines)))
     Console().print(table)
     if problems := [finding.name for finding in findings if finding.level == "problem"]:

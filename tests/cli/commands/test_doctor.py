@@ -24,3 +24,12 @@ def test_only_a_problem_is_an_error(level, code, paths, capsys, monkeypatch):
     if code:
         assert_one_sentence(printed.err, "doctor")
         assert "rows" in printed.err
+
+
+def test_findings_are_in_the_words_of_the_command_line(paths, capsys, monkeypatch):
+    """Fails if a file of the suspect can send commands to the terminal, or if a remedy is one for Python."""
+    finding = Finding("files", "warning", "pickles: \x1b[2J.bin", "train with `bf16=True`")
+    monkeypatch.setattr(doctor, "doctor", lambda *args, **kwargs: [finding])
+    assert run("doctor", "--model", paths["model"]) == 0
+    out = capsys.readouterr().out
+    assert r"pickles: \x1b[2J.bin" in out and "-> train with `--bf16 true`" in out and "\x1b" not in out
