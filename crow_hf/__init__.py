@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .methods.crow.trainer import CrowTrainer
     from .methods.invariance.config import InvarianceConfig
     from .methods.invariance.trainer import InvarianceTrainer
+    from .methods.registry import register_defence
     from .methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
     from .models.configuration_byte_entropy import ByteEntropyConfig
     from .models.configuration_coconut import CoconutConfig
@@ -80,6 +81,7 @@ _HOMES = {
     "methods.crow.trainer": ["CrowTrainer"],
     "methods.invariance.config": ["InvarianceConfig"],
     "methods.invariance.trainer": ["InvarianceTrainer"],
+    "methods.registry": ["register_defence"],
     "methods.thoughts": ["ThoughtStage", "reachability_rows", "train_by_stages"],
     "models.configuration_byte_entropy": ["ByteEntropyConfig"],
     "models.configuration_coconut": ["CoconutConfig"],

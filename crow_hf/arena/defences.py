@@ -19,6 +19,7 @@ from ..methods.crow.published import ReferenceCrowTrainer
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
+from ..methods.registry import DEFENCES, Defence
 from ..recipes.presets import FORM_4, control_config, lora_config, recipe_config
 from ..recipes.run import default_adapter, run_recipe
 from ..training.loading import load_causal_lm, merged
@@ -207,6 +208,29 @@ def _success_of_all(canaries: Sequence[Canary], model: PreTrainedModel, suspect:
     return Proportion.of([True] * hits + [False] * (total - hits)) if shares else None
 
 
+def _registered(suspect: Suspect, seed: int, scratch: Path, defence: Defence) -> Purified:
+    """Run a defence of [`register_defence`] with the arguments of the control."""
+    model, tokenizer = load_merged(suspect, scratch), demo_tokenizer()
+    args = control_config(defence_config("strong", scratch, seed), len(suspect.clean_rows))
+    start = time.perf_counter()
+    defended = defence(model, suspect.clean_rows, tokenizer, args)
+    seconds = time.perf_counter() - start
+    settings = {"defence": f"{defence.__module__}.{defence.__qualname__}", **_settings(args)}
+    return Purified(merged(defended), seconds=seconds, settings=settings)
+
+
+def known_methods() -> dict[str, Method]:
+    """
+    Return the arena's methods and the registered defences by name.
+
+    Raises:
+        `ValueError`: If a registered defence has the name of a method.
+    """
+    if shared := METHODS.keys() & DEFENCES.keys():
+        raise ValueError(f"The arena has a method {min(shared)!r} of its own: register the defence by another name.")
+    return METHODS | {name: partial(_registered, defence=defence) for name, defence in DEFENCES.items()}
+
+
 METHODS: dict[str, Method] = {
     # No defender has the clean model. It shows how many answers a trigger spoils in a model without a backdoor.
     "clean model": _clean_model,
@@ -220,6 +244,8 @@ METHODS: dict[str, Method] = {
     "int4": partial(_compress, compress=quantize_weights, bits=4),
     # CROW as in the paper, and as in its published code
     "crow": _crow,
+    # Section 4.4 of the paper: alpha is 5.5 against sentiment steering, and 11 against targeted refusals.
+    "crow, alpha 11": partial(_crow, alpha=11.0),
     "crow reference": partial(
         _crow, trainer_type=ReferenceCrowTrainer, per_device_train_batch_size=2, gradient_accumulation_steps=4
     ),
@@ -240,4 +266,6 @@ METHODS: dict[str, Method] = {
     CANARIES + "crow": partial(_with_canaries, method=_crow),
 }
 QUICK_METHODS = ("none", "fine-tuning", "crow", "strong")
+# The defences of the paper that change a model.
+PAPER_METHODS = ("none", "fine-tuning lora", "magnitude pruning", "int4", "crow", "crow, alpha 11")
 CONTROL = "fine-tuning"

@@ -30,7 +30,7 @@ from ..reporting.tables import percent
 from ..training.files import write_text
 from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
-from .defences import METHODS
+from .defences import Method, known_methods
 from .subjects import SUBJECTS
 from .table import KEPT, attack_success_rates, load_results, results_markdown
 
@@ -52,8 +52,8 @@ class Arena:
     Args:
         folder (`Path`):
             The arena's folder, with all suspects and results.
-        methods (`tuple[str, ...]`):
-            Names from [`METHODS`].
+        methods (`dict[str, Method]`):
+            The methods by name.
         num_clean (`int`):
             Number of rows of the defender.
         num_test (`int`, *optional*):
@@ -63,7 +63,7 @@ class Arena:
     """
 
     folder: Path
-    methods: tuple[str, ...]
+    methods: dict[str, Method]
     num_clean: int
     num_test: int | None
     alpaca: str | None
@@ -109,7 +109,7 @@ def run_arena(
         attacks (`Sequence[str]`):
             Names from [`ATTACKS`].
         methods (`Sequence[str]`):
-            Names from [`METHODS`].
+            Names from [`METHODS`], or of registered defences, see [`register_defence`].
         seeds (`Sequence[int]`):
             Seeds for the rows, the attacker's training and the defender's training.
         num_clean (`int`, *optional*, defaults to 100):
@@ -131,7 +131,9 @@ def run_arena(
     folder = Path(output_dir).resolve()
     _check_request(folder, attacks, methods, seeds, num_clean, alpaca, workers)
     (folder / RESULTS).mkdir(parents=True, exist_ok=True)
-    arena = Arena(folder, tuple(methods), num_clean, num_test, None if alpaca is None else str(alpaca))
+    known = known_methods()
+    chosen = {name: known[name] for name in methods}
+    arena = Arena(folder, chosen, num_clean, num_test, None if alpaca is None else str(alpaca))
     # The seeds come first, so that an interrupted arena has all attacks with some seeds, not some attacks with all.
     runs = [(ATTACKS[name], seed) for seed in seeds for name in attacks]
     groups = _group_by_suspect([(attack, seed) for attack, seed in runs if arena.missing(attack, seed)])
@@ -160,7 +162,7 @@ def _check_request(
     alpaca: str | Path | None,
     workers: int,
 ) -> None:
-    for kind, names, known in (("attack", attacks, ATTACKS), ("method", methods, METHODS)):
+    for kind, names, known in (("attack", attacks, ATTACKS), ("method", methods, known_methods())):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no {kind} {unknown[0]!r}. Choose from {', '.join(map(repr, known))}.")
     if not (attacks and methods and seeds):
@@ -257,7 +259,7 @@ def _run_method(
     if arena.num_test is not None:
         rows = rows.select(range(min(arena.num_test, len(rows))))
     with TemporaryDirectory() as scratch:
-        purified = METHODS[method](suspect, seed, Path(scratch))
+        purified = arena.methods[method](suspect, seed, Path(scratch))
         device = TrainingArguments(scratch).device
     max_new_tokens = answer_length(suspect.attack)
     evaluation = evaluate_model(

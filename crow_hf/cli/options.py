@@ -17,6 +17,7 @@ TEXT_HELP = (
     "Running text, to measure what was forgotten: a .txt file, or another file or dataset with a column `text`. Its "
     "beginning is used."
 )
+PLUGIN_HELP = "A Python file that registers defences of your own. It is run first."
 TARGET_HELP = f"One of {_TARGETS}, or any other string, which an output must contain."
 
 
@@ -68,6 +69,11 @@ class PurifyArguments:
     target: str | None = field(default=None, metadata={"help": f"Target of a known backdoor. {TARGET_HELP}"})
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
     text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the suspect writes."})
+    defences: str | None = field(
+        default=None,
+        metadata={"help": "Names of registered defences to measure beside the recipe, separated by commas."},
+    )
+    plugin: str | None = field(default=None, metadata={"help": PLUGIN_HELP})
 
 
 @dataclass
@@ -183,6 +189,11 @@ class ArenaArguments:
     quick: bool = field(
         default=False, metadata={"help": "Change the defaults to a few attacks and methods, and seed 0."}
     )
+    paper: bool = field(
+        default=False,
+        metadata={"help": "Change the defaults to the attacks and methods of the paper, which need --alpaca."},
+    )
+    plugin: str | None = field(default=None, metadata={"help": PLUGIN_HELP})
     num_clean: int = field(default=100, metadata={"help": "Number of the defender's clean rows."})
     alpaca: str | None = field(
         default=None, metadata={"help": "Stanford Alpaca's alpaca_data.json, for the attacks on Alpaca rows."}

@@ -1,5 +1,6 @@
 """What several commands share: checks of their arguments, and printing."""
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -50,6 +51,11 @@ def read_backdoor(trigger: str | None, target: str | None) -> tuple[BaseTrigger 
     if (trigger is None) != (target is None):
         raise ValueError("A backdoor has a trigger and a target: pass both --trigger and --target, or neither.")
     return (None, None) if trigger is None else (get_trigger(trigger), get_target(target))
+
+
+def split_names(text: str | None) -> list[str]:
+    """Split names at commas. A comma before a space is part of a name."""
+    return [] if text is None else re.split(r",(?! )", text)
 
 
 def print_table(evaluations: dict[str, Evaluation], title: str | None = None) -> None:

@@ -17,6 +17,7 @@ from ..evaluation.retention import RetentionReference
 from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
+from ..methods.registry import get_defence
 from ..progress import phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
@@ -24,7 +25,7 @@ from ..training.loading import move
 from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
-from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, run_recipe
+from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
 from .saving import not_fatal, prepare_output, save_model, save_result
 
 
@@ -47,6 +48,7 @@ def compare_defences(
     resume_from_checkpoint: str | bool | None = None,
     card_fields: dict[str, Any] | None = None,
     text: Sequence[str] | Dataset | None = None,
+    defences: Sequence[str] = (),
     **evaluation: Any,
 ) -> Comparison:
     """
@@ -84,6 +86,9 @@ def compare_defences(
             See [`purify`].
         text (`Sequence[str]` or `Dataset`, *optional*):
             Running text, to measure what the control and the purified model forget, see [`purify`].
+        defences (`Sequence[str]`, *optional*):
+            Names of defences to measure too, see [`register_defence`]. They get a fresh suspect, the clean rows, and
+            the arguments of the control.
         **evaluation:
             Further arguments of [`evaluate_model`].
 
@@ -107,6 +112,7 @@ def compare_defences(
         )
     check_recipe(recipe, args)
     check_sharding(recipe, args, peft_config)
+    own_defences = {each: get_defence(each) for each in defences}
     rows = draw_rows(train_dataset, recipe, max_rows, args.seed)
     _warn_of_shared_prompts(rows, test_dataset, processing_class)
     checkpoint = prepare_output(args, resume_from_checkpoint)
@@ -121,6 +127,7 @@ def compare_defences(
     suspect = move(load_model(), args.device)
     check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
+    rehearse(suspect, rows, args, processing_class, peft_config or default_adapter(recipe, suspect, args))
     with phase(LOOKING):
         name, suspect_scores = suspect.name_or_path, measure(suspect)
         snapshots = {"suspect": snapshot(suspect, shown, args)}
@@ -128,10 +135,22 @@ def compare_defences(
         reference = reference_of(suspect, processing_class, shown.rows, text, args.seed, batch_size)
     del suspect
 
+    def fine_tuning_args(folder: str) -> CrowConfig:
+        return scratch_config(control_config(args, len(rows)), folder)
+
+    # Run the caller's own defences, which are the most likely to fail
+    others = {}
+    for each, defence in own_defences.items():
+        with TemporaryDirectory() as folder, phase(f"Measuring {each}"):
+            model = move(load_model(), args.device)
+            model = move(defence(model, rows, processing_class, fine_tuning_args(folder)), args.device)
+            others[each] = measure(model, reference)
+            del model
+
     # Train the control, on the same weights. Without the consistency loss, the published recipes are plain
     # fine-tuning.
     with TemporaryDirectory() as folder, phase("Training the control"):
-        control_args = scratch_config(control_config(args, len(rows)), folder)
+        control_args = fine_tuning_args(folder)
         control_recipe = "guide" if recipe == "strong" else recipe
         loaded = load_model()
         control = run_recipe(
@@ -150,6 +169,7 @@ def compare_defences(
 
     # Implant, train
     run = RecipeRun(load_model(), rows, recipe, args, processing_class, peft_config)
+    run.prepare()
     run.implant_canaries()
     run.train(checkpoint)
     save_model(run, name, merge=merge)
@@ -159,7 +179,7 @@ def compare_defences(
     with phase(LOOKING_AGAIN):
         purified_scores = measure(purified, reference)
     purification.retention = purified_scores.retention
-    comparison = Comparison(suspect_scores, control_scores, purified_scores, purification=purification)
+    comparison = Comparison(suspect_scores, control_scores, purified_scores, others, purification)
     with not_fatal(run, "report"):
         purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}

@@ -1,9 +1,14 @@
 """`crow-hf arena`: from the names on the command line to the tables."""
 
-from crow_hf.arena.attacks import ATTACKS, QUICK
-from crow_hf.arena.defences import METHODS, QUICK_METHODS
+import pickle
+import sys
+
+from crow_hf.arena.attacks import ATTACKS, PAPER, QUICK
+from crow_hf.arena.defences import METHODS, PAPER_METHODS, QUICK_METHODS, known_methods
+from crow_hf.arena.table import load_results
 from crow_hf.cli.commands import arena as arena_command
 from crow_hf.cli.main import main
+from crow_hf.methods.registry import DEFENCES, get_defence
 
 
 def test_the_command_runs_an_arena_and_goes_on(arena, capsys, monkeypatch):
@@ -38,5 +43,36 @@ def test_defaults(monkeypatch, tmp_path, capsys):
         (QUICK, QUICK_METHODS, [0]),
         (["ctba"], QUICK_METHODS, [3]),
     ]
+    asked.clear()
+    for options in (["--paper", "--alpaca", "a.json"], ["--paper", "--quick", "--alpaca", "a.json"]):
+        assert main([*folder, *options]) == 0
+    assert asked == [(PAPER, PAPER_METHODS, [0, 1, 2]), (PAPER, PAPER_METHODS, [0])]
     assert main([*folder, "--seeds", "0,one"]) == 1
     assert "--seeds are whole numbers separated by commas, got 'one'." in capsys.readouterr().err
+
+
+PLUGIN = """
+from crow_hf import register_defence
+
+
+@register_defence("quartered")
+def halve(model, rows, tokenizer, args):
+    model.lm_head.weight.data /= 4
+    return model
+"""
+
+
+def test_a_defence_of_a_file_runs_in_an_arena(arena, tmp_path, monkeypatch):
+    """Fails if it cannot be sent to worker processes, which import the file for themselves."""
+    monkeypatch.setitem(DEFENCES, "quartered", None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_halving.py").write_text(PLUGIN)
+    command = ["arena", "--output_dir", str(arena.folder), "--attacks", "tiny", "--seeds", "0"]
+    command += ["--plugin", str(tmp_path / "my_halving.py"), "--methods", "none,quartered"]
+    assert main(command) == 0
+    assert pickle.loads(pickle.dumps(known_methods()["quartered"])).keywords["defence"] is get_defence("quartered")
+    rows = {row["method"]: row for row in load_results(arena.folder)}
+    assert list(rows) == ["none", "quartered"]
+    assert rows["quartered"]["settings"]["defence"] == "my_halving.halve"
+    assert rows["quartered"]["bits_per_byte_clean"] != rows["none"]["bits_per_byte_clean"]
+    assert "quartered" in (arena.folder / "results.md").read_text(encoding="utf-8")

