@@ -187,8 +187,8 @@ class _Display:
         self.name, self.bar = "", None
 
     def make_bar(self, factory: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Return the bar of a phase. Between two phases, a terminal shows the ordinary one."""
-        if not self.name and self.console.is_terminal:
+        """Return the bar of a phase. Between two phases, a terminal shows the ordinary one, unless bars are off."""
+        if not logging.is_progress_bar_enabled() or (not self.name and self.console.is_terminal):
             return factory(*args, **kwargs)
         bar = _Bar(self, *args, **kwargs)
         if self.name and bar.total and not kwargs.get("disable"):

@@ -142,6 +142,20 @@ def test_between_two_phases_a_terminal_shows_ordinary_bars(clock, capsys):
         assert ("Loading weights" in capsys.readouterr().err) == live
 
 
+def test_bars_that_are_off_stay_off(clock):
+    """Fails if the bars of the steps inside an arena, which turns them off, are shown."""
+    out = console(live=False)
+    logging.disable_progress_bar()
+    try:
+        with watched("arena", console=out), phase("Running the arena"):
+            with logging.tqdm(total=2, desc="Writing answers", unit="prompt") as bar:
+                clock.now += 100
+                bar.update()
+    finally:
+        logging.enable_progress_bar()
+    assert shown(out).splitlines() == ["Running the arena ...", "Running the arena: done in 2 min"]
+
+
 def test_everything_is_as_before_afterwards(capsys):
     """Fails if a call of `main` from Python changes the log lines and bars of its process."""
     library = std_logging.getLogger("transformers")

@@ -422,7 +422,7 @@ def test_wrong_token_shows_before_the_training(world):
     )
     assert outcome["err"].count("crow-hf purify: ") == 1
     # The suspect is not measured either.
-    assert "Generating" not in outcome["err"] and not (world.folder / "closed").exists()
+    assert "Looking at the suspect" not in outcome["err"] and not (world.folder / "closed").exists()
 
 
 def test_no_connection(world):
