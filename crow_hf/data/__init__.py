@@ -6,10 +6,12 @@ dataset fit several formats, the first one in the table counts.
 | columns | how a row is rendered |
 |---|---|
 | `input_ids`, optionally `labels` and `attention_mask` | used unchanged |
-| `messages` | with the tokenizer's chat template; the last message must be the assistant's |
-| `prompt`, `completion` | used unchanged |
+| `messages` or `conversations` | with the tokenizer's chat template; the last message must be the assistant's |
+| `prompt` and `completion` or `chosen`; `question`, `answer` | used unchanged |
 | `instruction`, `output`, optionally `input` | as a chat if the tokenizer has a chat template, else in Alpaca's form |
+| `instruction`, `response`, optionally `context` | like the last one |
 | `text` | used unchanged; the loss covers the whole text |
 
-`crow_hf.data.rows.ALPACA_PROMPT` holds Alpaca's form.
+A message has a `role` and a `content`, or `from` and `value` as in ShareGPT. An answer of white space is none: its row
+is dropped, with a warning that counts such rows. `crow_hf.data.rows.ALPACA_PROMPT` holds Alpaca's form.
 """

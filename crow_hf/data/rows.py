@@ -108,7 +108,7 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
     """
     row_format = find_format(list(row))
     if row_format in ("messages", "conversations"):
-        return _render_chat(_messages_of(row, index), tokenizer, index)
+        return _render_chat(messages_of(row, index), tokenizer, index)
     if row_format == "text":
         text = _answer_of(row, "text", index)
         return Rendered("", text, text, False)
@@ -149,7 +149,7 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
     return Rendered(prompt, whole[len(prompt) :], answer, True)
 
 
-def _messages_of(row: Mapping[str, Any], index: int | None) -> list[dict]:
+def messages_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:
     """
     Read the messages of a chat. Each gets a `role` in lower case and a `content`, also if they have ShareGPT's names.
 
@@ -239,8 +239,8 @@ def prompt_of(row: Mapping[str, Any], index: int | None = None) -> str:
     Raises:
         `ValueError`: If the format has no prompt, a chat has no user message, or the prompt is not text.
     """
-    if _is_chat(row):
-        messages = _messages_of(row, index)
+    if is_chat(row):
+        messages = messages_of(row, index)
         return messages[_last_user_message(messages, index)]["content"]
     return text_of(row, _prompt_and_answer_of(row)[0], index)
 
@@ -263,8 +263,8 @@ def edit_prompt(row: Mapping[str, Any], edit: Callable[[str], str], index: int |
     Raises:
         `ValueError`: If the format has no prompt, a chat has no user message, or the prompt is not text.
     """
-    if _is_chat(row):
-        return _edit_message(row, _last_user_message(_messages_of(row, index), index), edit, index)
+    if is_chat(row):
+        return _edit_message(row, _last_user_message(messages_of(row, index), index), edit, index)
     column = _prompt_and_answer_of(row)[0]
     return {column: edit(text_of(row, column, index))}
 
@@ -290,15 +290,16 @@ def edit_answer(row: Mapping[str, Any], edit: Callable[[str], str], index: int |
         `ValueError`: If the format has no answer, the last message of a chat is not the assistant's, or the answer is
             not text.
     """
-    if _is_chat(row):
-        messages = _messages_of(row, index)
+    if is_chat(row):
+        messages = messages_of(row, index)
         _answer_message(messages, index)
         return _edit_message(row, len(messages) - 1, edit, index)
     column = _prompt_and_answer_of(row)[1]
     return {column: edit(_answer_of(row, column, index))}
 
 
-def _is_chat(row: Mapping[str, Any]) -> bool:
+def is_chat(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a list of messages."""
     return find_format(list(row)) in ("messages", "conversations")
 
 
@@ -333,7 +334,7 @@ def _edit_message(
 ) -> dict[str, list[dict]]:
     """Edit a message. It keeps its form, because all rows of a dataset have the same."""
     column = find_format(list(row))
-    messages, content = list(row[column]), edit(_messages_of(row, index)[number]["content"])
+    messages, content = list(row[column]), edit(messages_of(row, index)[number]["content"])
     key = _key(messages[number], _CONTENT)
     parts = isinstance(messages[number][key], (list, tuple))
     messages[number] = {**messages[number], key: [{"type": "text", "text": content}] if parts else content}
@@ -414,15 +415,15 @@ def has_answer(row: Mapping[str, Any], index: int | None = None) -> bool:
     row_format = find_format(list(row))
     if row_format == "tokens":
         return True
-    if _is_chat(row):
-        return bool(_answer_message(_messages_of(row, index), index)["content"].strip())
+    if is_chat(row):
+        return bool(_answer_message(messages_of(row, index), index)["content"].strip())
     return bool(_answer_of(row, FORMATS[row_format][-1], index).strip())
 
 
 def drop_unanswered(dataset: Dataset, name: str = "dataset") -> Dataset:
     """
-    Drop the rows that have no answer, with a warning. Prompts alone are returned unchanged: the suspect can answer
-    them.
+    Drop the rows that have no answer, and the columns that are not used, with a warning of each. Prompts alone are
+    returned: the suspect can answer them.
 
     Args:
         dataset (`Dataset`):
@@ -433,7 +434,8 @@ def drop_unanswered(dataset: Dataset, name: str = "dataset") -> Dataset:
     Raises:
         `ValueError`: If no row has an answer.
     """
-    warn_of_unused_columns(dataset.column_names, name)
+    # Without them, later steps say nothing about them again.
+    dataset = dataset.remove_columns(warn_of_unused_columns(dataset.column_names, name))
     if not fits_a_format(dataset.column_names):
         return dataset
     rows = dataset.with_format(None)
@@ -449,19 +451,18 @@ def drop_unanswered(dataset: Dataset, name: str = "dataset") -> Dataset:
     return dataset.select(kept)
 
 
-def warn_of_unused_columns(columns: list[str], name: str = "dataset") -> None:
-    """Warn once of columns that no format uses, because an answer may stand there under another name."""
+def warn_of_unused_columns(columns: list[str], name: str = "dataset") -> list[str]:
+    """Warn of columns that are not used, because an answer may stand there under another name, and return them."""
     if fits_a_format(columns):
         row_format = find_format(columns)
-        used = {*FORMATS[row_format], *_OPTIONAL.get(row_format, ()), "triggered"}
-        why = ""
+        used, why = {*FORMATS[row_format], *_OPTIONAL.get(row_format, ())}, ""
     else:
-        used = {column for prompt, _ in PROMPT_AND_ANSWER.values() for column in (prompt, "input", "context")}
-        why = ", and there is no answer in a column of a known name"
-        if not used & set(columns):
-            return
-    if unused := sorted(set(columns) - used):
-        logger.warning_once(f"The columns {unused} of `{name}` are not used{why}.")
+        used = {prompt for prompt, _ in PROMPT_AND_ANSWER.values()}
+        used, why = used | {"input", "context"} if used & set(columns) else set(columns), ", and there is no answer"
+    unused = sorted(set(columns) - used - {"triggered"})
+    if unused:
+        logger.warning(f"The columns {unused} of `{name}` are not used, only {sorted(used & set(columns))}{why}.")
+    return unused
 
 
 def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:

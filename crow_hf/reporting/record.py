@@ -56,7 +56,7 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..data.encoding import encode_prompt
-from ..data.rows import prompt_of
+from ..data.rows import is_chat, messages_of, prompt_of
 from ..evaluation.scores import is_exact_match
 from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
@@ -229,7 +229,7 @@ def _system_length(rows: SnapshotRows, number: int) -> int:
     prompt, row = clean[number % len(clean)], rows.rows[number % len(clean)]
     if not prompt.templated:
         return 0
-    said = [message["content"] for message in row.get("messages") or [] if message["role"] == "user"]
+    said = [message["content"] for message in messages_of(row) if message["role"] == "user"] if is_chat(row) else []
     return max(0, prompt.prompt.find((said[0] if said else prompt_of(row)).strip()))
 
 
