@@ -22,7 +22,7 @@ from ..training.sharding import will_shard
 from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, recipe_config
-from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter
+from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
 from .saving import not_fatal, prepare_output, save_model, save_result
 
 
@@ -113,8 +113,9 @@ def purify(
         model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
     check_base(model, peft_config, merge)
     check_writable(args.output_dir, model)
-    announce_forecast(model, rows, args, tokenizer, peft_config or default_adapter(recipe, model, args))
     run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config)
+    announce_forecast(run.model, rows, args, tokenizer, run.peft_config)
+    run.prepare()
 
     # Look. The answers of the suspect itself are not right ones to compare with, so only the columns of `dataset` are
     # shown.

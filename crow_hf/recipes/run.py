@@ -80,6 +80,7 @@ def run_recipe(
         `ValueError`: For every input that cannot be purified or purified with, before training starts.
     """
     run = RecipeRun(model, dataset, recipe, args, processing_class, peft_config, all_weights)
+    run.prepare()
     run.implant_canaries()
     run.train(resume_from_checkpoint)
     return run.result()
@@ -87,7 +88,8 @@ def run_recipe(
 
 class RecipeRun:
     """
-    The steps of a recipe, to be taken in the order of the methods. Building a run prepares the rows and the trainer.
+    The steps of a recipe, to be taken in the order of the methods. Building a run refuses what cannot be run, before
+    the model computes anything.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -114,10 +116,14 @@ class RecipeRun:
             Ids of the tokens that leak into the suspect's answers to clean prompts, see [`find_leaked_tokens`].
         trains_fresh_adapter (`bool`):
             Whether the trained adapter did not come with the suspect.
+        adapter (`PeftConfig`, *optional*):
+            The adapter that was trained, once it is.
 
     Raises:
         `ValueError`: For every input that cannot be purified or purified with.
     """
+
+    trainer: CrowTrainer
 
     def __init__(
         self,
@@ -136,32 +142,32 @@ class RecipeRun:
         recorder_of(model, args.perturb)
         if peft_config is None and not all_weights:
             peft_config = default_adapter(recipe, model, args)
-        self.recipe = recipe
-        self.trains_fresh_adapter = peft_config is not None
+        self.model, self.args, self.recipe, self.peft_config = model, args, recipe, peft_config
+        self.processing_class, self.trains_fresh_adapter = processing_class, peft_config is not None
+        self.rows: Any = dataset
         self.screening: Screening | None = None
         self.leaked_tokens: list[int] = []
-        self._written_rows: Dataset | None = None
-        self._canaries: list[Canary] = []
         self.adapter: PeftConfig | None = None
-        rehearse(model, dataset, args, processing_class, peft_config)
-        if isinstance(args, InvarianceConfig):
-            args, rows = self._prepare_invariance(model, dataset, args, processing_class)
-            # The suspect still has no canaries. It teaches, and the adversary attacks it.
-            self.trainer: CrowTrainer = InvarianceTrainer(
-                model,
-                args,
-                rows,
-                processing_class,
-                peft_config,
-                written_rows=self._written_rows,
-                leaked_tokens=self.leaked_tokens,
-            )
-            self.rows: Any = rows
-        else:
-            self.trainer = CrowTrainer(
-                model, args, dataset, processing_class=processing_class, peft_config=peft_config
-            )
-            self.rows = dataset
+        self._canaries = rehearse(model, dataset, args, processing_class, peft_config)
+
+    def prepare(self) -> None:
+        """Prepare the rows, with the suspect where the recipe uses it, and build the trainer."""
+        model, args, tokenizer = self.model, self.args, self.processing_class
+        if not isinstance(args, InvarianceConfig):
+            options: dict[str, Any] = {"processing_class": tokenizer, "peft_config": self.peft_config}
+            self.trainer = CrowTrainer(model, args, self.rows, **options)
+            return
+        args, self.rows, written_rows = self._prepare_invariance(model, self.rows, args, tokenizer)
+        # The suspect still has no canaries. It teaches, and the adversary attacks it.
+        self.trainer = InvarianceTrainer(
+            model,
+            args,
+            self.rows,
+            tokenizer,
+            self.peft_config,
+            written_rows=written_rows,
+            leaked_tokens=self.leaked_tokens,
+        )
 
     def snapshot(self, rows: SnapshotRows) -> Snapshot:
         """Record what the model does now, see [`crow_hf.evidence.snapshot`]."""
@@ -228,8 +234,8 @@ class RecipeRun:
         dataset: Dataset | IterableDataset,
         args: InvarianceConfig,
         tokenizer: PreTrainedTokenizerBase,
-    ) -> tuple[InvarianceConfig, Dataset]:
-        """Draw the canaries, answer prompts that have no answer, screen the rows, and let the suspect write more."""
+    ) -> tuple[InvarianceConfig, Dataset, Dataset | None]:
+        """Answer prompts that have no answer, screen the rows, and let the suspect write more."""
         if not isinstance(dataset, Dataset) or not len(dataset):
             raise ValueError(
                 "`dataset` must be a datasets.Dataset with at least one row, because its rows are used several times."
@@ -237,9 +243,6 @@ class RecipeRun:
         move(model, args.device)
         batch_size = args.per_device_eval_batch_size
         dataset = drop_unanswered(dataset)
-        if args.num_canaries:
-            self._canaries = draw_canaries(model, args.num_canaries, args.seed)
-            check_canaries_fit(model, dataset, self._canaries, args.max_length, tokenizer)
         rows = answer_prompts(dataset, model, tokenizer, args.max_answer_length, batch_size)
         has_right_answers = rows.column_names == dataset.column_names
         if not has_right_answers:
@@ -256,13 +259,14 @@ class RecipeRun:
         if has_right_answers:
             with phase(LEAKS):
                 self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
+        written_rows = None
         if args.num_written_rows:
             length, leaked = args.max_answer_length, self.leaked_tokens
             with phase(WRITING):
-                self._written_rows = write_rows(
+                written_rows = write_rows(
                     model, tokenizer, args.num_written_rows, length, args.seed, batch_size, leaked
                 )
-        return args, rows
+        return args, rows, written_rows
 
     def _measure_canaries(self, when: str) -> None:
         trainer = self.trainer
@@ -313,7 +317,7 @@ def rehearse(
     args: CrowConfig,
     processing_class: PreTrainedTokenizerBase,
     peft_config: PeftConfig | None,
-) -> None:
+) -> list[Canary]:
     """
     Build the trainer with its adapter, optimizer and schedule on a copy without weights, and save the suspect without
     its weights. What would fail after hours of work fails here.
@@ -330,13 +334,21 @@ def rehearse(
         peft_config (`PeftConfig`, *optional*):
             The fresh adapter.
 
+    Returns:
+        `list[Canary]`: The canaries of the run, which fit into the rows.
+
     Raises:
-        `ValueError`: For everything that the trainer, the adapter, the optimizer or the saving refuses.
+        `ValueError`: For everything that the trainer, the adapter, the optimizer or the saving refuses, and if there
+            is no room for the canaries.
     """
     rehearse_save(model, processing_class)
     if will_shard(args):
         # The processes shard a model together, and only once.
-        return
+        return []
+    canaries: list[Canary] = []
+    if isinstance(args, InvarianceConfig) and args.num_canaries and isinstance(dataset, Dataset) and len(dataset):
+        canaries = draw_canaries(model, args.num_canaries, args.seed)
+        check_canaries_fit(model, dataset, canaries, args.max_length, processing_class)
     trainer_type: Any = InvarianceTrainer if isinstance(args, InvarianceConfig) else CrowTrainer
 
     class Rehearsal(trainer_type):
@@ -348,8 +360,12 @@ def rehearse(
         dataset = Dataset.from_list([{"prompt": "prompt", "completion": "answer"}])
     with TemporaryDirectory() as folder, quietly():
         try:
+            hollow = hollow_copy(model)
+            if peft_config is not None and isinstance(hollow, PeftModel):
+                # The adapter of the suspect is merged first.
+                hollow = hollow.unload()
             Rehearsal(
-                hollow_copy(model),
+                hollow,
                 scratch_config(args, folder),
                 dataset,
                 processing_class=processing_class,
@@ -357,6 +373,7 @@ def rehearse(
             ).rehearse()
         except (ImportError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"This model cannot be trained with these arguments ({one_line(error)}).") from error
+    return canaries
 
 
 def default_adapter(recipe: str, model: PreTrainedModel | PeftModel, args: CrowConfig) -> PeftConfig | None:

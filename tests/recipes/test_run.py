@@ -143,17 +143,17 @@ def test_the_suspect_writes_rows_if_asked_to(given_to_trainer, tmp_path, byte_to
     monkeypatch.setattr(run_module, "find_leaked_tokens", lambda *args: [70])
     for count in (0, 3):
         args = arguments(tmp_path, num_written_rows=count, seed=5)
-        RecipeRun(tiny_llama(), ROWS, "strong", args, byte_tokenizer)
+        RecipeRun(tiny_llama(), ROWS, "strong", args, byte_tokenizer).prepare()
     none, three = (given["written_rows"] for given in given_to_trainer)
     wanted = write_rows(tiny_llama(), byte_tokenizer, 3, args.max_answer_length, seed=5, not_first=[70])
     assert none is None and three.to_dict() == wanted.to_dict() and len(three) == 3
 
     monkeypatch.setattr(run_module, "write_rows", lambda *args: pytest.fail("Rows are written."))
-    RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path), byte_tokenizer)
+    RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path), byte_tokenizer).prepare()
     calls = []
     monkeypatch.setattr(run_module, "write_rows", lambda *args: calls.append(args))
     model = tiny_llama()
-    RecipeRun(model, ROWS, "strong", args, byte_tokenizer)
+    RecipeRun(model, ROWS, "strong", args, byte_tokenizer).prepare()
     assert calls == [(model, byte_tokenizer, 3, args.max_answer_length, 5, args.per_device_eval_batch_size, [70])]
 
 
@@ -171,10 +171,12 @@ def test_leaks_are_searched_in_right_answers_only(given_to_trainer, tmp_path, by
     monkeypatch.setattr(run_module, "find_leaked_tokens", leaks)
     monkeypatch.setattr(run_module, "screen_dataset", without_first)
     run = RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path, screen_rows=True), byte_tokenizer)
+    run.prepare()
     assert run.leaked_tokens == given_to_trainer[0]["leaked_tokens"] == [70, 80]
     assert [rows[:] for rows in searched] == [ROWS.select(range(1, len(ROWS)))[:]]
     prompts = ROWS.select_columns(["prompt"])
     run = RecipeRun(tiny_llama(), prompts, "strong", arguments(tmp_path), byte_tokenizer)
+    run.prepare()
     assert len(searched) == 1 and run.leaked_tokens == given_to_trainer[1]["leaked_tokens"] == []
 
 
