@@ -182,7 +182,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if NEEDS_CODE in str(error):
             raise ValueError(CODE_IS_NOT_RUN.format(f"The tokenizer of {path}")) from None
         if find_adapter_config_file(str(path), **options) is not None:
-            return load_tokenizer(_adapter_config(str(path), **options).base_model_name_or_path)
+            base = _adapter_config(str(path), **options).base_model_name_or_path
+            with _base_of(path):
+                return load_tokenizer(base)
         raise ValueError(
             f"There is no readable tokenizer in {path} ({_in_one_line(error)}). Save one next to the model or, in "
             "Python, pass `processing_class`."
@@ -196,15 +198,10 @@ def _load_adapter(path: str, is_trainable: bool, kwargs: dict[str, Any]) -> Peft
             f"{path} is an adapter of the kind {PeftType(adapter.peft_type).value}, which puts vectors before the "
             "prompt and changes no weights. Only adapters that change weights, such as LoRA, are supported."
         )
-    try:
+    with _base_of(path):
         base: Any = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
         )
-    except ValueError as error:
-        raise ValueError(
-            f"The base model of the adapter {path} cannot be loaded: {error} The adapter_config.json names it as "
-            "`base_model_name_or_path`."
-        ) from error
     with _in_one_sentence(path):
         _resize_embeddings(base, path, _hub_options(kwargs))
         adapted: Any = PeftModel.from_pretrained(
@@ -213,6 +210,17 @@ def _load_adapter(path: str, is_trainable: bool, kwargs: dict[str, Any]) -> Peft
     # PEFT leaves the name of the base model here.
     adapted.name_or_path = path
     return adapted
+
+
+@contextmanager
+def _base_of(path: str | Path) -> Iterator[None]:
+    """Say whose base model it is that cannot be loaded, because the user did not name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"The base model that adapter_config.json of the adapter {path} names cannot be used: {error}"
+        ) from error
 
 
 def _adapter_config(path: str, **options: Any) -> PeftConfig:
