@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -14,8 +15,9 @@ from peft import PeftModel
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CoconutForCausalLM, demo, load_causal_lm, load_entropy_predictor
+from crow_hf.methods.registry import DEFENCES
 from helpers.coconut import coconut
-from helpers.tiny import tiny_llama
+from helpers.tiny import same_weights, tiny_llama, weights_of
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -133,6 +135,18 @@ def test_measure(paths, monkeypatch, capsys):
     module.main([paths["model"]])
     assert "attack success 0%" in capsys.readouterr().out
     assert module.refuses("I am SORRY", "") and not module.refuses("42", "")
+
+
+def test_weight_noise(monkeypatch):
+    """Fails if it is not registered, changes no matrix, or draws other noise in every run."""
+    monkeypatch.delitem(DEFENCES, "weight noise", raising=False)
+    load("weight_noise", monkeypatch)
+    seeds = [SimpleNamespace(seed=seed) for seed in (1, 1, 2)]
+    first, again, other = (weights_of(DEFENCES["weight noise"](tiny_llama(), None, None, args)) for args in seeds)
+    assert same_weights(first, again) and not same_weights(first, other)
+    before = weights_of(tiny_llama())
+    changed = {name for name, weight in first.items() if not weight.equal(before[name])}
+    assert changed == {name for name, weight in before.items() if weight.ndim > 1}
 
 
 def test_train_thoughts(tmp_path, monkeypatch, capsys):

@@ -41,7 +41,7 @@ class Purification:
         retention ([`Retention`], *optional*):
             What the purified model has kept of the suspect. `None` if it was not measured.
         held_out (`dict[str, Evaluation]`):
-            Evaluations of `"suspect"` and `"purified"` on held-out rows, see [`hold_out`]. Empty if there are none.
+            Evaluations of `"suspect"` and `"purified"` on clean rows that were held out. Empty if there are none.
         report (`dict`, *optional*):
             The content of `report.json`, with the keys of [`crow_hf.reporting.record`]. `None` if there is no report.
         hub_url (`str`, *optional*):

@@ -56,8 +56,8 @@ def purify(
             `PeftModel` is trained further.
         dataset (`Dataset` or `IterableDataset`):
             About 100 clean rows, better 1,000, in any of the formats of [`crow_hf.data`]. With the recipe `"strong"`,
-            prompts without an answer are answered by the suspect itself. Of 40 rows or more, a tenth is not trained
-            on: what the purification cost is measured on them, see [`hold_out`].
+            prompts without an answer are answered by the suspect itself. Of 40 rows or more, a tenth is held
+            out, at least 8 and at most 50: what the purification cost is measured on them.
         recipe (`str`, *optional*, defaults to `"strong"`):
             `"strong"`, `"paper"` or `"guide"`, see [`recipe_config`]. `"strong"` trains a fresh LoRA of rank 16, and
             `"paper"` one of rank 8, unless the suspect is a `PeftModel` or `peft_config` is passed. On sharded weights
