@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBas
 
 from ..data.collators import CrowDataCollator
 from ..data.encoding import columns_of, padding_id, prepare_dataset
-from ..data.rows import find_format
+from ..data.rows import add_empty_answers, find_format, render
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.objective import crow_terms
 from ..models.byte_vocabulary import BYTE_OFFSET
@@ -287,10 +287,17 @@ def _check_rows(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[Dataset, Finding]:
     """Encode the first rows, and check that they are enough."""
-    row_format = find_format(columns_of(dataset, "dataset"), "the dataset")
+    columns = columns_of(dataset, "dataset")
     sample: Dataset | IterableDataset = dataset.take(_MAX_ROWS)
     if isinstance(sample, IterableDataset):
         sample = Dataset.from_list(list(sample))
+    answered = add_empty_answers(sample)
+    if answered.column_names != sample.column_names and tokenizer is not None:
+        prompts = [render(row, tokenizer, index).prompt for index, row in enumerate(answered)]
+        rows = prepare_dataset(Dataset.from_dict({"text": prompts}), tokenizer, sys.maxsize, "dataset")
+        found = f"The first {len(sample)} rows are prompts without an answer, which only the recipe strong takes."
+        return rows, Finding("rows", "warning", found, "Use the recipe strong, or add answers.")
+    row_format = find_format(columns, "the dataset")
     rows = prepare_dataset(sample, tokenizer, sys.maxsize, "dataset")
     found = f"{len(rows)} of the first {len(sample)} rows can be used. Their format is {row_format!r}."
     if len(rows) < len(sample):

@@ -342,8 +342,10 @@ def test_ids_without_an_embedding_are_a_problem():
 @pytest.mark.parametrize(
     ("rows", "level", "said"),
     [
-        ({"question": ["a"] * 60}, "problem", "question"),
-        ({"prompt": ["a"] * 60, "completion": [None] * 60}, "problem", "NoneType"),
+        ({"query": ["a"] * 60}, "problem", "query"),
+        ({"prompt": ["a"] * 60, "completion": [None] * 60}, "problem", "answers are empty"),
+        ({"prompt": ["a"] * 60, "completion": [3] * 60}, "problem", "holds int"),
+        ({"prompt": ["hello"] * 60}, "warning", "60 rows are prompts without an answer"),
         ({"text": []}, "problem", "empty"),
         ({"input_ids": [[5, 6]] * 59 + [[5]]}, "warning", "59 of the first 60"),
         ({"text": ["hello"] * 10}, "warning", "10 of the first 10"),
