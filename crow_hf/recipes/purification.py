@@ -17,11 +17,12 @@ from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..progress import phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
-from ..training.loading import load_causal_lm, load_tokenizer
+from ..training.loading import is_quantized, load_causal_lm, load_tokenizer
+from ..training.recorder import base_model_of
 from ..training.sharding import will_shard
 from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
-from .presets import MAX_ROWS, recipe_config
+from .presets import MAX_ROWS, lora_config, recipe_config
 from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
 from .saving import not_fatal, prepare_output, save_model, save_result
 
@@ -211,17 +212,34 @@ def check_base(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | Non
             "The suspect's adapter is merged before a fresh adapter is trained, and that base model is not saved: set "
             "`merge=True`, or leave out `peft_config` to train the suspect's adapter."
         )
+    stays = isinstance(model, PeftModel) if peft_config is None else not merge or is_quantized(model)
+    if stays and not base_model_of(model).name_or_path:
+        logger.warning(
+            "The purified adapter will not name its base model, which has no name: save that model, load it from its "
+            "folder, and purify again, or remember it."
+        )
 
 
 def describe_for_card(
     suspect: str, peft_config: PeftConfig | None, merge: bool, max_rows: int | None
 ) -> dict[str, Any]:
-    """Return what the card says that the trainer does not know: the suspect, and the other arguments of the call."""
+    """
+    Return what the card says that the trainer does not know: the suspect, the other arguments of the call, and an
+    adapter that only Python can ask for.
+    """
     settings = {"max_rows": max_rows, "merge": merge}
-    if isinstance(peft_config, LoraConfig):
+    adapter = None
+    if isinstance(peft_config, LoraConfig) and peft_config == lora_config(peft_config.r):
         settings |= {"lora": True, "lora_r": peft_config.r}
+    elif peft_config is not None:
+        # The name of the base can be a local path.
+        defaults = type(peft_config)().to_dict() | {"base_model_name_or_path": peft_config.base_model_name_or_path}
+        changed = {name: value for name, value in peft_config.to_dict().items() if value != defaults[name]}
+        values = {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+        adapter = f"{type(peft_config).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
     # As `crow-hf purify --config` takes them.
     return {
         "finetuned_from": suspect,
+        "adapter": adapter,
         "settings": {name: value for name, value in settings.items() if value is not None},
     }

@@ -349,6 +349,9 @@ def rehearse(
     if isinstance(args, InvarianceConfig) and args.num_canaries and isinstance(dataset, Dataset) and len(dataset):
         canaries = draw_canaries(model, args.num_canaries, args.seed)
         check_canaries_fit(model, dataset, canaries, args.max_length, processing_class)
+    if is_quantized(model):
+        # The layers of quantized weights are not made of plain tensors.
+        return canaries
     trainer_type: Any = InvarianceTrainer if isinstance(args, InvarianceConfig) else CrowTrainer
 
     class Rehearsal(trainer_type):

@@ -42,6 +42,7 @@ def build_model_card(
     backdoor: str | None = None,
     test_dataset: str | None = None,
     settings: dict[str, Any] | None = None,
+    adapter: str | None = None,
     finetuned_from: str | None = None,
     model_name: str | None = None,
     tags: Sequence[str] = (),
@@ -64,6 +65,8 @@ def build_model_card(
             The name on the Hub of the test rows, for the metadata.
         settings (`dict`, *optional*):
             Settings of the run that are not among the trainer's arguments, as `crow-hf purify --config` takes them.
+        adapter (`str`, *optional*):
+            The settings of a fresh adapter that `crow-hf purify --config` does not take, as Python code.
         finetuned_from (`str`, *optional*):
             The suspect. Defaults to the path or name that the trainer's model was loaded from.
         model_name (`str`, *optional*):
@@ -111,6 +114,7 @@ def build_model_card(
         not_shown=_not_shown(purification, comparison),
         use=_use(model, repository, base),
         settings=yaml.safe_dump(_settings(trainer, purification) | (settings or {}), sort_keys=False),
+        adapter=adapter,
         steps=trainer.state.global_step,
         dtype=str(model.dtype).removeprefix("torch."),
         batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

@@ -89,8 +89,13 @@ def rehearse_save(model: PreTrainedModel | PeftModel, processing_class: PreTrain
     """
     with TemporaryDirectory() as folder:
         try:
+            quantizer = getattr(model, "hf_quantizer", None)
             if isinstance(model, PeftModel):
                 model.save_pretrained(folder)
+            elif quantizer is not None:
+                # Its weights are not saved, but an adapter is, which must find them again.
+                if not quantizer.is_serializable():
+                    raise ValueError("its weights are in a format that transformers reads but does not write")
             else:
                 _repair_settings(model, folder)
                 _shapes_of(model, saved_tensors(model))
@@ -100,7 +105,8 @@ def rehearse_save(model: PreTrainedModel | PeftModel, processing_class: PreTrain
                 processing_class.save_pretrained(folder)
         except Exception as error:
             raise ValueError(
-                f"The model could not be saved after the work ({one_line(error)}): mend its files, and load it again."
+                f"The model could not be saved after the work ({one_line(error)}): mend its files, or take a copy of "
+                "it in safetensors."
             ) from error
 
 

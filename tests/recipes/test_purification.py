@@ -1,6 +1,8 @@
 """Tests of `purify()`: each recipe from end to end on tiny models."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from crow_hf.evaluation.retention import measure_retention, retention_reference
 from crow_hf.evidence.result import Purification
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.recipes import purification as purification_module
-from crow_hf.recipes.presets import MAX_ROWS, RECIPES
+from crow_hf.recipes.presets import MAX_ROWS, RECIPES, lora_config
 from crow_hf.recipes.purification import draw_rows, purify
 from crow_hf.recipes.run import default_adapter
 from helpers.recipes import ROWS, arguments
@@ -100,7 +102,7 @@ def test_rows_are_drawn_at_random_up_to_the_default_of_the_recipe(recipe, cap, c
     assert set(drawn) != set(draw_rows(rows, recipe, None, seed=2)["text"]) and set(drawn) != set(rows["text"][:cap])
     # Fewer rows, and rows that are asked for, are used as they are.
     caplog.clear()
-    assert draw_rows(rows, recipe, 0, seed=1) is rows
+    assert draw_rows(rows, recipe, 0, seed=1)["text"][:] == rows["text"][:]
     assert draw_rows(rows.select(range(cap)), recipe, None, seed=1)["text"][:] == rows["text"][:cap]
     stream = rows.to_iterable_dataset()
     assert draw_rows(stream, recipe, None, seed=1) is stream
@@ -145,3 +147,26 @@ def test_an_unmerged_adapter_on_a_merged_suspect_is_refused(recipe, saved, tmp_p
         with pytest.raises(ValueError, match="`merge=True`"):
             purify(suspect, ROWS, recipe, arguments(tmp_path, recipe), **options)
     assert not list(tmp_path.glob("run*/*"))
+
+
+def test_the_card_repeats_any_adapter(tmp_path, byte_tokenizer):
+    """Fails if the card names other settings than those of the adapter, or settings that `--config` does not take."""
+    own = LoraConfig(r=2, lora_alpha=3, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    for config in (lora_config(2), own):
+        args = arguments(tmp_path, "guide")
+        purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer, peft_config=config)
+        card = (Path(args.output_dir) / "README.md").read_text(encoding="utf-8")
+        code = re.search(r"`peft_config=(.*)` too", card)
+        assert ("lora_r: 2" in card) == (code is None) == (config is not own)
+    assert eval(code.group(1), {"LoraConfig": LoraConfig}).to_dict() == own.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["adapter of the suspect", "fresh adapter"])
+def test_an_adapter_on_a_base_without_a_name_is_told(kind, tmp_path, byte_tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
+    lora, args = LoraConfig(target_modules=["q_proj"]), arguments(tmp_path, "guide")
+    model, options = tiny_llama(), {"peft_config": lora, "merge": False}
+    if kind != "fresh adapter":
+        model, options = get_peft_model(model, lora), {}
+    purify(model, ROWS, "guide", args, processing_class=byte_tokenizer, **options)
+    assert "will not name its base model" in caplog.text

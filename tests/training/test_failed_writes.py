@@ -143,7 +143,7 @@ def test_read_only_folder_is_refused_before_the_work(command, paths, tmp_path, s
     else:
         folder = small_disk(10**6, "ro")
     assert main(command_line(command, paths, folder / "run")) == 1
-    assert "is not writable. Choose another `output_dir`" in last_sentence(capsys, command)
+    assert "is not writable. Choose another `--output_dir`" in last_sentence(capsys, command)
     with pytest.raises(OSError, match="is not writable"):
         build("crow", folder / "run")
     args = InvarianceConfig(str(folder / "run"), **QUIET)
