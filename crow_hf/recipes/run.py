@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
@@ -28,7 +28,7 @@ from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
 from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
-from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save
+from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
 from ..training.sharding import will_shard
 from .presets import LORA_RANKS, RECIPES, lora_config
 
@@ -39,6 +39,8 @@ logger = logging.get_logger(__name__)
 SCREENING, LEAKS, WRITING = "Screening the rows", "Looking for leaks", "Writing rows"
 LOOKING, CANARIES, PURIFYING = "Looking at the suspect", "Implanting canaries", "Purifying"
 CANARIES_AGAIN, LOOKING_AGAIN = "Looking for the canaries", "Looking again"
+# Only beside a comparison.
+CONTROL = "Training the control"
 
 
 def run_recipe(
@@ -198,13 +200,23 @@ class RecipeRun:
             dtype (`torch.dtype`, *optional*):
                 The dtype of the suspect's files. Weights that do not fit into it, and those of an adapter that did
                 not come with the suspect, stay as they were trained.
+
+        Raises:
+            `ValueError`: If the adapter cannot be merged. It is saved then.
         """
-        trainer, model = self.trainer, self.trainer.model
+        trainer = self.trainer
+        # Without mixed precision, in which a merged model computes other logits.
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         self.adapter = model.active_peft_config if isinstance(model, PeftModel) else None
         if self.trains_fresh_adapter and isinstance(model, PeftModel):
             if not merge or is_quantized(model):
                 return
-            trainer.model = merged(model)
+            trained = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+            try:
+                trainer.model = merged(model)
+            except ValueError as error:
+                write_weights(trainer.args.output_dir, model, trained)
+                raise ValueError(f"{error} The trained adapter is saved in {trainer.args.output_dir}.") from error
         if dtype is None or dtype == trainer.model.dtype or will_shard(trainer.args):
             return
         name = str(dtype).removeprefix("torch.")
@@ -311,6 +323,7 @@ def check_recipe(recipe: str, args: CrowConfig) -> None:
         )
 
 
+@phase("Checking model and rows")
 def rehearse(
     model: PreTrainedModel | PeftModel,
     dataset: Dataset | IterableDataset,

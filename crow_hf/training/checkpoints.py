@@ -23,6 +23,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
@@ -249,9 +250,11 @@ class CheckpointMixin(Trainer):
         *_, max_steps = self.set_initial_training_values(self.args, loader)
         try:
             self.create_optimizer_and_scheduler(max_steps)
+            if self.args.use_liger_kernel:
+                apply_liger_kernel(self.model, self.args.liger_kernel_config)
         except Exception as error:
             raise ValueError(
-                f"The optimizer or its schedule cannot be made ({one_line(error)}): change `optim`, "
+                f"The optimizer, its schedule or its kernels cannot be made ({one_line(error)}): change `optim`, "
                 "`lr_scheduler_type` or their arguments, or install what they need."
             ) from error
         factors = getattr(self.lr_scheduler, "lr_lambdas", [lambda step: 1.0])

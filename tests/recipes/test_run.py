@@ -284,6 +284,7 @@ def test_what_a_recipe_trains_by_default(tmp_path, monkeypatch):
     [
         ({"optim": "adamw_bnb_8bit"}, "optimizer"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"use_liger_kernel": True}, "liger"),
         ({"max_steps": 0}, "would not change"),
         ({"learning_rate": 0.0}, "would not change"),
         ({"max_steps": 1, "warmup_steps": 1}, "would not change"),
@@ -333,3 +334,22 @@ def test_the_rehearsal_leaves_the_suspect_as_it_was(tmp_path, byte_tokenizer):
     run_module.rehearse(model, ROWS, arguments(tmp_path), byte_tokenizer, lora_config(2))
     assert same_weights(weights_of(model), before) and [name for name, _ in model.named_modules()] == modules
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_an_adapter_that_was_trained_in_mixed_precision_is_merged(tmp_path, byte_tokenizer):
+    """Fails if the merged model is compared with one that computes in bfloat16."""
+    args = arguments(tmp_path, bf16=True, learning_rate=0.05)
+    found = purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+    assert not isinstance(found.model, PeftModel) and found.trainer.failures == []
+
+
+def test_an_adapter_that_cannot_be_merged_is_not_lost(tmp_path, byte_tokenizer, monkeypatch):
+    def refuse(model):
+        raise ValueError("The adapter cannot be merged.")
+
+    monkeypatch.setattr(run_module, "merged", refuse)
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="cannot be merged. The trained adapter is saved in"):
+        purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+    adapter = PeftModel.from_pretrained(tiny_llama(), args.output_dir)
+    assert any(weight.any() for name, weight in adapter.named_parameters() if "lora_B" in name)
