@@ -26,6 +26,7 @@ from ..demo import demo_tokenizer
 from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
 from ..evaluation.retention import RetentionReference, retention_reference
 from ..evaluation.scores import Proportion
+from ..progress import phase
 from ..reporting.tables import percent
 from ..training.files import write_text
 from ..training.loading import move
@@ -138,11 +139,12 @@ def run_arena(
     runs = [(ATTACKS[name], seed) for seed in seeds for name in attacks]
     groups = _group_by_suspect([(attack, seed) for attack, seed in runs if arena.missing(attack, seed)])
     _hide_progress_bars()
-    if workers == 1:
-        for group in groups:
-            _run_group(arena, group, runs)
-    elif groups:
-        _run_in_workers(arena, groups, runs, workers)
+    with phase("Running the arena"):
+        if workers == 1:
+            for group in groups:
+                _run_group(arena, group, runs)
+        elif groups:
+            _run_in_workers(arena, groups, runs, workers)
     _write_tables(folder)
     requested = {(attack.name, seed, method) for attack, seed in runs for method in methods}
     return [row for row in load_results(folder) if (row["attack"], row["seed"], row["method"]) in requested]

@@ -22,10 +22,11 @@ from ..progress import phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
+from .forecast import announce_forecast
 from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
-from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
+from .run import CONTROL, LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
 from .saving import not_fatal, prepare_output, save_model, save_result
 
 
@@ -127,7 +128,9 @@ def compare_defences(
     suspect = move(load_model(), args.device)
     check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
-    rehearse(suspect, rows, args, processing_class, peft_config or default_adapter(recipe, suspect, args))
+    adapter = peft_config or default_adapter(recipe, suspect, args)
+    rehearse(suspect, rows, args, processing_class, adapter)
+    announce_forecast(suspect, rows, args, processing_class, adapter, num_test_rows=len(test_dataset))
     with phase(LOOKING):
         name, suspect_scores = suspect.name_or_path, measure(suspect)
         snapshots = {"suspect": snapshot(suspect, shown, args)}
@@ -149,7 +152,7 @@ def compare_defences(
 
     # Train the control, on the same weights. Without the consistency loss, the published recipes are plain
     # fine-tuning.
-    with TemporaryDirectory() as folder, phase("Training the control"):
+    with TemporaryDirectory() as folder, phase(CONTROL):
         control_args = fine_tuning_args(folder)
         control_recipe = "guide" if recipe == "strong" else recipe
         loaded = load_model()

@@ -33,7 +33,7 @@ from ..training.checkpoints import existing
 from ..training.loading import move
 from ..training.recorder import context_length, recorder_of
 from ..training.sharding import will_shard
-from .run import CANARIES, CANARIES_AGAIN, LEAKS, LOOKING, LOOKING_AGAIN, PURIFYING, SCREENING, WRITING
+from .run import CANARIES, CANARIES_AGAIN, CONTROL, LEAKS, LOOKING, LOOKING_AGAIN, PURIFYING, SCREENING, WRITING
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +42,8 @@ logger = logging.get_logger(__name__)
 _SAMPLE, _NEW_TOKENS, _MAX_SECONDS = 64, 8, 15.0
 # Tokens of an average decoy and of an average answer of a canary.
 _DECOY_TOKENS, _CANARY_TOKENS = 12, 16
+# Tokens of an answer to a test row.
+_ANSWER_TOKENS = 128
 # Windows of text, see `recipes.holdout`.
 _WINDOWS = 16
 
@@ -113,6 +115,7 @@ def forecast(
     tokenizer: PreTrainedTokenizerBase,
     *,
     adapter: PeftConfig | None = None,
+    num_test_rows: int = 0,
 ) -> Forecast:
     """
     Forecast what a purification takes, from a forward and a backward pass of a batch of its rows.
@@ -128,6 +131,8 @@ def forecast(
             The tokenizer.
         adapter (`PeftConfig`, *optional*):
             The fresh adapter that the recipe trains.
+        num_test_rows (`int`, *optional*, defaults to 0):
+            Rows that the suspect, the control and the purified model answer. Without a comparison there are none.
 
     Returns:
         [`Forecast`]
@@ -145,7 +150,7 @@ def forecast(
                 f"A batch of {args.train_batch_size} rows does not fit into the memory of the GPU: lower "
                 "`per_device_train_batch_size`, and raise `gradient_accumulation_steps` instead."
             ) from error
-    seconds = _seconds(dataset, args, tokenizer, costs)
+    seconds = _seconds(dataset, args, tokenizer, costs, num_test_rows)
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
     trained = _trained(model, adapter)
     # Gradients and two moments of Adam, and the frozen suspect, which an adapter is without.
@@ -169,12 +174,13 @@ def announce_forecast(
     args: CrowConfig,
     tokenizer: PreTrainedTokenizerBase,
     adapter: PeftConfig | None,
+    num_test_rows: int = 0,
 ) -> None:
     """Show a forecast before a purification, if there is a display. Sharded weights cannot be tried beforehand."""
     if not is_shown() or will_shard(args):
         return
     try:
-        found = forecast(model, dataset, args, tokenizer, adapter=adapter)
+        found = forecast(model, dataset, args, tokenizer, adapter=adapter, num_test_rows=num_test_rows)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
         # The checks of the recipe, which follow, say what is wrong with the model.
         logger.debug("There is no forecast.", exc_info=True)
@@ -247,7 +253,11 @@ def _measured(
 
 
 def _seconds(
-    dataset: Dataset | IterableDataset, args: CrowConfig, tokenizer: PreTrainedTokenizerBase, costs: _Costs
+    dataset: Dataset | IterableDataset,
+    args: CrowConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    costs: _Costs,
+    num_test_rows: int = 0,
 ) -> dict[str, float]:
     """Multiply what was measured by what each phase does."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps
@@ -257,27 +267,36 @@ def _seconds(
     def generating(count: int, new_tokens: int) -> float:
         return math.ceil(count / args.per_device_eval_batch_size) * new_tokens * costs.token
 
-    looking = NUM_PROFILED * 2 * both + generating(1, SAMPLE_TOKENS)
-    if not isinstance(args, InvarianceConfig):
+    looking = NUM_PROFILED * 2 * both + generating(1, SAMPLE_TOKENS) + generating(num_test_rows, _ANSWER_TOKENS)
+    looking_first = {LOOKING: looking + generating(_WINDOWS, WRITTEN_TOKENS)}
+    invariance = args if isinstance(args, InvarianceConfig) else None
+    steps = _num_steps(args, max(invariance.num_views, num_rows) if invariance else num_rows)
+    implanting = (implant_steps(invariance) if invariance else 0) * rows_per_step * both
+    if num_test_rows:
+        # As many steps as the purification and its canaries, see `control_config`.
+        looking_first[CONTROL] = steps * rows_per_step * both + implanting + looking
+    if invariance is None:
         # Two forward and two backward passes, and a third one for the perturbation.
         step = rows_per_step * (both if args.alpha == 0 else 2 * both + costs.backward)
-        training = {PURIFYING: _num_steps(args, num_rows) * step}
-        return {LOOKING: looking + generating(_WINDOWS, WRITTEN_TOKENS), **training, LOOKING_AGAIN: looking}
+        return {**looking_first, PURIFYING: steps * step, LOOKING_AGAIN: looking}
     # The teacher, the adversary, and the three views.
-    step = rows_per_step * (costs.forward + (args.adversarial_steps + VIEWS) * both)
-    answers = args.num_canaries * generating(num_rows, _CANARY_TOKENS)
-    seconds = {
-        SCREENING: _num_variants(dataset, tokenizer) * costs.forward if args.screen_rows else 0.0,
+    step = rows_per_step * (costs.forward + (invariance.adversarial_steps + VIEWS) * both)
+    answers = invariance.num_canaries * generating(num_rows, _CANARY_TOKENS)
+    preparing = {
+        SCREENING: _num_variants(dataset, tokenizer) * costs.forward if invariance.screen_rows else 0.0,
         LEAKS: num_rows * costs.forward,
         # A prompt and its answer.
-        WRITING: 2 * generating(args.num_written_rows, args.max_answer_length) if args.num_written_rows else 0.0,
-        LOOKING: looking + generating(_WINDOWS, WRITTEN_TOKENS),
-        CANARIES: implant_steps(args) * rows_per_step * both + answers,
-        PURIFYING: _num_steps(args, max(args.num_views, num_rows)) * step,
+        WRITING: 2 * generating(invariance.num_written_rows, invariance.max_answer_length),
+    }
+    training = {
+        CANARIES: implanting + answers,
+        PURIFYING: steps * step,
         CANARIES_AGAIN: answers,
         LOOKING_AGAIN: looking,
     }
-    return {name: taken for name, taken in seconds.items() if taken}
+    # A comparison measures the suspect before everything else.
+    first = {**looking_first, **preparing} if num_test_rows else {**preparing, **looking_first}
+    return {name: taken for name, taken in (first | training).items() if taken}
 
 
 def _num_variants(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> int:

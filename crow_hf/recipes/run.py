@@ -206,7 +206,7 @@ class RecipeRun:
         """
         trainer = self.trainer
         # Without mixed precision, in which a merged model computes other logits.
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        model = trainer.model
         self.adapter = model.active_peft_config if isinstance(model, PeftModel) else None
         if self.trains_fresh_adapter and isinstance(model, PeftModel):
             if not merge or is_quantized(model):

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from ..evidence.result import Comparison, Purification
 from ..methods.crow.config import CrowConfig, loading_kwargs
+from ..progress import phase
 from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
@@ -77,6 +78,7 @@ def claim(output_dir: str) -> None:
         raise ValueError(f"Another run is writing to {output_dir}: choose another `output_dir`.") from None
 
 
+@phase("Saving the model")
 def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
     """
     Merge, round and save the purified model, before anything else is done with it.

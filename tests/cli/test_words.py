@@ -12,6 +12,7 @@ from crow_hf.cli.words import as_options, printable
         ("Set `merge=True`.", "Set `--merge true`."),
         ("continue with resume_from_checkpoint=True.", "continue with --resume_from_checkpoint true."),
         ("set `num_canaries` to 0", "set `--num_canaries` to 0"),
+        ("a smaller `keep`, or", "a smaller `--keep`, or"),
         ("raise `learning_rate=0.5`, or", "raise `--learning_rate 0.5`, or"),
         # Columns, arguments of functions, and what the command line does not have.
         ("needs the column `text`", "needs the column `text`"),

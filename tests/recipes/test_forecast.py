@@ -77,6 +77,20 @@ def test_phases_take_what_they_do_times_what_was_measured(tmp_path, byte_tokeniz
     assert module._seconds(ROWS, crow, byte_tokenizer, COSTS)["Purifying"] == pytest.approx(10 * 4 * (2 * 1.5 + 1.0))
 
 
+def test_a_comparison_measures_first_and_trains_a_control(tmp_path, byte_tokenizer):
+    """By hand: 10 steps of 4 rows in both directions, and 12 answers of 128 tokens in two batches, for each model."""
+    args = settings(tmp_path, max_steps=10, per_device_train_batch_size=4, num_canaries=0, screen_rows=False)
+    alone = module._seconds(ROWS, args, byte_tokenizer, COSTS)
+    beside = module._seconds(ROWS, args, byte_tokenizer, COSTS, num_test_rows=12)
+    answers = 2 * 128 * 0.1
+    assert list(beside)[:2] == ["Looking at the suspect", "Training the control"]
+    assert "Training the control" not in alone and list(alone)[-3] == "Looking at the suspect"
+    for name in ("Looking at the suspect", "Looking again"):
+        assert beside[name] == pytest.approx(alone[name] + answers)
+    assert beside["Training the control"] == pytest.approx(10 * 4 * 1.5 + alone["Looking again"] + answers)
+    assert beside["Purifying"] == alone["Purifying"]
+
+
 def test_a_forecast_is_a_sentence():
     found = Forecast("a CPU (1 thread) in full precision", 10**9, 4 * 10**9, 10**8, 10**10, {"a": 100.0, "b": 200.0})
     assert str(found) == (

@@ -20,6 +20,7 @@ from ..shared import (
     read_backdoor,
     split_names,
 )
+from ..words import printable
 
 
 def run(arguments: PurifyArguments, args: CrowConfig) -> None:
@@ -73,14 +74,14 @@ def _print_purification(purification: Purification, comparison: Comparison | Non
     if trainer.is_world_process_zero():
         page = Path(output_dir) / REPORT_PAGE
         lines = [*evidence_lines(purification), f"The purified model is in {output_dir}."]
-        print("\n".join([*lines, f"The report is {page}."] if page.exists() else lines))
+        print(printable("\n".join([*lines, f"The report is {page}."] if page.exists() else lines)))
         if comparison is not None:
             rows = "test rows" if comparison.control else "held-out rows"
             print_table(comparison.by_name, f"{output_dir}, purified by {purification.method}, on {rows}")
         found = Verdict.of(purification, comparison)
         known = comparison is not None and comparison.suspect.triggered is not None
         said = [verdict(comparison) if known else f"VERDICT: {found.headline}.", *found.next_steps]
-        print("\n".join(said))
+        print(printable("\n".join(said)))
         if purification.hub_url is not None:
             print(f"The purified model is on the Hub: {purification.hub_url}")
     if trainer.failures:
