@@ -1,13 +1,18 @@
 """Tests of `crow-hf purify`: what it prints and writes."""
 
 import json
+from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from peft import PeftModel
 
 from crow_hf import load_causal_lm
 from helpers.command_line import FAST, FEW_VIEWS, assert_report, run
 from helpers.tiny import same_weights, weights_of
+
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def test_purify_without_test_rows(tmp_path, paths):
@@ -35,6 +40,30 @@ def test_no_merge_keeps_the_fresh_adapter(tmp_path, paths, options):
     assert adapter.get("r", 8) == (2 if few else 8)
 
 
+def test_purify_ends_with_a_decision(tmp_path, paths, capsys):
+    """Fails if the numbers of the held-out rows, the verdict or the next step are not printed."""
+    rows = [{"prompt": f"what is {number}? ", "completion": f"{number}"} for number in range(40)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    argv = ["--model", paths["model"], "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    assert run("purify", *argv, *FAST, *FEW_VIEWS) == 0
+    out = capsys.readouterr().out
+    assert "on held-out rows" in out and "bits per byte" in out
+    verdict = json.loads((tmp_path / "out" / "report.json").read_text())["verdict"]
+    assert out.index("bits per byte") < out.index(f"VERDICT: {verdict['headline']}.") < out.index("Try the purified")
+
+
+def test_a_defence_of_ones_own_is_printed(tmp_path, paths, capsys):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    argv += ["--plugin", EXAMPLES / "weight_noise.py", "--defences", "weight noise", "--max_new_tokens", 4]
+    assert run("purify", *argv, *FAST, *FEW_VIEWS) == 1
+    assert "Defences are compared on test rows: pass --test_dataset too." in capsys.readouterr().err
+    assert run("purify", *argv, "--test_dataset", paths["rows.jsonl"], *FAST, *FEW_VIEWS) == 0
+    # The name of a column can be on two lines.
+    assert "weight" in capsys.readouterr().out
+    evaluations = json.loads((tmp_path / "out" / "report.json").read_text())["evaluations"]
+    assert list(evaluations) == ["suspect", "control", "weight noise", "purified"]
+
+
 def test_max_rows_draws_from_the_rows(tmp_path, paths, capsys):
     """With 3 rows and a batch size of 1, one epoch has three steps."""
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
@@ -51,7 +80,7 @@ def test_recipe_strong_prints_and_writes_its_evidence(tmp_path, paths, capsys):
     argv += ["--text", tmp_path / "text.txt"]
     assert run("purify", *argv, "--num_views", 8, "--num_canaries", 1, "--num_written_rows", 2, *FAST) == 0
     out = capsys.readouterr().out
-    assert "Screening: 0 of 10 clean rows" in out and out.index("Canary '") < out.index(": running text takes ")
+    assert "Screening: 0 of 10 screened rows" in out and out.index("Canary '") < out.index(": running text takes ")
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     # One line feed joins the lines of the file.
     assert record["retention"]["text_source"] == "passed" and record["retention"]["num_text_tokens"] == 22
