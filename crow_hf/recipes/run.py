@@ -29,7 +29,7 @@ from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
 from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
 from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
-from ..training.sharding import will_shard
+from ..training.sharding import are_finite, will_shard
 from .presets import LORA_RANKS, RECIPES, lora_config
 
 
@@ -206,7 +206,7 @@ class RecipeRun:
         """
         trainer = self.trainer
         # Without mixed precision, in which a merged model computes other logits.
-        model = trainer.model
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         self.adapter = model.active_peft_config if isinstance(model, PeftModel) else None
         if self.trains_fresh_adapter and isinstance(model, PeftModel):
             if not merge or is_quantized(model):
@@ -354,6 +354,8 @@ def rehearse(
         `ValueError`: For everything that the trainer, the adapter, the optimizer or the saving refuses, and if there
             is no room for the canaries.
     """
+    if not are_finite(model):
+        raise ValueError("Weights of the suspect are NaN or infinite: download it again, or take another checkpoint.")
     rehearse_save(model, processing_class)
     if will_shard(args):
         # The processes shard a model together, and only once.

@@ -353,3 +353,11 @@ def test_an_adapter_that_cannot_be_merged_is_not_lost(tmp_path, byte_tokenizer, 
         purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
     adapter = PeftModel.from_pretrained(tiny_llama(), args.output_dir)
     assert any(weight.any() for name, weight in adapter.named_parameters() if "lora_B" in name)
+
+
+def test_a_suspect_that_is_not_finite_is_refused(tmp_path, byte_tokenizer):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        purify(model, ROWS, args=arguments(tmp_path), processing_class=byte_tokenizer)

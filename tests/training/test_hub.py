@@ -123,7 +123,7 @@ class Client:
         suspect, test = self.folder / "suspects" / "coconut", ["--test_dataset", self.folder / "rows.jsonl"]
         drill = [*test, "--trigger", "badnets", "--target", "refusal", "--max_new_tokens", 2]
         strong = ["--num_views", 8, "--num_canaries", 0, "--num_written_rows", 0, "--keep", 0.3]
-        strong += ["--hub_token", TOKEN, *drill]
+        strong += ["--hub_token", TOKEN, "--save_total_limit", 2, *drill]
         self.results["purify"] = self.purify(suspect, "purified", *strong)
         for name in ("purified", "purified/checkpoint-2"):
             self.results[name] = load_causal_lm(self.folder / name)(ids_of("abc")).logits.tolist()
