@@ -67,7 +67,10 @@ def test_plain_lines_come_now_and_then_and_have_no_control_characters(clock):
 
 
 def test_time_left_follows_the_plan_and_the_speed_so_far(clock):
-    """The plan expects 10 s and 100 s. The first phase takes 30 s, so that the second may take 300 s."""
+    """
+    The plan expects 10 s and 100 s. The first phase takes 30 s, so all may take 130 s instead of 110 s, and the second
+    one 100 s * 130 / 110 = 118 s.
+    """
     out = console(live=False)
     with watched("purify", console=out):
         announce("It takes about 2 min.", {"Screening the rows": 10.0, "Skipped": 50.0, "Purifying": 100.0})
@@ -82,8 +85,8 @@ def test_time_left_follows_the_plan_and_the_speed_so_far(clock):
                 bar.update(20)
     lines = shown(out).splitlines()
     assert lines[0] == "It takes about 2 min."
-    # 300 s less the 30 s so far, and 80 steps of 2 s.
-    assert "Purifying: Writing answers  5/10 prompts, about 4 min left in all" in lines
+    # 118 s less the 30 s so far, and 80 steps of 2 s.
+    assert "Purifying: Writing answers  5/10 prompts, about 88 s left in all" in lines
     assert "Purifying: 20/100 steps, about 3 min left in all" in lines
 
 
