@@ -220,7 +220,7 @@ class _Display:
         """About the time that all phases take from now on. `None` without a plan."""
         if self.name not in self.planned:
             return None
-        # The phases so far tell how much faster or slower this machine is than it seemed, but a short one tells little.
+        # The phases so far tell how much faster or slower this machine is than it seemed. A short one tells little.
         to_come = sum(self.planned.values())
         scale = (self.taken + to_come) / (self.expected + to_come)
         later = sum(seconds for name, seconds in self.planned.items() if name != self.name) * scale
