@@ -237,7 +237,8 @@ def _adapter_config(path: str, **options: Any) -> PeftConfig:
 def _resize_embeddings(base: PreTrainedModel, path: str, options: dict[str, Any]) -> None:
     """Give the base model as many tokens as it had when the adapter was trained."""
     layers = (base.get_input_embeddings(), base.get_output_embeddings())
-    names = [name for name, module in base.named_modules() if any(module is layer for layer in layers)]
+    tables = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
+    names = [name for name, module in base.named_modules() if any(module is table for table in tables)]
     with safe_open(cached_file(path, ADAPTER_SAFE_WEIGHTS_NAME, **options), "pt") as weights:
         shapes = {
             key: weights.get_slice(key).get_shape()
