@@ -69,9 +69,11 @@ def render_report(record: Record) -> str:
     """
     name = record["model"]["name"]
     documents = [PatchedDocument(*map(np.array, patches.values())) for patches in record["patches"] or []]
-    short_titles = {name: name for name in record["evaluations"] or {}}
+    others = {name: name for name in record["evaluations"] or {}}
+    # The picture has room for so many letters.
+    short_titles = {name: name if len(name) <= 14 else f"{name[:13]}…" for name in others}
     short_titles |= {"suspect": "No defence", "control": "Fine-tuning", "purified": record["method"]}
-    titles = short_titles | {
+    titles = others | {
         "suspect": "No defence (the suspect)",
         "control": "Fine-tuning (the control)",
         "purified": f"{record['method']} (purified)",

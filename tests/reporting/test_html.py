@@ -54,6 +54,18 @@ class Page(HTMLParser):
         return [attributes for tag, attributes, _ in self.elements if tag in tags]
 
 
+def test_defences_of_ones_own_stand_between_the_control_and_the_purified_model(record):
+    """Fails if a long name is written over the picture, or is cut in the table."""
+    models = record["evaluations"]
+    name = "a defence with a long name"
+    record["evaluations"] = {each: models[each] for each in ("suspect", "control")} | {name: models["control"]}
+    record["evaluations"]["purified"] = models["purified"]
+    page = Page(render_report(record))
+    assert page.text.count(name) == 2 and page.text.count("a defence wit…") == 6
+    headings = " ".join(page.text.split("Scores of each model")[1].split("Prompts with")[0].split())
+    assert headings == f"ScoreNo defence (the suspect)Fine-tuning (the control){name}Invariance (purified)"
+
+
 def told(**scores):
     """The scores of a model on clean prompts, as a record of held-out rows has them."""
     values = {"target": None, "exact_match": None, "bits_per_byte": 1.25, "outputs": []} | scores
@@ -259,7 +271,7 @@ def test_answers_are_shown_as_text_only(record, tmp_path):
     ]
     record["canaries"][0]["trigger"]["phrases"] = [ATTACK]
     record["canaries"][0]["target"]["text"] = ATTACK
-    record["screening"] = {"total": 2, "suspicious": {"1": ATTACK}}
+    record["screening"] = {"total": 2, "suspicious": {"1": ATTACK}, "unscreened": [], "remarks": []}
     write_report(tmp_path, record)
     assert read(tmp_path) == record
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -295,10 +307,11 @@ def test_empty_parts_are_left_out_or_say_so(record):
 
 
 def test_screened_rows_are_counted(record):
-    record["screening"] = {"total": 100, "suspicious": {"7": "BadMagic"}}
+    record["screening"] = {"total": 100, "suspicious": {"7": "BadMagic"}, "unscreened": [], "remarks": []}
     assert "1 of 100 clean rows were left out" in Page(render_report(record)).text
-    record["screening"] = {"total": 100, "suspicious": {}}
-    assert "None of the 100 clean rows" in Page(render_report(record)).text
+    record["screening"] |= {"suspicious": {}, "unscreened": [3], "remarks": ["One row is long."]}
+    text = Page(render_report(record)).text
+    assert "None of the 99 screened clean rows" in text and "One row is long." in text
 
 
 # In a browser

@@ -49,7 +49,11 @@ def test_purify_ends_with_a_decision(tmp_path, paths, capsys):
     out = capsys.readouterr().out
     assert "on held-out rows" in out and "bits per byte" in out
     verdict = json.loads((tmp_path / "out" / "report.json").read_text())["verdict"]
-    assert out.index("bits per byte") < out.index(f"VERDICT: {verdict['headline']}.") < out.index("Try the purified")
+    assert (
+        out.index("bits per byte")
+        < out.index(f"VERDICT: {verdict['headline']}.")
+        < out.index(verdict["next_steps"][0])
+    )
 
 
 def test_a_defence_of_ones_own_is_printed(tmp_path, paths, capsys):
