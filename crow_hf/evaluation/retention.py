@@ -125,6 +125,11 @@ class Retention:
     text_source: str
 
     @property
+    def largest_kl(self) -> float:
+        """The larger of the divergences on answers and on running text, in nats per token."""
+        return max(kl for kl in (self.answer_kl, self.text_kl, 0.0) if kl is not None and not math.isnan(kl))
+
+    @property
     def text_bits_ratio(self) -> float:
         """Bits per byte of the running text, relative to the reference: 1 if nothing was forgotten."""
         reference = self.reference_text_bits_per_byte

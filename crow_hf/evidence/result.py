@@ -40,6 +40,8 @@ class Purification:
             none were taken.
         retention ([`Retention`], *optional*):
             What the purified model has kept of the suspect. `None` if it was not measured.
+        kept (`float`):
+            Share of the suspect's weights that was mixed into the purified weights, by `keep` and `max_kl`.
         held_out (`dict[str, Evaluation]`):
             Evaluations of `"suspect"` and `"purified"` on clean rows that were held out. Empty if there are none.
         report (`dict`, *optional*):
@@ -57,6 +59,7 @@ class Purification:
     canaries: list[Canary] = field(default_factory=list)
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     retention: Retention | None = None
+    kept: float = 0.0
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     hub_url: str | None = None

@@ -175,6 +175,7 @@ def compare_defences(
     run.prepare()
     run.implant_canaries()
     run.train(checkpoint)
+    run.stay_within_budget(reference, batch_size)
     save_model(run, name, merge=merge)
 
     # Look, report

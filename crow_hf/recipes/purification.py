@@ -131,6 +131,7 @@ def purify(
     # Implant, train
     run.implant_canaries()
     run.train(checkpoint)
+    run.stay_within_budget(reference, batch_size)
     save_model(run, name, merge=merge)
     purification = run.result()
 

@@ -1,5 +1,6 @@
 """One run of a recipe: prepare the rows, implant canaries, train, and see what became of the canaries."""
 
+import math
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from ..data.rows import drop_unanswered, fits_a_format
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import write_rows
+from ..evaluation.retention import RetentionReference, measure_retention
 from ..evidence.canaries import Canary, canary_success, check_canaries_fit, draw_canaries, implant_canaries
 from ..evidence.leaks import find_leaked_tokens
 from ..evidence.result import Purification
@@ -25,7 +27,7 @@ from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..progress import phase
-from ..reporting.verdict import CANARY_ADVICE, LIVES, canary_outcome
+from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
 from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
 from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
@@ -81,6 +83,8 @@ def run_recipe(
     Raises:
         `ValueError`: For every input that cannot be purified or purified with, before training starts.
     """
+    if getattr(args, "max_kl", None) is not None:
+        raise ValueError("`max_kl` takes a measurement of the suspect: call `purify` or `compare_defences`.")
     run = RecipeRun(model, dataset, recipe, args, processing_class, peft_config, all_weights)
     run.prepare()
     run.implant_canaries()
@@ -120,6 +124,8 @@ class RecipeRun:
             Whether the trained adapter did not come with the suspect.
         adapter (`PeftConfig`, *optional*):
             The adapter that was trained, once it is.
+        kept (`float`):
+            Share of the suspect's weights that was mixed into the trained ones.
 
     Raises:
         `ValueError`: For every input that cannot be purified or purified with.
@@ -150,6 +156,7 @@ class RecipeRun:
         self.screening: Screening | None = None
         self.leaked_tokens: list[int] = []
         self.adapter: PeftConfig | None = None
+        self.kept = 0.0
         self._canaries = rehearse(model, dataset, args, processing_class, peft_config)
 
     def prepare(self) -> None:
@@ -188,6 +195,32 @@ class RecipeRun:
         """Train."""
         with phase(PURIFYING):
             self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+
+    def stay_within_budget(self, reference: RetentionReference, batch_size: int) -> None:
+        """
+        Mix in as much of the suspect as its budget `args.max_kl` takes.
+
+        Args:
+            reference ([`RetentionReference`]):
+                What the suspect says.
+            batch_size (`int`):
+                Number of passages per batch.
+        """
+        trainer = self.trainer
+        if not isinstance(trainer, InvarianceTrainer):
+            return
+        self.kept, budget = trainer.args.keep, trainer.args.max_kl
+        while budget is not None:
+            with trainer.accelerator.autocast():
+                retention = measure_retention(trainer.model, trainer.processing_class, reference, batch_size)
+            if not retention.largest_kl > budget:
+                break
+            # For small changes of the weights, the divergence grows with their square.
+            share = 1 - 0.98 * math.sqrt(budget / retention.largest_kl)
+            trainer.mix_in_suspect(share)
+            self.kept = 1 - (1 - self.kept) * (1 - share)
+        if self.kept > SAFE_TO_KEEP:
+            logger.warning(KEPT_TOO_MUCH.format(self.kept))
 
     def finish(self, merge: bool, dtype: torch.dtype | None) -> None:
         """
@@ -237,7 +270,13 @@ class RecipeRun:
         if any(canary_outcome(canary) == LIVES for canary in self._canaries):
             logger.warning(CANARY_ADVICE)
         return Purification(
-            self.trainer.model, self.recipe, self.trainer, self.screening, self._canaries, adapter=self.adapter
+            self.trainer.model,
+            self.recipe,
+            self.trainer,
+            self.screening,
+            self._canaries,
+            kept=self.kept,
+            adapter=self.adapter,
         )
 
     def _prepare_invariance(

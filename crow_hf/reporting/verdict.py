@@ -69,6 +69,12 @@ CANARY_ADVICE = (
     "A canary, a backdoor that we implanted ourselves, is still active in the purified model. Do not use this model. "
     "Purify the suspect again with more rows, with more steps, with a smaller `keep`, or with `num_canaries` 0."
 )
+# In our trials, backdoors came back when more of the suspect was kept.
+SAFE_TO_KEEP = 0.3
+KEPT_TOO_MUCH = (
+    "{:.0%} of the suspect's weights were kept. In our trials, backdoors came back from 30 % on: do not rely on the "
+    "removal, and allow a larger `max_kl` or a smaller `keep`."
+)
 _NOT_MEASURED = (
     "The answers could not be compared: there are no test rows, and no clean rows were held out. That takes 40 "
     "different rows with prompts."
@@ -152,6 +158,8 @@ class Verdict:
         sentences.append(_on_canaries(purification.canaries))
         if purification.retention is not None:
             sentences.append(retention_line(purification.retention))
+        if purification.kept > SAFE_TO_KEEP:
+            sentences.append(KEPT_TOO_MUCH.format(purification.kept))
         return cls(found, found + beside, level, sentences, next_steps)
 
     def to_dict(self) -> dict[str, Any]:

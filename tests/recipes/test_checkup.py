@@ -230,7 +230,7 @@ def test_incompatible_predictor_is_a_problem():
 
 
 def test_thresholds_are_checked_and_the_remedy_works():
-    """Thresholds of 0.8 and 0.1 bits start a patch at nearly every byte. Those of the remedy give 4.5 bytes per patch."""
+    """Thresholds of 0.8 and 0.1 bits cut nearly every byte off. Those of the remedy give 4.5 bytes per patch."""
     model = small_coconut(encoder_config=LOCAL | {"sliding_window": 64})
     assert found(doctor(model, TEXT, TOKENIZER), "thresholds").level == "ok"
     model.binary_patch_module.threshold, model.binary_patch_module.relative_threshold = 0.1, 0.0125

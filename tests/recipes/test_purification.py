@@ -17,7 +17,7 @@ from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes.presets import MAX_ROWS, RECIPES, lora_config
 from crow_hf.recipes.purification import draw_rows, purify
-from crow_hf.recipes.run import default_adapter
+from crow_hf.recipes.run import default_adapter, run_recipe
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -170,3 +170,26 @@ def test_an_adapter_on_a_base_without_a_name_is_told(kind, tmp_path, byte_tokeni
         model, options = get_peft_model(model, lora), {}
     purify(model, ROWS, "guide", args, processing_class=byte_tokenizer, **options)
     assert "will not name its base model" in caplog.text
+
+
+def test_a_budget_limits_what_is_forgotten(tmp_path, byte_tokenizer, caplog):
+    """Fails if the suspect is not mixed in, if more of it is mixed in than needed, or if nobody is told how much."""
+
+    def purified(**settings):
+        args = arguments(tmp_path, learning_rate=1e-2, **settings)
+        return purify(tiny_llama(), ROWS, args=args, processing_class=byte_tokenizer)
+
+    free = purified()
+    spent = free.retention.largest_kl
+    wide = purified(max_kl=2 * spent)
+    assert same_weights(weights_of(wide.model), weights_of(free.model)) and wide.kept == wide.report["kept"] == 0
+    tight = purified(max_kl=spent / 10)
+    assert 0.8 * spent / 10 < tight.retention.largest_kl <= spent / 10
+    assert tight.report["kept"] == tight.kept > 0.3
+    assert any("do not rely on the removal" in sentence for sentence in tight.report["verdict"]["explanation"])
+    assert any("do not rely on the removal" in record.getMessage() for record in caplog.records)
+
+
+def test_a_budget_takes_a_measurement(tmp_path, byte_tokenizer):
+    with pytest.raises(ValueError, match="max_kl"):
+        run_recipe(tiny_llama(), ROWS, "strong", arguments(tmp_path, max_kl=0.1), processing_class=byte_tokenizer)

@@ -1,5 +1,6 @@
 """The arguments of Invariance training."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from ..crow.config import CrowConfig, check_integer, check_non_negative
@@ -36,6 +37,10 @@ class InvarianceConfig(CrowConfig):
         keep (`float`, *optional*, defaults to `0.0`):
             Share of the suspect's weights that is mixed into the purified weights after training. A larger share
             restores more right answers and, occasionally, a stubborn backdoor. A smaller share is safer.
+        max_kl (`float`, *optional*):
+            Budget for what may be forgotten: the largest KL(suspect || purified) in nats per token, both on answers to
+            clean prompts and on running text. [`purify`] mixes in as much of the suspect's weights as that takes. A
+            small budget can bring the backdoor back. `None` sets no limit.
         screen_rows (`bool`, *optional*, defaults to `True`):
             Whether [`purify`] drops rows that carry a trigger ([`crow_hf.evidence.screening`]).
         num_canaries (`int`, *optional*, defaults to `2`):
@@ -92,6 +97,13 @@ class InvarianceConfig(CrowConfig):
         default=0.0,
         metadata={"help": "Share of the suspect's weights that is mixed into the purified weights after training."},
     )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest KL divergence from the suspect, in nats per token of clean answers and running text. As "
+            "much of the suspect's weights is mixed in as that takes."
+        },
+    )
     screen_rows: bool = field(default=True, metadata={"help": "Drop rows that carry a trigger."})
     num_canaries: int = field(
         default=2, metadata={"help": "Number of canaries, backdoors of our own, to implant first."}
@@ -119,6 +131,8 @@ class InvarianceConfig(CrowConfig):
             raise ValueError(
                 f"`keep` must be less than 1, or the suspect's weights replace the purified ones, got {self.keep}."
             )
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise ValueError(f"`max_kl` must be a positive number of nats, or None for no limit, got {self.max_kl!r}.")
         if self.eval_strategy != "no":
             raise ValueError("The Invariance objective has no evaluation loss. Leave `eval_strategy` at 'no'.")
         if self.perturb != "embeddings":

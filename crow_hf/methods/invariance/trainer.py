@@ -137,7 +137,7 @@ class InvarianceTrainer(CrowTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in [`CrowTrainer`], then mix a share `args.keep` of the suspect's weights into the purified weights."""
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._mix_in_suspect()
+        self.mix_in_suspect(self.args.keep)
         return result
 
     def compute_loss(
@@ -200,11 +200,15 @@ class InvarianceTrainer(CrowTrainer):
         super()._run_epoch(**kwargs)
 
     @torch.no_grad()
-    def _mix_in_suspect(self) -> None:
+    def mix_in_suspect(self, share: float) -> None:
         """
         Interpolate between the purified and the suspect's weights (WiSE-FT, arXiv 2109.01903).
 
         What was learned is spread over all weights and keeps most of its effect, while forgotten knowledge comes back.
+
+        Args:
+            share (`float`):
+                Share of the suspect's weights, from 0 to 1.
         """
         model = self.accelerator.unwrap_model(self.model)
         suspect_weights = self._initial_adapter or dict(self._suspect.named_parameters())
@@ -214,7 +218,7 @@ class InvarianceTrainer(CrowTrainer):
             is_other_factor = bool(self._initial_adapter) and ("lora_A." in name or "lora_embedding_B." in name)
             if parameter.requires_grad and not is_other_factor:
                 with gathered_weights(parameter, suspect_weights[name]):
-                    parameter.lerp_(converted_like(suspect_weights[name], parameter), self.args.keep)
+                    parameter.lerp_(converted_like(suspect_weights[name], parameter), share)
 
     def _prepare_suspect(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """Move the suspect to this process's device, and shard it if the model will be sharded, to save memory."""

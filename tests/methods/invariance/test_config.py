@@ -13,6 +13,8 @@ from helpers.invariance import invariance_args
         ({"keep": 1.0}, "keep"),
         ({"keep": -0.1}, "keep"),
         ({"keep": float("nan")}, "keep"),
+        ({"max_kl": 0.0}, "max_kl"),
+        ({"max_kl": float("nan")}, "max_kl"),
         ({"decoy_weight": -1.0}, "decoy_weight"),
         ({"adversarial_weight": float("inf")}, "adversarial_weight"),
         ({"distillation_weight": "much"}, "distillation_weight"),
