@@ -12,7 +12,12 @@ from .configuration_byte_entropy import ByteEntropyConfig
 
 ThoughtMode = Literal["sequential", "recompute", "jacobi"]
 # The defaults of `LlamaConfig` describe a model of seven billion parameters.
-_SMALL_LLAMA = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+_SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 
 
 @strict
