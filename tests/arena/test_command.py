@@ -40,13 +40,13 @@ def test_defaults(monkeypatch, tmp_path, capsys):
     assert asked == [
         (ready, list(METHODS), [0, 1, 2]),
         (list(ATTACKS), list(METHODS), [0, 1, 2]),
-        (QUICK, QUICK_METHODS, [0]),
-        (["ctba"], QUICK_METHODS, [3]),
+        (list(QUICK), list(QUICK_METHODS), [0]),
+        (["ctba"], list(QUICK_METHODS), [3]),
     ]
     asked.clear()
     for options in (["--paper", "--alpaca", "a.json"], ["--paper", "--quick", "--alpaca", "a.json"]):
         assert main([*folder, *options]) == 0
-    assert asked == [(PAPER, PAPER_METHODS, [0, 1, 2]), (PAPER, PAPER_METHODS, [0])]
+    assert asked == [(list(PAPER), list(PAPER_METHODS), seeds) for seeds in ([0, 1, 2], [0])]
     assert main([*folder, "--seeds", "0,one"]) == 1
     assert "--seeds are whole numbers separated by commas, got 'one'." in capsys.readouterr().err
 

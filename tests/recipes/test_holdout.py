@@ -59,7 +59,7 @@ def test_held_out_rows_take_no_part_in_the_training(recipe, tmp_path, byte_token
     alone = run_recipe(tiny_llama(), used, recipe, args, processing_class=byte_tokenizer).model
     alone = alone.merge_and_unload() if recipe == "strong" else alone
     assert same_weights(weights_of(found.model), weights_of(alone))
-    assert found.report["rows"] == {"used": 37, "screened_out": 0, "held_out": 8}
+    assert found.report["rows"] == {"used": 37, "screened_out": 0, "dropped": 0, "held_out": 8}
     assert found.report["run"]["train_dataset"]["rows"] == 37 and found.report["run"]["held_out"]["rows"] == 8
     assert {sample["prompt"] for sample in found.report["samples"]} <= set(held_out["prompt"])
 
@@ -89,7 +89,7 @@ def test_few_rows_are_all_used_and_the_report_says_so(tmp_path, byte_tokenizer):
     rows = ROWS.select(range(12))
     found = purify(tiny_llama(), rows, "guide", arguments(tmp_path, "guide"), processing_class=byte_tokenizer)
     assert found.held_out == {} and found.report["evaluations"] is None
-    assert found.report["rows"] == {"used": 12, "screened_out": 0, "held_out": 0}
+    assert found.report["rows"] == {"used": 12, "screened_out": 0, "dropped": 0, "held_out": 0}
     assert "no clean rows were held out" in " ".join(found.report["verdict"]["explanation"])
 
 

@@ -16,9 +16,11 @@ def run(arguments: ArenaArguments) -> None:
     seeds = split_names(arguments.seeds) or (["0"] if arguments.quick else ["0", "1", "2"])
     if wrong := [seed for seed in seeds if not seed.isdecimal()]:
         raise ValueError(f"--seeds are whole numbers separated by commas, got {wrong[0]!r}.")
-    attacks, methods = (PAPER, PAPER_METHODS) if arguments.paper else (ready, list(known_methods()))
-    if arguments.quick and not arguments.paper:
-        attacks, methods = QUICK, QUICK_METHODS
+    attacks, methods = ready, list(known_methods())
+    if arguments.paper:
+        attacks, methods = list(PAPER), list(PAPER_METHODS)
+    elif arguments.quick:
+        attacks, methods = list(QUICK), list(QUICK_METHODS)
     rows = run_arena(
         arguments.output_dir,
         split_names(arguments.attacks) or attacks,
