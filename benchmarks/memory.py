@@ -89,6 +89,7 @@ def measure(method: str, lora: bool, checkpointing: bool) -> dict[str, int]:
         settings = {
             "output_dir": folder,
             "max_steps": 1,
+            "warmup_steps": 0,
             "max_length": LENGTH,
             "per_device_train_batch_size": ROWS,
             "activation_checkpointing": checkpointing,

@@ -306,7 +306,7 @@ def test_accelerate_launches_two_processes(number, few, folder, place):
     assert (program, launch, words[:2]) == ("accelerate", "launch", ["--num_processes", "4"])
     # With `--cpu` alone, accelerate starts a single process.
     on_two_cores = ["--multi_gpu", "--num_processes", "2", *words[2:]]
-    few = [*few, "--max_steps", "1", "--use_cpu", "--disable_tqdm", "true"]
+    few = [*few, "--max_steps", "1", "--warmup_steps", "0", "--use_cpu", "--disable_tqdm", "true"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(

@@ -139,8 +139,8 @@ class Client:
     def example(self):
         sys.argv = ["push_to_hub.py", "--model", str(self.folder / "suspects" / "llama"), "--dataset"]
         sys.argv += [str(self.folder / "rows.jsonl"), "--output_dir", str(self.folder / "example"), "--num_views", "8"]
-        sys.argv += ["--num_canaries", "0", "--num_written_rows", "0", "--max_steps", "1", "--use_cpu"]
-        sys.argv += ["--license", "apache-2.0"]
+        sys.argv += ["--num_canaries", "0", "--num_written_rows", "0", "--max_steps", "1", "--warmup_steps", "0"]
+        sys.argv += ["--use_cpu", "--license", "apache-2.0"]
         runpy.run_path(str(Path(__file__).parents[2] / "examples" / "push_to_hub.py"), run_name="__main__")
 
     def failures(self):
@@ -360,7 +360,7 @@ def test_card_of_a_purification_with_a_known_backdoor(world):
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert {"crow", "backdoor-removal"} <= set(card.data.tags)
     assert card.data.base_model is None and card.data.license is None
-    assert "| Invariance |" in card.text and "Screening: 0 of 8 clean rows" in card.text
+    assert "| Invariance |" in card.text and "Screening: 0 of 8 screened rows" in card.text
     assert "VERDICT: " in card.text and "trigger 'badnets', target 'refusal'" in card.text
     results = json.loads((world.folder / "purified" / "report.json").read_text())["evaluations"]["purified"]
     values = {(each.dataset_config, each.metric_type): each.metric_value for each in card.data.eval_results}
