@@ -32,6 +32,7 @@ from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
 from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
 from ..training.sharding import are_finite, will_shard
+from ..training.trial import try_out
 from .presets import LORA_RANKS, RECIPES, lora_config
 
 
@@ -158,6 +159,7 @@ class RecipeRun:
         self.adapter: PeftConfig | None = None
         self.kept = 0.0
         self._canaries = rehearse(model, dataset, args, processing_class, peft_config)
+        try_out(recorder_of(model))
 
     def prepare(self) -> None:
         """Prepare the rows, with the suspect where the recipe uses it, and build the trainer."""

@@ -2,10 +2,10 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -140,8 +140,8 @@ class LayerRecorder:
             return output
 
         def on_layer(number: int) -> Callable:
-            def append(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-                calls[number].append(output[0] if isinstance(output, tuple) else output)
+            def append(module: nn.Module, args: tuple, output: torch.Tensor | Sequence) -> None:
+                calls[number].append(output if isinstance(output, torch.Tensor) else output[0])
 
             return append
 
@@ -198,7 +198,9 @@ class LayerRecorder:
         return self.base.get_input_embeddings()
 
     def _find_layers(self) -> nn.ModuleList:
-        return _decoder_layers(self.base.get_decoder(), self.name)
+        decoder, whole = self.base.get_decoder(), cast(PreTrainedModel, self.base.base_model)
+        # In some models, an attribute of this name is the output head.
+        return _decoder_layers(decoder if isinstance(decoder, PreTrainedModel) else whole, self.name)
 
     def _register_hooks(self) -> list[Any]:
         """Register further hooks for one recording and return their handles."""
