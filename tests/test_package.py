@@ -15,7 +15,7 @@ import crow_hf
 
 
 ROOT = Path(crow_hf.__file__).parent
-HEAVY = ("matplotlib", "peft", "datasets", "evaluate")
+HEAVY = ("matplotlib", "peft", "datasets", "evaluate", "torch", "transformers")
 
 
 def type_checking_imports():
@@ -31,6 +31,23 @@ def test_import_is_light(module):
     script = f"import sys, {module}; sys.exit(','.join(name for name in {HEAVY} if name in sys.modules))"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import crow_hf, transformers",
+        "import transformers, crow_hf",
+        "import crow_hf, peft, evaluate, transformers",
+        "import crow_hf, transformers.trainer",
+        "import transformers; from crow_hf import purify",
+    ],
+)
+def test_models_are_registered_with_transformers(imports):
+    """Fails if the Auto classes know the models only in some order of the imports."""
+    script = f"{imports}; print(transformers.AutoConfig.for_model('coconut').model_type)"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.stdout.strip() == "coconut", process.stderr
 
 
 def test_training_and_measuring_need_no_matplotlib():
