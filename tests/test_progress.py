@@ -94,7 +94,8 @@ def test_the_bar_of_the_training_has_the_name_of_the_phase_and_the_loss(
     trainer = small_trainer(tmp_path, tiny_llama, byte_tokenizer, rows)
     with bars_made() as made, phase("Implanting canaries"):
         trainer.train()
-    assert [(bar["desc"], bar["total"], bar["unit"]) for bar in made] == [("Implanting canaries", 2, "step")]
+    # Saving has bars too.
+    assert [(bar["desc"], bar["total"]) for bar in made if bar.get("unit") == "step"] == [("Implanting canaries", 2)]
     loss = trainer.state.log_history[0]["loss"]
     assert f"loss {loss:.3g}" in capfd.readouterr().err
 

@@ -96,6 +96,12 @@ def test_options_are_those_of_the_configuration(recipe, kind):
         assert not each.metadata.get("choices") or tuple(each.metadata["choices"]) == choices
 
 
+def test_a_changed_default_keeps_the_choices_of_transformers():
+    """Fails if the recipe strong, which has another schedule, takes any word for one."""
+    with pytest.raises(ValueError, match="invalid choice: 'sometimes'"):
+        read_arguments("purify", [*NEEDED, "--output_dir", "o", "--lr_scheduler_type", "sometimes"])
+
+
 def test_every_value_reaches_its_configuration(tmp_path):
     """Each kind of option: text, number, flag, list, JSON, an enumeration and one of the method."""
     words = {"max_steps": "7", "save_only_model": "true", "label_names": "a b", "optim": "sgd", "weight_decay": "1e-2"}

@@ -283,11 +283,15 @@ def test_ctrl_c_exits_with_130(paths, capsys, monkeypatch, message, said):
     assert said in stderr
 
 
-def test_programming_errors_keep_their_traceback(paths, monkeypatch):
-    """Fails if a bug of the package is reported as if it were a mistake of the user."""
+@pytest.mark.parametrize("verbose", [False, True])
+def test_unforeseen_errors_have_their_class_and_on_request_their_place(paths, monkeypatch, capsys, verbose):
+    """Fails if a user sees a traceback that was not asked for, or if a bug cannot be traced."""
     monkeypatch.setattr(evaluate, "load_rows", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run("evaluate", "--model", paths["model"], "--dataset", paths["rows.jsonl"])
+    argv = ["evaluate", "--model", paths["model"], "--dataset", paths["rows.jsonl"]]
+    assert run(*argv, *(["--verbose"] if verbose else [])) == 1
+    stderr = capsys.readouterr().err
+    assert "crow-hf evaluate: ZeroDivisionError: division by zero. Pass --verbose" in stderr.splitlines()[-1]
+    assert ("Traceback" in stderr) == verbose
 
 
 def test_the_process_group_is_left(tmp_path, paths):
