@@ -328,7 +328,10 @@ def test_an_edit_makes_the_target_more_likely(files, edited):
 def short_training(modules, monkeypatch):
     """Trainings of a few steps."""
     whole = modules.defences.recipe_config
-    few = {"strong": {"num_views": 4, "num_canaries": 1, "num_written_rows": 2}, "paper": {"max_steps": 1, "warmup_steps": 0}}
+    few = {
+        "strong": {"num_views": 4, "num_canaries": 1, "num_written_rows": 2},
+        "paper": {"max_steps": 1, "warmup_steps": 0},
+    }
 
     def short_config(recipe, output_dir, **changes):
         return whole(recipe, output_dir, **(few[recipe] | changes))
