@@ -49,10 +49,11 @@ SIZES = [
     (64, "max_position_embeddings n_positions n_ctx max_seq_len"),
     (16, "mamba_d_head mamba_head_dim time_step_rank mamba_dt_rank"),
     (
-        0,
-        "pad_token_id dropout attention_dropout embd_pdrop attn_pdrop resid_pdrop hidden_dropout activation_dropout "
+        0.0,
+        "dropout attention_dropout embd_pdrop attn_pdrop resid_pdrop hidden_dropout activation_dropout "
         "hidden_dropout_prob attention_probs_dropout_prob resid_dropout emb_pdrop classifier_dropout",
     ),
+    (0, "pad_token_id"),
     (0.2, "initializer_range init_std"),
 ]
 TINY = {name: value for value, names in SIZES for name in names.split()}
@@ -61,15 +62,14 @@ ALL_HEADS = {"num_key_value_heads": 4}
 ALTERNATING = {"layers_block_type": ["linear_attention", "hybrid"] * 2}
 ZAMBA = ALTERNATING | ALL_HEADS | {"attention_hidden_size": 64, "attention_head_dim": 16, "use_mamba_kernels": False}
 SPARSE = {"num_experts": 4, "num_experts_per_tok": 2}
-NO_OVERRIDES = {"per_layer_config": None}
 # What the names alone do not say. A value of None leaves a field to the config.
 OTHERS = {
     **dict.fromkeys(
         ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"], ALL_HEADS
     ),
-    **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"], {"head_dim": 8}),
-    **dict.fromkeys(["gemma4_text", "gemma4_unified_text"], NO_OVERRIDES),
-    **dict.fromkeys(["gemma4", "gemma4_unified"], NO_OVERRIDES | {"text_config": NO_OVERRIDES}),
+    **dict.fromkeys(
+        ["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"], {"head_dim": 8, "num_key_value_heads": 2}
+    ),
     "bailing_hybrid": ALL_HEADS | SPARSE | {"qk_head_dim": 16},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -79,7 +79,7 @@ OTHERS = {
     },
     "deepseek_v2": ALL_HEADS | SPARSE,
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "dots3_note_text": ALL_HEADS | NO_OVERRIDES | {"head_dim": 16, "index_head_dim": 16},
+    "dots3_note_text": ALL_HEADS | {"head_dim": 16, "index_head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 64, "ssm_multipliers": [1.0] * 5, "mlp_multipliers": [1.0, 1.0]},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
@@ -94,10 +94,20 @@ OTHERS = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": ALL_HEADS | {"qk_head_dim": 16, "num_hidden_layers": None},
     "mamba2": {"num_heads": 8},
-    "mpt": {"attn_pdrop": None},
     "prophetnet": {"num_decoder_layers": 4, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4},
     "qwen4_exp_text": SPARSE
-    | {"indexer_budget": 4, "indexer_compress_ratio": 2, "hc_lowrank": 4, "ple_embed_dim": 16},
+    | {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 4,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 2,
+        "heads_per_ngram": 2,
+    },
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [8, 8],
@@ -105,7 +115,7 @@ OTHERS = {
         "attn_layers": ["local", "lsh"] * 2,
     },
     "xlnet": {"d_head": 8},
-    "xlstm": {"ffn_round_up_to_multiple_of": 8, "qk_dim_factor": 1.0},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "ffn_round_up_to_multiple_of": 8, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": ZAMBA,
     "zamba2": ZAMBA | {"mamba_headdim": 16, "n_mamba_heads": 4, "hybrid_layer_ids": [1, 3], "num_query_groups": 4},
@@ -137,15 +147,17 @@ def tiny_architecture(model_type, **changes):
 
 
 def _shrunk(fields):
-    return {name: _shrunk_value(name, value) for name, value in fields.items()}
+    return {name: _shrunk_value(name, value) for name, value in fields.items() if name != "per_layer_config"}
 
 
 def _shrunk_value(name, value):
-    if name in TINY and value is not None and not isinstance(value, dict):
+    if name in TINY and value and not isinstance(value, dict):
         return [TINY[name]] * DEPTH if isinstance(value, list) and not name.endswith("token_id") else TINY[name]
-    if name in ("vision_config", "audio_config"):
+    if name in ("vision_config", "audio_config") and value:
         # A tower of another depth than the decoder's.
-        return _shrunk(value) | {key: 2 for key in ("num_hidden_layers", "num_layers", "depth") if key in value}
+        return _shrunk(value) | {
+            key: 2 for key in ("num_hidden_layers", "num_layers", "depth", "num_blocks") if key in value
+        }
     if isinstance(value, dict) and not name.startswith("rope_"):
         return _shrunk(value)
     if isinstance(value, list) and len(value) > DEPTH:

@@ -53,7 +53,7 @@ def watched_forward(model, batch, shift=None):
         return states[0]
 
     def on_layer(module, args, output):
-        states.append(output[0] if isinstance(output, tuple) else output)
+        states.append(output if isinstance(output, torch.Tensor) else output[0])
 
     handles = [model.get_input_embeddings().register_forward_hook(on_embeddings)]
     handles += [layer.register_forward_hook(on_layer) for layer in stack]

@@ -49,7 +49,7 @@ def terms_of_crow(model):
 
 
 def gradients_of(loss, model):
-    parameters = list(model.parameters())
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros(()) if each is None else each for each in gradients]
 
