@@ -1,6 +1,6 @@
 """Rows as token ids: encodes prompts and completions, and prepares whole datasets for training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -111,7 +111,11 @@ def _cut(
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list[int]:
     """Tokenize a text, with the special tokens before it, but without an end-of-sequence token after it."""
     ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    added = special and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    added = (
+        special
+        and ids[-1:] == [tokenizer.eos_token_id]
+        and not (tokenizer.eos_token and text.endswith(tokenizer.eos_token))
+    )
     return ids[:-1] if added else ids
 
 
@@ -244,8 +248,38 @@ class _TokenRow:
         return {**{name: values[: self.max_length] for name, values in columns.items()}, "cut": cut}
 
 
+def check_ids(rows: Iterable[Sequence[int]], num_embeddings: int) -> int:
+    """
+    Check that every token id has an embedding. Without one, a model fails, on a GPU without a readable error.
+
+    Args:
+        rows (`Iterable[Sequence[int]]`):
+            Token ids.
+        num_embeddings (`int`):
+            The number of embeddings of the model.
+
+    Returns:
+        `int`: The highest id.
+
+    Raises:
+        `ValueError`: If an id has no embedding.
+    """
+    highest = max((max(ids) for ids in rows if len(ids)), default=0)
+    if highest >= num_embeddings:
+        raise ValueError(
+            f"The rows have the token id {highest}, but the model has {num_embeddings} embeddings. Use the model's "
+            "own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+    return highest
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return the padding token. Masked positions never count, so the end-of-sequence token or 0 also works."""
+    """
+    Return the padding token, or else the end token, or 0. Masked positions never count, so any id works.
+
+    A token that was added to a tokenizer may have no embedding, and is not used.
+    """
     if tokenizer is None:
         return 0
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None and token < tokenizer.vocab_size), 0)

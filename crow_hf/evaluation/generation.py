@@ -13,11 +13,11 @@ from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from ..data.collators import CrowDataCollator
-from ..data.encoding import IGNORE_INDEX, encode, encode_prompt, padding_id
+from ..data.encoding import IGNORE_INDEX, check_ids, encode, encode_prompt, padding_id
 from ..data.rows import PROMPT_AND_ANSWER, Rendered, add_empty_answers, fits_a_format, render
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
-from ..training.recorder import base_model_of, context_length, plain_outputs
+from ..training.recorder import base_model_of, context_length, embedding_table, plain_outputs
 
 
 @contextmanager
@@ -163,6 +163,7 @@ def _encode_prompts(
             f"{context} tokens. Lower it."
         )
     encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    check_ids(encoded, len(embedding_table(model)))
     for number, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"Prompt {number} is empty, so the model cannot answer it. Pass rows with a prompt.")

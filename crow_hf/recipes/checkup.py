@@ -13,15 +13,17 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import CrowDataCollator
-from ..data.encoding import columns_of, padding_id, prepare_dataset
+from ..data.encoding import check_ids, columns_of, padding_id, prepare_dataset
 from ..data.rows import add_empty_answers, find_format, render
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.objective import crow_terms
+from ..methods.invariance.config import InvarianceConfig
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
 from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, recorder_of
+from ..training.trial import try_out
 from .findings import Finding, Level, has_problem
 from .forecast import forecast
 from .patch_checkup import PROSE, check_components, check_frozen_predictor, check_patches
@@ -33,8 +35,8 @@ from .run import default_adapter
 FEW_ROWS = 50
 # A larger share of weights that an update leaves unchanged is a warning.
 MAX_LOST_UPDATES = 0.1
-# Sizes of the samples: rows, tokens per row for a forward pass, values per weight tensor.
-_MAX_ROWS, _MAX_TOKENS, _MAX_VALUES = 1_000, 64, 10_000
+# Sizes of the samples: rows, rows and tokens per row for a forward pass, values per weight tensor.
+_MAX_ROWS, _MAX_TRIED_ROWS, _MAX_TOKENS, _MAX_VALUES = 1_000, 16, 64, 10_000
 
 # A check yields its findings. Its result is what later checks need, or `None` if they cannot run.
 _T = TypeVar("_T")
@@ -108,7 +110,7 @@ def _findings(
     if isinstance(recorder.base, CoconutForCausalLM):
         documents = [] if dataset is None else [_bytes_of(row["input_ids"]) for row in rows]
         yield from check_patches(recorder.base, documents)
-    yield from _check_objective(recorder, model, rows, tokenizer)
+    yield from _check_objective(recorder, model, rows, tokenizer, args)
     if dataset is not None and tokenizer is not None:
         yield from _check_cost(model, dataset, recipe, args, tokenizer)
 
@@ -189,7 +191,14 @@ def _check_model(model: PreTrainedModel | PeftModel, learning_rate: float) -> _C
     findings = list(_check_weights(model, learning_rate))
     yield from findings
     yield from check_frozen_predictor(model)
-    return None if has_problem(findings) else recorder
+    if has_problem(findings):
+        return None
+    try:
+        try_out(recorder)
+    except ValueError as error:
+        yield Finding("objective", "problem", str(error), "Use another model, or download this one again.")
+        return None
+    return recorder
 
 
 def _check_weights(model: PreTrainedModel | PeftModel, learning_rate: float) -> Iterator[Finding]:
@@ -250,7 +259,7 @@ def _check_data(
         rows = prepare_dataset(Dataset.from_dict({"text": [PROSE]}), tokenizer, sys.maxsize)
     else:
         return None
-    finding = _check_ids(rows, tokenizer, embedding_table(base).shape[0])
+    finding = _check_ids(rows, len(embedding_table(base)))
     yield finding
     return None if finding.level == "problem" else (rows, tokenizer)
 
@@ -324,14 +333,14 @@ def _check_lengths(rows: Dataset, max_length: int, context: int | None) -> Findi
     return Finding("context", "warning", found, remedy)
 
 
-def _check_ids(rows: Dataset, tokenizer: PreTrainedTokenizerBase | None, num_embeddings: int) -> Finding:
-    """Check that every token id, including that of the padding, has an embedding."""
-    highest = max(padding_id(tokenizer), *(max(row["input_ids"]) for row in rows))
+def _check_ids(rows: Dataset, num_embeddings: int) -> Finding:
+    try:
+        highest = check_ids(rows["input_ids"], num_embeddings)
+    except ValueError as error:
+        found, _, remedy = str(error).partition(". ")
+        return Finding("vocabulary", "problem", f"{found}.", remedy)
     found = f"The highest token id is {highest}, and the model has {num_embeddings} embeddings."
-    if highest < num_embeddings:
-        return Finding("vocabulary", "ok", found)
-    remedy = "Use the model's own tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
-    return Finding("vocabulary", "problem", found, remedy)
+    return Finding("vocabulary", "ok", found)
 
 
 def _bytes_of(ids: list[int]) -> bytes:
@@ -346,16 +355,22 @@ def _check_objective(
     model: PreTrainedModel | PeftModel,
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase | None,
+    args: CrowConfig,
 ) -> Iterator[Finding]:
-    """Run both passes of CROW on the first tokens of two rows, without an optimizer step."""
-    ids = [row["input_ids"][:_MAX_TOKENS] for row in rows.select(range(min(2, len(rows))))]
+    """Run both passes of CROW on the first tokens of a few rows, without an optimizer step."""
+    sample = rows.shuffle(seed=args.seed).take(min(_MAX_TRIED_ROWS, len(rows)))
+    ids = [row["input_ids"][:_MAX_TOKENS] for row in sample]
+    epsilon, mode = args.epsilon, args.epsilon_mode
+    if isinstance(args, InvarianceConfig):
+        epsilon, mode = args.adversarial_step_size, "relative"
     batch = CrowDataCollator(padding_id(tokenizer))([{"input_ids": row, "labels": row} for row in ids])
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             inputs = recorder.prepare({name: value.to(model.device) for name, value in batch.items()})
-            _, terms = crow_terms(recorder, model, model, inputs, epsilon=0.1, epsilon_mode="absolute", layers="paper")
+            options: dict[str, Any] = {"epsilon": epsilon, "epsilon_mode": mode, "layers": args.consistency_layers}
+            _, terms = crow_terms(recorder, model, model, inputs, **options)
     except ValueError as error:
         remedy = "Use another model, or rows that this model accepts."
         yield Finding("objective", "problem", str(error), remedy)
@@ -364,17 +379,17 @@ def _check_objective(
         model.train(was_training)
     values = {name: value.item() for name, value in terms.items()}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        found = f"`{bad[0]}` is {values[bad[0]]} on the first rows in {str(model.dtype).removeprefix('torch.')}."
+        found = f"`{bad[0]}` is {values[bad[0]]} on some of the rows in {str(model.dtype).removeprefix('torch.')}."
         yield Finding("objective", "problem", found, "Load the model in float32.")
         return
-    yield _judge_perturbation(values)
+    yield _judge_perturbation(values, epsilon, mode)
     yield _judge_loss(values["loss_lm"], math.log(embedding_table(recorder.base).shape[0]))
 
 
-def _judge_perturbation(values: dict[str, float]) -> Finding:
+def _judge_perturbation(values: dict[str, float], epsilon: float, mode: str) -> Finding:
     found = (
         f"Both passes work. Consecutive layers differ by {values['consistency_clean']:.2g} (1 - cos), and by "
-        f"{values['consistency_perturbed']:.2g} with the perturbation. An epsilon of 0.1 is "
+        f"{values['consistency_perturbed']:.2g} with a perturbation. Its step of {epsilon:g} ({mode}) is "
         f"{values['perturbation_ratio']:.2g} times the length of the embeddings."
     )
     if values["perturbation_ratio"] > 1:
@@ -384,7 +399,7 @@ def _judge_perturbation(values: dict[str, float]) -> Finding:
 
 
 def _judge_loss(loss: float, guessing: float) -> Finding:
-    found = f"The loss on the first rows is {loss:.2f} nats per token. Guessing gives {guessing:.2f}."
+    found = f"The loss on some of the rows is {loss:.2f} nats per token. Guessing gives {guessing:.2f}."
     if loss >= guessing:
         remedy = "Train the model first, or check that the tokenizer and the rows belong to this model."
         return Finding("language model", "warning", found, remedy)

@@ -30,7 +30,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from ...data.collators import CrowDataCollator
-from ...data.encoding import IGNORE_INDEX, columns_of, padding_id, prepare_dataset
+from ...data.encoding import IGNORE_INDEX, check_ids, columns_of, padding_id, prepare_dataset
 from ...progress import name_progress_bar
 from ...training.checkpoints import (
     OUTPUT_WAS_USED,
@@ -44,7 +44,7 @@ from ...training.checkpoints import (
 from ...training.compilation import compiled_layers
 from ...training.hub import HubMixin
 from ...training.loading import load_causal_lm, load_tokenizer
-from ...training.recorder import context_length, frozen_modules, recorder_of
+from ...training.recorder import context_length, embedding_table, frozen_modules, recorder_of
 from ...training.sharding import are_finite, is_sharded, will_shard
 from .config import CrowConfig, loading_kwargs
 from .objective import control_terms, crow_terms
@@ -254,6 +254,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         prepared = prepare_dataset(rows, self.processing_class, max_length)
         if isinstance(rows, Dataset) and isinstance(prepared, Dataset):
             self.num_dropped_rows = len(rows) - len(prepared)
+            check_ids(prepared["input_ids"], len(embedding_table(self.model)))
         return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:

@@ -17,9 +17,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ...data.encoding import check_ids
 from ...data.rows import prompt_of, render
 from ...training.loading import move
-from ...training.recorder import recorder_of
+from ...training.recorder import embedding_table, recorder_of
 from ...training.sharding import converted_like, gathered_weights, zero3_engine
 from ..crow.config import rows_in_step
 from ..crow.trainer import CrowTrainer
@@ -282,6 +283,8 @@ class InvarianceTrainer(CrowTrainer):
                 f"No row of `train_dataset` has an answer within the {max_length} tokens of `max_length` and the "
                 "model's context. Pass rows with an answer, or shorter prompts."
             )
+        ids = (each for row in learnable for each in (*row["prompts"], row["completion"]))
+        check_ids(ids, len(embedding_table(self.model)))
         return learnable
 
     def _set_signature_columns_if_needed(self) -> None:
