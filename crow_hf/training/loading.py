@@ -81,9 +81,11 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         return _load_adapter(str(path), is_trainable, kwargs)
     with _in_one_sentence(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **kwargs
+            path, use_safetensors=True, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
         )
     model, found = loaded
+    reshaped = [name for name, *_ in found["mismatched_keys"]]
+    _check_complete(path, "have {} tensors of another shape than its config says", reshaped)
     _check_complete(path, "lack {} tensors that its config requires", found["missing_keys"])
     _check_complete(path, "have {} tensors for which its config has no place", found["unexpected_keys"])
     return model
@@ -264,6 +266,8 @@ def _in_one_sentence(what: str | Path, done: str = "be loaded") -> Iterator[None
     except Exception as error:
         if NEEDS_CODE in str(error):
             raise ValueError(CODE_IS_NOT_RUN.format(what)) from None
+        if isinstance(error, ImportError):
+            raise ValueError(f"{what} cannot {done}: {' '.join(str(error).split())}") from error
         raise ValueError(
             f"{what} cannot {done} ({_in_one_line(error)}). Check `model_init_kwargs`, and that the config belongs to "
             "the weights."

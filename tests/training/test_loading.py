@@ -1,16 +1,19 @@
 """Tests of loading a suspect: only safetensors are read, and none of its code is run."""
 
+import copy
 import json
 import pickle
+import time
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub import constants
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from crow_hf import load_causal_lm
-from crow_hf.training.loading import load_tokenizer
+from crow_hf.training.loading import load_tokenizer, merged
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
 
@@ -222,14 +225,151 @@ def test_missing_weights_are_named(model_folder):
 
 @pytest.mark.parametrize(
     ("config", "kwargs"),
-    [({"intermediate_size": 40}, {}), ({}, {"foo": 1}), ({}, {"dtype": "float99"})],
-    ids=["sizes", "unknown", "dtype"],
+    [
+        ({}, {"foo": 1}),
+        ({}, {"dtype": "float99"}),
+        ({"rope_parameters": {"rope_type": "spiral"}}, {}),
+        ({"hidden_act": "swoosh"}, {}),
+        ({"num_attention_heads": 0}, {}),
+        ({"model_type": "qwen2_vl"}, {}),
+        ({"model_type": "unheard_of"}, {}),
+    ],
+    ids=["unknown", "dtype", "rope", "activation", "no heads", "vision", "type"],
 )
 def test_what_the_model_does_not_take_is_one_sentence(config, kwargs, model_folder):
     change(model_folder, **config)
     with pytest.raises(ValueError, match=r"cannot be loaded .*\. Check `model_init_kwargs`") as error:
         load_causal_lm(model_folder, **kwargs)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 3}, r"have 9 tensors for which its config has no place, such as model\.layers\.3\."),
+        ({"intermediate_size": 40}, r"have 12 tensors of another shape .* such as model\.layers\.0\.mlp\.down"),
+    ],
+)
+def test_weights_that_a_config_does_not_take_are_named(config, said, model_folder):
+    """Fails if the last layer of the suspect is silently dropped, or if a layer is initialized at random."""
+    change(model_folder, **config)
+    with pytest.raises(ValueError, match=said) as error:
+        load_causal_lm(model_folder)
+    assert "\n" not in str(error.value)
+
+
+# Adapters
+
+
+def adapter_of(folder, base, config, seed=0):
+    """Save a random adapter of the base model in `folder` and return its logits."""
+    adapter = get_peft_model(base, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+        adapter.save_pretrained(folder)
+        return adapter.eval()(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (None, "The adapter .*adapter names no base model"),
+        ("", "The adapter .*adapter names no base model"),
+        ("/home/someone/llama", "base model that .* adapter .*adapter names .*someone/llama is neither"),
+    ],
+)
+def test_an_adapter_without_its_base_is_refused(base, said, adapter_folder):
+    """Fails with an error about the base alone, which the user did not name, or if this folder is taken for it."""
+    path = adapter_folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(ValueError, match=said):
+            load(adapter_folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 264]),
+        LoraConfig(target_modules=["q_proj"]),
+    ],
+    ids=["copies", "LoRA", "tokens", "resized only"],
+)
+@pytest.mark.parametrize("tokens", [250, 270])
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_with_other_tokens_than_their_base(tied, tokens, config, tmp_path):
+    """The base model gets as many embeddings as it had when the adapter was trained, and computes the same."""
+    if tokens < 264 and config.trainable_token_indices:
+        pytest.skip("The adapter trains a token that there is not.")
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(tokens)
+    wanted = adapter_of(tmp_path / "adapter", base, copy.deepcopy(config))
+    model = load_causal_lm(tmp_path / "adapter").eval()
+    torch.testing.assert_close(model(IDS).logits, wanted)
+    torch.testing.assert_close(merged(model)(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_tuning_is_refused(tmp_path, model_folder):
+    base = LlamaForCausalLM.from_pretrained(model_folder)
+    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(ValueError, match="PROMPT_TUNING, which puts vectors before the prompt"):
+        load_causal_lm(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj", "lm_head"]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=[]),
+        LoHaConfig(target_modules=["q_proj", "lm_head"]),
+    ],
+    ids=["LoRA on head", "LoRA on embeddings", "head", "embeddings", "tied", "IA3", "LoHa"],
+)
+def test_merging_into_tied_embeddings_computes_the_same(config, tmp_path):
+    """Fails if what an adapter adds to one of two tied layers is added to both. Also after saving."""
+    base = tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    wanted = adapter_of(tmp_path / "adapter", LlamaForCausalLM.from_pretrained(tmp_path / "base"), config)
+    whole = merged(load_causal_lm(tmp_path / "adapter").eval())
+    torch.testing.assert_close(whole(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+    whole.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(load_causal_lm(tmp_path / "whole")(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_embeddings_stay_tied_if_the_adapter_leaves_them_alone(tmp_path):
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), LoraConfig(target_modules=["q_proj"]))
+    whole = merged(model)
+    assert whole.lm_head.weight is whole.model.embed_tokens.weight and whole.config.tie_word_embeddings
+
+
+def test_a_merge_that_changes_the_logits_is_refused(monkeypatch):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **kwargs: tiny_llama(), raising=False)
+    with pytest.raises(ValueError, match="cannot be merged, because the merged model computes other logits"):
+        merged(model)
+
+
+def test_a_hub_that_does_not_answer_costs_no_retries(monkeypatch):
+    """Fails if each file of a mistyped name is asked for many times, which takes a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    begin = time.monotonic()
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(ValueError, match="neither a local folder nor a model"):
+            load("someone/mistyped")
+    assert time.monotonic() - begin < 3
 
 
 def test_the_tokenizers_own_trouble_is_told(model_folder):
