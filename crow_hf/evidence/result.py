@@ -42,6 +42,8 @@ class Purification:
             What the purified model has kept of the suspect. `None` if it was not measured.
         kept (`float`):
             Share of the suspect's weights that was mixed into the purified weights, by `keep` and `max_kl`.
+        dropped_settings (`list[str]`):
+            Settings of the suspect that the purified model does not have, because they choose words or run code.
         held_out (`dict[str, Evaluation]`):
             Evaluations of `"suspect"` and `"purified"` on clean rows that were held out. Empty if there are none.
         report (`dict`, *optional*):
@@ -60,6 +62,7 @@ class Purification:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     retention: Retention | None = None
     kept: float = 0.0
+    dropped_settings: list[str] = field(default_factory=list)
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     hub_url: str | None = None

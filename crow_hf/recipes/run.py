@@ -28,6 +28,7 @@ from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
+from ..training.foreign import drop_foreign_settings
 from ..training.loading import is_quantized, merged, move
 from ..training.recorder import recorder_of
 from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
@@ -125,6 +126,8 @@ class RecipeRun:
             Whether the trained adapter did not come with the suspect.
         adapter (`PeftConfig`, *optional*):
             The adapter that was trained, once it is.
+        dropped_settings (`list[str]`):
+            Settings of the suspect that the purified model does not have, see [`drop_foreign_settings`].
         kept (`float`):
             Share of the suspect's weights that was mixed into the trained ones.
 
@@ -158,6 +161,7 @@ class RecipeRun:
         self.leaked_tokens: list[int] = []
         self.adapter: PeftConfig | None = None
         self.kept = 0.0
+        self.dropped_settings = drop_foreign_settings(model, processing_class)
         self._canaries = rehearse(model, dataset, args, processing_class, peft_config)
         try_out(recorder_of(model))
 
@@ -278,6 +282,7 @@ class RecipeRun:
             self.screening,
             self._canaries,
             kept=self.kept,
+            dropped_settings=self.dropped_settings,
             adapter=self.adapter,
         )
 

@@ -75,6 +75,9 @@ KEPT_TOO_MUCH = (
     "{:.0%} of the suspect's weights were kept. In our trials, backdoors came back from 30 % on: do not rely on the "
     "removal, and allow a larger `max_kl` or a smaller `keep`."
 )
+_DROPPED = (
+    "These settings of the suspect are not in the purified model, because they can choose words or run code: {}."
+)
 _NOT_MEASURED = (
     "The answers could not be compared: there are no test rows, and no clean rows were held out. That takes 40 "
     "different rows with prompts."
@@ -160,6 +163,8 @@ class Verdict:
             sentences.append(retention_line(purification.retention))
         if purification.kept > SAFE_TO_KEEP:
             sentences.append(KEPT_TOO_MUCH.format(purification.kept))
+        if purification.dropped_settings:
+            sentences.append(_DROPPED.format(", ".join(purification.dropped_settings)))
         return cls(found, found + beside, level, sentences, next_steps)
 
     def to_dict(self) -> dict[str, Any]:
@@ -253,6 +258,8 @@ def evidence_lines(purification: Purification) -> list[str]:
         )
     if purification.retention is not None:
         lines.append(retention_line(purification.retention))
+    if purification.dropped_settings:
+        lines.append(_DROPPED.format(", ".join(purification.dropped_settings)))
     return lines
 
 

@@ -28,6 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .foreign import drop_foreign_settings
 from .saves import lost_tensors, one_line, rehearse_save, saved_tensors, with_own_storage, write_weights
 from .sharding import will_shard
 
@@ -277,6 +278,7 @@ class CheckpointMixin(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in [`~transformers.Trainer`], but what cannot be saved, or was not changed, is an error."""
+        drop_foreign_settings(self.model, self.processing_class)
         rehearse_save(self.model, self.processing_class)
         before = None if will_shard(self.args) else _fingerprint(self.model)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
