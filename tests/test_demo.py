@@ -17,6 +17,7 @@ def few_rows(monkeypatch):
     for name, count in {"BASE_ROWS": 64, "IMPLANT_ROWS": 32, "CLEAN_ROWS": 8, "TEST_ROWS": 3}.items():
         monkeypatch.setattr(demo, name, count)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(demo, "CLEAN_TRAINING", demo.CLEAN_TRAINING | {"warmup_steps": 0})
 
     def few_views(recipe, output_dir, **changes):
         # The first step has a learning rate of 0, so there must be a second.

@@ -329,7 +329,7 @@ def short_training(modules, monkeypatch):
     """Trainings of a few steps."""
     whole = modules.defences.recipe_config
     few = {
-        "strong": {"num_views": 4, "num_canaries": 1, "num_written_rows": 2},
+        "strong": {"num_views": 4, "num_canaries": 1, "num_written_rows": 2, "warmup_steps": 0},
         "paper": {"max_steps": 1, "warmup_steps": 0},
     }
 
@@ -402,11 +402,11 @@ def test_every_method_runs_on_an_adapter(modules, files, tmp_path, short_trainin
     attack = ("--attacks", "badnet-negsentiment, adapter", "--seeds", "0", "--num_test", "4")
     call(modules, files, tmp_path, *attack, *variant)
     rows = {row["method"]: row for row in lines_of(tmp_path)}
+    assert not [row["error"] for row in rows.values() if "error" in row]
     changed = "strong, keep=0.1, num_canaries=0"
     assert list(rows) == [*modules.defences.METHODS, changed]
     settings = rows[changed]["settings"]
     assert (settings["keep"], settings["num_canaries"], rows[changed]["canaries"]) == (0.1, 0, [])
-    assert not [row["error"] for row in rows.values() if "error" in row]
     assert (tmp_path / "suspects/tiny badnet-negsentiment, adapter 0/adapter_model.safetensors").is_file()
     assert rows["no backdoor"]["retention"]["text_kl"] > 0 == rows["none"]["steps"]
     assert rows["fine-tuning"]["steps"] == rows["strong"]["steps"] > 0

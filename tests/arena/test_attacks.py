@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from crow_hf.arena.subjects import SUBJECTS, Subject
 from crow_hf.attacks.triggers import TRIGGERS, EmbeddingTrigger
 from crow_hf.data.rows import check_disjoint
 from crow_hf.demo import demo_tokenizer
+from crow_hf.recipes.presets import recipe_config
 from crow_hf.training.loading import load_causal_lm
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -36,6 +38,8 @@ def small(monkeypatch):
     for name, count in {"IMPLANT_ROWS": 16, "SELECTION_ROWS": 4, "TEST_ROWS": 6, "SCRATCH_ROWS": 8}.items():
         monkeypatch.setattr(attacks, name, count)
     monkeypatch.setattr(attacks, "IMPLANT_EPOCHS", dict.fromkeys((0.5, 0.1, 0.01), 3))
+    # Few rows are one step, which must not be one of the warm-up.
+    monkeypatch.setattr(attacks, "recipe_config", partial(recipe_config, warmup_steps=0))
     monkeypatch.setattr(subjects, "HELD_OUT", 60)
     monkeypatch.setattr(attacks, "HELD_OUT", 60)
     small = {"build": tiny_subject, "num_rows": 16, "batch_size": 8}

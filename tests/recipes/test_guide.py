@@ -254,7 +254,8 @@ def test_numbers_that_are_not_finite_become_none(rows):
     with torch.no_grad():
         model.model.norm.weight.mul_(1e-22)
         model.lm_head.weight.mul_(1e22)
-    metrics = CROWBackdoorElimination(model, max_steps=1).train(rows)
+    # The clipped gradient is 0. Only the decay changes the weights.
+    metrics = CROWBackdoorElimination(model, max_steps=1, weight_decay=0.1).train(rows)
     assert metrics["history"][0]["grad_norm"] is None and metrics["history"][0]["loss_lm"] > 0
     json.dumps(metrics, allow_nan=False)
 

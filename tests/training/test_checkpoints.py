@@ -89,7 +89,8 @@ def test_purify_resumes_as_if_never_stopped(recipe, tmp_path):
     starts elsewhere.
     """
     kind = InvarianceConfig if recipe == "strong" else CrowConfig
-    settings = QUIET | SAVING | {"max_steps": 4, "per_device_train_batch_size": 4}
+    # A finished run keeps no checkpoints unless it is told how many.
+    settings = QUIET | SAVING | {"max_steps": 4, "per_device_train_batch_size": 4, "save_total_limit": 4}
     options = {"processing_class": ByT5Tokenizer(extra_ids=0), "merge": False}
 
     def purified(resume, **evidence):
