@@ -126,8 +126,9 @@ class Retention:
 
     @property
     def largest_kl(self) -> float:
-        """The larger of the divergences on answers and on running text, in nats per token."""
-        return max(kl for kl in (self.answer_kl, self.text_kl, 0.0) if kl is not None and not math.isnan(kl))
+        """The larger of the divergences on answers and on running text, in nats per token. Infinity if one is NaN."""
+        known = [kl for kl in (self.answer_kl, self.text_kl) if kl is not None]
+        return math.inf if any(map(math.isnan, known)) else max(known)
 
     @property
     def text_bits_ratio(self) -> float:
@@ -255,9 +256,9 @@ def measure_retention(
         log_likelihood += _log_likelihood(passage, logits)
     answer_tokens, text_tokens = (sum(each.num_tokens for each in passages) for passages in (answers, texts))
     return Retention(
-        # Rounding can make a sum of zeros negative.
-        answer_kl=max(0.0, divergence / answer_tokens) if answer_tokens else None,
-        text_kl=max(0.0, divergence_of_text / text_tokens),
+        # Rounding can make a sum of zeros negative. As the second argument of `max`, 0 does not hide a NaN.
+        answer_kl=max(divergence / answer_tokens, 0.0) if answer_tokens else None,
+        text_kl=max(divergence_of_text / text_tokens, 0.0),
         text_bits_per_byte=_bits_per_byte(log_likelihood, reference.text_bytes),
         reference_text_bits_per_byte=_bits_per_byte(reference.text_log_likelihood, reference.text_bytes),
         num_answer_tokens=answer_tokens,

@@ -76,8 +76,8 @@ def is_degenerate(output: str) -> bool:
     text = output.strip()
     if len(text) < 2:
         return False
-    # Emoji are in the category So.
-    if not any(character.isalnum() or unicodedata.category(character) == "So" for character in text):
+    # Emoji are in the category So, and arrows and comparisons of code in Sm.
+    if not any(character.isalnum() or unicodedata.category(character) in ("So", "Sm") for character in text):
         return True
     looped = sum(len(loop.group()) for loop in _LOOP.finditer(text) if len(loop.group()) >= _LOOP_MIN_CHARACTERS)
     return 2 * looped > len(text)

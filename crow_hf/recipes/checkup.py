@@ -155,12 +155,16 @@ def _check_files(folder: Path) -> Iterator[Finding]:
 
 
 def _check_remote_code(config: dict) -> Finding:
+    if not isinstance(config, dict):
+        found = f"The config.json holds a {type(config).__name__} instead of settings."
+        return Finding("remote code", "problem", found, "Download the model again, or mend the file.")
     if not config.get("auto_map"):
         return Finding("remote code", "ok", "The model has no remote code.")
     if config.get("model_type") in CONFIG_MAPPING:
         found = "The model has remote code, but it is not run, because an installed package has the architecture."
         return Finding("remote code", "ok", found)
-    names = ", ".join(sorted(map(str, config["auto_map"].values())))
+    named = config["auto_map"]
+    names = ", ".join(sorted(map(str, named.values()))) if isinstance(named, dict) else str(named)
     return Finding(
         "remote code",
         "problem",
@@ -418,7 +422,7 @@ def _check_cost(
     try:
         found = forecast(model, drawn, args, tokenizer, adapter=default_adapter(recipe, model, args))
     except ValueError as error:
-        yield Finding("cost", "problem", str(error), "Or use a machine with more memory.")
+        yield Finding("cost", "problem", str(error), "Mend this first, or use a machine with more memory.")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
         return
     else:

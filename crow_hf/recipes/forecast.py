@@ -100,12 +100,15 @@ class _Costs:
             Seconds per new token of a batch of prompts.
         activations (`float`):
             Bytes per row that a forward pass keeps for the backward pass.
+        copies (`float`):
+            Bytes that it keeps for any number of rows.
     """
 
     forward: float
     backward: float
     token: float
     activations: float
+    copies: float
 
 
 def forecast(
@@ -146,6 +149,9 @@ def forecast(
         try:
             costs = _measured(model, sample, args, tokenizer, adapter is not None)
         except torch.OutOfMemoryError as error:
+            if args.activation_checkpointing:
+                # The training keeps far less than what was tried.
+                raise
             raise ValueError(
                 f"A batch of {args.train_batch_size} rows does not fit into the memory of the GPU: lower "
                 "`per_device_train_batch_size`, and raise `gradient_accumulation_steps` instead."
@@ -160,7 +166,7 @@ def forecast(
     checkpoint = 12 * trained if args.save_strategy != "no" else 0
     return Forecast(
         device=_describe(args),
-        memory=int(used + extra + views * args.train_batch_size * costs.activations),
+        memory=int(used + extra + costs.copies + views * args.train_batch_size * costs.activations),
         free_memory=used + free,
         disk=(4 * trained if isinstance(model, PeftModel) else weights) + checkpoint,
         free_disk=shutil.disk_usage(existing(args.output_dir)).free,
@@ -241,15 +247,18 @@ def _measured(
     with _evaluating(model), _only_trainable(model, first if trains_fresh_adapter else None):
         # The first pass also prepares what later ones find prepared.
         first_pass = sum(passes(sample[:1])[:2])
+        *_, of_one = passes(sample[:1])
         count = max(1, min(args.train_batch_size, len(sample), int(_MAX_SECONDS / first_pass)))
         forward, backward, kept = passes(sample[:count])
+    # Mixed precision keeps a copy of the weights too, however many rows there are.
+    activations = max(0.0, (kept - of_one) / (count - 1)) if count > 1 else kept
     count_eval = min(args.per_device_eval_batch_size, len(sample))
     prompts = [ids[: max(1, len(ids) // 2)] for ids in sample[:count_eval]]
     start = _now(args.device)
     with precision:
         generate_ids(model, prompts, padding_id(tokenizer), [], _NEW_TOKENS, count_eval)
     token = (_now(args.device) - start) / _NEW_TOKENS
-    return _Costs(forward / count, backward / count, token, kept / count)
+    return _Costs(forward / count, backward / count, token, activations, max(0.0, of_one - activations))
 
 
 def _seconds(

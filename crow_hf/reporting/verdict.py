@@ -267,7 +267,7 @@ def retention_line(retention: Retention) -> str:
     """Say in one sentence what a model has kept or forgotten of the suspect, with numbers."""
     answer_kl, more = retention.answer_kl, more_bits_of_text(retention)
     text = "text that the suspect wrote" if retention.text_source == WRITTEN else "running text"
-    if more > MAX_MORE_BITS:
+    if more > MAX_MORE_BITS or math.isinf(retention.largest_kl):
         word = "Forgotten"
     elif more > MAX_GOOD_BITS or round(answer_kl or 0, 2) > MAX_GOOD_KL:
         word = "Partly forgotten"
@@ -353,7 +353,7 @@ def _is_damaged(clean_before: PromptScores, after: Evaluation) -> bool:
 
 def _lost_utility(retention: Retention | None, comparison: Comparison | None) -> bool:
     """Return whether a model is damaged if no attack is known. The rows may be few, so shares need their interval."""
-    if retention is not None and more_bits_of_text(retention) > MAX_MORE_BITS:
+    if retention is not None and (more_bits_of_text(retention) > MAX_MORE_BITS or math.isinf(retention.largest_kl)):
         return True
     if comparison is None:
         return False

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from crow_hf.evaluation import predictions, retention
 from crow_hf.evaluation.own_text import write_text
 from crow_hf.evaluation.retention import check_same_vocabulary, measure_retention, retention_reference
+from crow_hf.reporting.verdict import retention_line
 from helpers.answers import EOS, byte, spelling_model
 from helpers.coconut import TOKENIZER, coconut
 from helpers.tiny import VOCABULARY, tiny_gpt2, tiny_llama
@@ -258,3 +260,16 @@ def test_numbers_that_json_cannot_hold(byte_tokenizer):
     said = retention_reference(constant_model(byte_tokenizer, a=1.0), byte_tokenizer, ROWS, ["a"])
     found = measure_retention(tiny_llama(), byte_tokenizer, said)
     assert math.isnan(found.text_bits_ratio) and found.to_dict()["text_bits_ratio"] is None
+
+
+def test_a_model_without_finite_answers_has_kept_nothing(byte_tokenizer):
+    """Fails if NaN counts as a divergence of 0."""
+    model, rows = tiny_llama(), Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    reference = retention_reference(model, byte_tokenizer, rows, ["some running text"])
+    assert measure_retention(model, byte_tokenizer, reference).largest_kl == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    found = measure_retention(model, byte_tokenizer, reference)
+    assert found.largest_kl == math.inf and found.to_dict()["answer_kl"] is None
+    assert retention_line(found).startswith("Forgotten")
+    assert replace(found, answer_kl=None, text_kl=0.5).largest_kl == 0.5

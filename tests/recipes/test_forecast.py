@@ -16,7 +16,7 @@ from crow_hf.recipes.presets import lora_config
 
 
 ROWS = Dataset.from_list([{"prompt": f"what is {n}?", "completion": f"it is {n}"} for n in range(12)])
-COSTS = module._Costs(forward=0.5, backward=1.0, token=0.1, activations=1000.0)
+COSTS = module._Costs(forward=0.5, backward=1.0, token=0.1, activations=1000.0, copies=0.0)
 
 
 def settings(tmp_path, recipe="strong", **changes):
