@@ -131,7 +131,8 @@ def purify(
     # Implant, train
     run.implant_canaries()
     run.train(checkpoint)
-    run.stay_within_budget(reference, batch_size)
+    with run.trainer.accelerator.autocast():
+        run.stay_within_budget(reference, batch_size)
     save_model(run, name, merge=merge)
     purification = run.result()
 

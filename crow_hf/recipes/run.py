@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
 from ..training.foreign import drop_foreign_settings
 from ..training.loading import is_quantized, merged, move
-from ..training.recorder import recorder_of
+from ..training.recorder import base_model_of, recorder_of
 from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
 from ..training.sharding import are_finite, will_shard
 from ..training.trial import try_out
@@ -45,6 +45,8 @@ LOOKING, CANARIES, PURIFYING = "Looking at the suspect", "Implanting canaries", 
 CANARIES_AGAIN, LOOKING_AGAIN = "Looking for the canaries", "Looking again"
 # Only beside a comparison.
 CONTROL = "Training the control"
+# The share of the suspect at which a budget mixes in no more.
+MOST_KEPT = 0.999
 
 
 def run_recipe(
@@ -148,10 +150,12 @@ class RecipeRun:
         all_weights: bool = False,
     ) -> None:
         check_recipe(recipe, args)
+        if not will_shard(args) and getattr(base_model_of(model), "hf_device_map", None) is None:
+            # Some implementations of attention run on a GPU only.
+            move(model, args.device)
         if peft_config is not None and isinstance(model, PeftModel):
-            model = _merged(model)
-        # Refuses a model that cannot be purified before it is used, and keeps 4-bit weights from being packed by that.
-        recorder_of(model, args.perturb)
+            _check_mergeable(model)
+            model = merged(model)
         if peft_config is None and not all_weights:
             peft_config = default_adapter(recipe, model, args)
         self.model, self.args, self.recipe, self.peft_config = model, args, recipe, peft_config
@@ -163,7 +167,6 @@ class RecipeRun:
         self.kept = 0.0
         self.dropped_settings = drop_foreign_settings(model, processing_class)
         self._canaries = rehearse(model, dataset, args, processing_class, peft_config)
-        try_out(recorder_of(model))
 
     def prepare(self) -> None:
         """Prepare the rows, with the suspect where the recipe uses it, and build the trainer."""
@@ -204,7 +207,9 @@ class RecipeRun:
 
     def stay_within_budget(self, reference: RetentionReference, batch_size: int) -> None:
         """
-        Mix in as much of the suspect as its budget `args.max_kl` takes.
+        Mix in as much of the suspect as its budget `args.max_kl` takes, but stop where almost nothing else is left.
+
+        The model is measured in the precision of the context of the call, which must be that of `reference`.
 
         Args:
             reference ([`RetentionReference`]):
@@ -216,13 +221,16 @@ class RecipeRun:
         if not isinstance(trainer, InvarianceTrainer):
             return
         self.kept, budget = trainer.args.keep, trainer.args.max_kl
-        while budget is not None:
-            with trainer.accelerator.autocast():
-                retention = measure_retention(trainer.model, trainer.processing_class, reference, batch_size)
-            if not retention.largest_kl > budget:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        # Rounding alone can cost more than a small budget.
+        while budget is not None and self.kept <= MOST_KEPT:
+            retention = measure_retention(model, trainer.processing_class, reference, batch_size)
+            # The processes must mix alike, though their rounding may differ.
+            (spent,) = broadcast_object_list([retention.largest_kl])
+            if not spent > budget:
                 break
             # For small changes of the weights, the divergence grows with their square.
-            share = 1 - 0.98 * math.sqrt(budget / retention.largest_kl)
+            share = 1 - 0.98 * math.sqrt(budget / spent)
             trainer.mix_in_suspect(share)
             self.kept = 1 - (1 - self.kept) * (1 - share)
         if self.kept > SAFE_TO_KEEP:
@@ -254,7 +262,8 @@ class RecipeRun:
             try:
                 trainer.model = merged(model)
             except ValueError as error:
-                write_weights(trainer.args.output_dir, model, trained)
+                if trainer.args.should_save:
+                    write_weights(trainer.args.output_dir, model, trained)
                 raise ValueError(f"{error} The trained adapter is saved in {trainer.args.output_dir}.") from error
         if dtype is None or dtype == trainer.model.dtype or will_shard(trainer.args):
             return
@@ -343,8 +352,7 @@ def check_recipe(recipe: str, args: CrowConfig) -> None:
 
     Raises:
         `ValueError`: If the arguments belong to another recipe, if weights are sharded that must be whole, or if a
-        tracker
-            is not installed.
+            tracker is not installed.
     """
     if recipe not in RECIPES or (recipe == "strong") != isinstance(args, InvarianceConfig):
         raise ValueError(
@@ -378,12 +386,12 @@ def rehearse(
     peft_config: PeftConfig | None,
 ) -> list[Canary]:
     """
-    Build the trainer with its adapter, optimizer and schedule on a copy without weights, and save the suspect without
-    its weights. What would fail after hours of work fails here.
+    Try the suspect on a few tokens, build the trainer with its adapter, optimizer and schedule on a copy without
+    weights, and save the suspect without its weights. What would fail after hours of work fails here.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
-            The suspect. Only settings that could not be saved are changed.
+            The suspect, on the device of the run. Only settings that could not be saved are changed.
         dataset (`Dataset` or `IterableDataset`):
             The clean rows.
         args (`CrowConfig`):
@@ -397,9 +405,13 @@ def rehearse(
         `list[Canary]`: The canaries of the run, which fit into the rows.
 
     Raises:
-        `ValueError`: For everything that the trainer, the adapter, the optimizer or the saving refuses, and if there
-            is no room for the canaries.
+        `ValueError`: For everything that the objective, the trainer, the adapter, the optimizer or the saving refuses,
+            and if there is no room for the canaries.
     """
+    if peft_config is not None and isinstance(model, PeftModel):
+        _check_mergeable(model)
+    # Keeps 4-bit weights from being packed by the first use of the model, too.
+    recorder = recorder_of(model, args.perturb)
     if not are_finite(model):
         raise ValueError("Weights of the suspect are NaN or infinite: download it again, or take another checkpoint.")
     rehearse_save(model, processing_class)
@@ -410,6 +422,8 @@ def rehearse(
     if isinstance(args, InvarianceConfig) and args.num_canaries and isinstance(dataset, Dataset) and len(dataset):
         canaries = draw_canaries(model, args.num_canaries, args.seed)
         check_canaries_fit(model, dataset, canaries, args.max_length, processing_class)
+    # Before the trainer patches kernels.
+    try_out(recorder)
     if is_quantized(model):
         # The layers of quantized weights are not made of plain tensors.
         return canaries
@@ -418,6 +432,12 @@ def rehearse(
     class Rehearsal(trainer_type):
         def _move_model_to_device(self, *args: Any) -> None:
             """Stay without memory."""
+
+        def _copy_suspect(self, model: Any) -> Any:
+            return hollow_copy(model)
+
+        def _prepare_suspect(self, suspect: Any) -> Any:
+            return suspect
 
     if isinstance(args, InvarianceConfig) and isinstance(dataset, Dataset) and not fits_a_format(dataset.column_names):
         # The suspect will answer. Any answer shows whether the prompts can be trained on.
@@ -434,7 +454,7 @@ def rehearse(
                 dataset,
                 processing_class=processing_class,
                 peft_config=peft_config,
-            ).rehearse()
+            ).check_optimizer()
         except (ImportError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"This model cannot be trained with these arguments ({one_line(error)}).") from error
     return canaries
@@ -460,9 +480,8 @@ def default_adapter(recipe: str, model: PreTrainedModel | PeftModel, args: CrowC
     return lora_config(LORA_RANKS[recipe])
 
 
-def _merged(model: PeftModel) -> PreTrainedModel:
+def _check_mergeable(model: PeftModel) -> None:
     if is_quantized(model):
         raise ValueError(
             "An adapter is not merged into quantized weights: leave out the fresh adapter to train the existing one."
         )
-    return merged(model)

@@ -41,6 +41,8 @@ OUTPUT_WAS_USED = (
     "{} already holds a model or the checkpoints of another run. Choose another `output_dir`, or continue that run "
     "with resume_from_checkpoint=True."
 )
+# Integers by their bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The errors that Python, torch.save and safetensors raise on a full or read-only disk.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -240,7 +242,7 @@ class CheckpointMixin(Trainer):
         logger.error(sentence)
         self.failures.append(sentence)
 
-    def rehearse(self) -> None:
+    def check_optimizer(self) -> None:
         """
         Build the data loader, the optimizer and the scheduler, and check that they would change the model.
 
@@ -359,9 +361,22 @@ class CheckpointMixin(Trainer):
             self._logged["train"][name].update({int(step): sums for step, sums in steps.items()})
 
 
-def _fingerprint(model: nn.Module) -> list[int | float]:
-    """A number for each trainable tensor that changes with any of its bits."""
-    return [torch.hash_tensor(each.detach()).item() for each in model.parameters() if each.requires_grad]
+def _fingerprint(model: nn.Module) -> list[int]:
+    """
+    Two numbers for each trainable tensor: the sums of its bits, weighted by the numbers of their rows and columns.
+
+    Any change of a single value changes both. Changes of several values that cancel out in both sums are missed.
+    """
+    found: list[int] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            bits = torch.atleast_2d(parameter.detach()).flatten(1).view(_INTEGERS[parameter.element_size()])
+            # In parts, because a sum first makes a copy in int64.
+            parts = bits.split(4096)
+            rows, columns = torch.cat([part.sum(1) for part in parts]), sum(part.sum(0) for part in parts)
+            for sums in (rows, columns):
+                found.append(int((sums * torch.arange(1, len(sums) + 1, device=bits.device)).sum()))
+    return found
 
 
 def _size_of(path: Path) -> int | None:

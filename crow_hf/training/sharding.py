@@ -34,7 +34,13 @@ def num_parameters(model: PreTrainedModel | PeftModel) -> int:
 def are_finite(model: nn.Module) -> bool:
     """Whether all weights that this process holds are finite."""
     weights = (parameter.ds_tensor if _is_zero3(parameter) else parameter for parameter in model.parameters())
-    return all(bool(weight.isfinite().all()) for weight in weights)
+    return all(is_finite(weight) for weight in weights)
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values of a tensor are finite, in any dtype. torch does not say so of float8."""
+    is_float8 = weight.is_floating_point() and weight.element_size() == 1
+    return bool((weight.float() if is_float8 else weight).isfinite().all())
 
 
 @contextmanager

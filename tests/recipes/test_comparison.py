@@ -4,13 +4,14 @@ import logging
 
 import pytest
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
 from crow_hf.evaluation.retention import retention_reference
 from crow_hf.evidence.result import Comparison
 from crow_hf.methods import registry
 from crow_hf.recipes import comparison as comparison_module
+from crow_hf.recipes import run as run_module
 from crow_hf.recipes import saving
 from crow_hf.recipes.run import run_recipe
 from crow_hf.reporting.html import write_report
@@ -197,3 +198,15 @@ def test_what_cannot_be_trained_is_refused_before_the_suspect_is_measured(tmp_pa
     monkeypatch.setattr(comparison_module, "evaluate_model", lambda *args, **kwargs: pytest.fail("It is measured."))
     with pytest.raises(ValueError, match="optimizer"):
         compare(settings(tmp_path, optim="adamw_bnb_8bit"), byte_tokenizer)
+
+    def refuse(recorder):
+        raise ValueError("It cannot be tried.")
+
+    monkeypatch.setattr(run_module, "try_out", refuse)
+    with pytest.raises(ValueError, match="tried"):
+        compare(settings(tmp_path), byte_tokenizer)
+    adapted = get_peft_model(suspect(), LORA["peft_config"])
+    adapted.config.quantization_config = {}
+    options = {"processing_class": byte_tokenizer, "recipe": "guide", "peft_config": LORA["peft_config"]}
+    with pytest.raises(ValueError, match="merged into quantized weights"):
+        compare_defences(lambda: adapted, settings(tmp_path), TRAIN, TEST, **options)

@@ -1,6 +1,7 @@
 """Tests of one run of a recipe: its rows, its canaries and its adapters."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,8 +294,9 @@ def test_what_a_recipe_trains_by_default(tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_model_is_used(
-    recipe, settings, reason, tmp_path, byte_tokenizer
+    recipe, settings, reason, tmp_path, byte_tokenizer, monkeypatch
 ):
+    monkeypatch.setattr(run_module, "try_out", lambda recorder: None)
     model = tiny_llama()
     model.forward = lambda *args, **kwargs: pytest.fail("The model is used.")
     args = arguments(tmp_path, recipe, **settings)
@@ -314,7 +316,8 @@ def test_canaries_that_do_not_fit_are_refused_before_the_model_is_used(rows, lim
         purify(model, rows, args=args, processing_class=byte_tokenizer)
 
 
-def test_an_adapter_that_does_not_fit_the_model_is_refused_before_it_is_used(tmp_path, byte_tokenizer):
+def test_an_adapter_that_does_not_fit_the_model_is_refused_before_it_is_used(tmp_path, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(run_module, "try_out", lambda recorder: None)
     model = tiny_llama()
     model.forward = lambda *args, **kwargs: pytest.fail("The model is used.")
     with pytest.raises(ValueError, match="no_such_layer"):
@@ -334,6 +337,40 @@ def test_the_rehearsal_leaves_the_suspect_as_it_was(tmp_path, byte_tokenizer):
     run_module.rehearse(model, ROWS, arguments(tmp_path), byte_tokenizer, lora_config(2))
     assert same_weights(weights_of(model), before) and [name for name, _ in model.named_modules()] == modules
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_the_rehearsal_takes_no_memory(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if the copy of the suspect that teaches has weights."""
+    checked = []
+    monkeypatch.setattr(run_module.InvarianceTrainer, "check_optimizer", lambda trainer: checked.append(trainer))
+    run_module.rehearse(tiny_llama(), ROWS, arguments(tmp_path), byte_tokenizer, None)
+    (trainer,) = checked
+    for model in (trainer.model, trainer._suspect):
+        assert all(weight.untyped_storage().nbytes() == weight.element_size() for weight in model.parameters())
+
+
+def test_the_suspect_is_tried_where_and_before_it_is_trained(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if it is tried on another device, with patched kernels, or before its shards are gathered."""
+    steps = []
+    monkeypatch.delenv("FSDP_CPU_RAM_EFFICIENT_LOADING", raising=False)
+    monkeypatch.setattr(run_module, "move", lambda model, device: steps.append(device))
+    monkeypatch.setattr(run_module, "try_out", lambda recorder: steps.append("try"))
+    monkeypatch.setattr(run_module.CrowTrainer, "check_optimizer", lambda trainer: steps.append("train"))
+    for shards in (False, True):
+        monkeypatch.setattr(run_module, "will_shard", lambda args, shards=shards: shards)
+        args = arguments(tmp_path, "guide")
+        RecipeRun(tiny_llama(), ROWS, "guide", args, byte_tokenizer)
+        assert steps == [args.device, "try", "train"]
+
+
+def test_a_budget_below_what_rounding_costs_ends(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if more and more of the suspect is mixed in without end, or if the processes decide for themselves."""
+    monkeypatch.setattr(run_module, "measure_retention", lambda *args: SimpleNamespace(largest_kl=1e-9))
+    monkeypatch.setattr(run_module, "broadcast_object_list", lambda values: [0.5])
+    run = RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path, max_kl=0.1), byte_tokenizer)
+    run.prepare()
+    run.stay_within_budget(None, 2)
+    assert run_module.MOST_KEPT < run.kept < 1
 
 
 def test_an_adapter_that_was_trained_in_mixed_precision_is_merged(tmp_path, byte_tokenizer):

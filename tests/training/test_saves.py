@@ -11,6 +11,7 @@ from torch import nn
 from transformers import ByT5Tokenizer, MixtralConfig, MixtralForCausalLM
 
 from crow_hf import CrowTrainer, load_causal_lm
+from crow_hf.training.checkpoints import _fingerprint
 from crow_hf.training.saves import (
     cast_to,
     copy_side_files,
@@ -201,7 +202,26 @@ def test_training_that_cannot_start_or_changes_nothing_is_refused(settings, tmp_
     args = crow_args(tmp_path, **({"max_steps": 2} | settings))
     trainer = CrowTrainer(tiny_llama(), args, Dataset.from_list(ragged_rows(4)))
     with pytest.raises(ValueError, match=r"would not change|cannot be made"):
-        trainer.rehearse()
+        trainer.check_optimizer()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_a_change_of_one_value_is_seen(dtype):
+    """Fails if the check depends on the order of the values alone, or not at all."""
+    layer = nn.Module()
+    for name, shape in {"matrix": (5, 3), "vector": (7,), "number": (), "nothing": (0, 4)}.items():
+        setattr(layer, name, nn.Parameter(torch.randn(shape).to(dtype)))
+    before = _fingerprint(layer)
+    assert _fingerprint(layer) == before
+    for parameter in layer.parameters():
+        values = parameter.data.view(-1)
+        for place in range(len(values)):
+            value = values[place].clone()
+            values[place] = value.float() + 1
+            assert _fingerprint(layer) != before
+            values[place] = value
+    layer.matrix.data = layer.matrix.data.flip(0)
+    assert _fingerprint(layer) != before
 
 
 def test_a_training_that_changed_nothing_is_an_error(tmp_path):

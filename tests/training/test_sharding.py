@@ -21,6 +21,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch import nn
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -190,6 +191,15 @@ def test_layers_are_not_compiled_there(backend, tmp_path):
     setattr(trainer, f"is_{backend}_enabled", True)
     with pytest.raises(ValueError, match="torch_compile"):
         trainer._check_setup()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.int8])
+def test_weights_of_any_dtype_can_be_checked(dtype):
+    model = nn.ParameterList([nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)])
+    assert are_finite(model)
+    if dtype.is_floating_point:
+        model[0].data = torch.tensor([1, float("nan"), 2]).to(dtype)
+        assert not are_finite(model)
 
 
 def zero3(monkeypatch, **details):

@@ -119,7 +119,7 @@ class InvarianceTrainer(CrowTrainer):
                 "A new adapter must not change the model at first, because the model without it is the suspect. Leave "
                 "`init_lora_weights` at True."
             )
-        suspect = None if peft_config is not None else copy.deepcopy(model)
+        suspect = None if peft_config is not None else self._copy_suspect(model)
         self._written_rows = written_rows
         self._leaked_tokens = torch.tensor(leaked_tokens, dtype=torch.long)
         super().__init__(
@@ -220,6 +220,9 @@ class InvarianceTrainer(CrowTrainer):
             if parameter.requires_grad and not is_other_factor:
                 with gathered_weights(parameter, suspect_weights[name]):
                     parameter.lerp_(converted_like(suspect_weights[name], parameter), share)
+
+    def _copy_suspect(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        return copy.deepcopy(model)
 
     def _prepare_suspect(self, suspect: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """Move the suspect to this process's device, and shard it if the model will be sharded, to save memory."""
