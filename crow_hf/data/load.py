@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any, TextIO
 
 import pandas
 import pyarrow
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import parquet
 
 
 # Rows are converted to a table so many at a time.
 _BATCH = 1_000
+# The end of the name of a file of the Hub, which holds a part of a split.
+_SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
 
 
 def load_rows(path: str, split: str = "train") -> Dataset:
@@ -23,12 +26,13 @@ def load_rows(path: str, split: str = "train") -> Dataset:
     Load a dataset from a file, a folder or the Hub.
 
     A file is read into memory, as it is now and without a cache. Text stays as it stands in the file: a date is no
-    point in time, and numbers become text.
+    point in time, and numbers become text. Only a `.parquet` file says itself what is a number.
 
     Args:
         path (`str`):
             A `.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.txt` file (texts also with `.gz` at the end), a folder
-            written by `save_to_disk`, a folder with such a file of each split, or the name of a dataset on the Hub.
+            written by `save_to_disk`, a folder with such a file of each split (also in its folder `data`, and in
+            shards, as the Hub has them), or the name of a dataset on the Hub.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a folder or of a dataset on the Hub.
 
@@ -70,7 +74,10 @@ def _load_file(path: Path) -> Dataset:
 
 
 def _load_folder(path: Path, split: str) -> Dataset:
-    files = {file.name.split(".")[0]: file for file in sorted(path.iterdir()) if file.is_file() and _reader(file)}
+    files: dict[str, list[Path]] = {}
+    for file in sorted([*path.iterdir(), *path.glob("data/*")]):
+        if file.is_file() and _reader(file):
+            files.setdefault(_SHARD.sub("", _stem(file)), []).append(file)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         # In memory, so that nothing is written into the folder.
         saved: Any = load_from_disk(str(path), keep_in_memory=True)
@@ -80,12 +87,30 @@ def _load_folder(path: Path, split: str) -> Dataset:
         if split in splits:
             return saved[split]
     elif split in files:
-        return _load_file(files[split])
+        return _load_shards(files[split])
     else:
         splits = list(files)
     if splits:
         raise ValueError(f"{path} has no split {split!r}, but {', '.join(splits)}: choose one of them with `split`.")
-    raise ValueError(f"{path} is no dataset. Pass a {', '.join(_READERS)} file or a folder of rows.")
+    raise ValueError(
+        f"{path} is no dataset: pass a {', '.join(_READERS)} file, or a folder that has one of each split at its top "
+        "or in `data`."
+    )
+
+
+def _load_shards(files: list[Path]) -> Dataset:
+    """Load the file of a split, or all of its shards in their order."""
+    names = {_stem(file) for file in files}
+    shard = _SHARD.search(_stem(files[0]))
+    if not len(names) == len(files) == (int(shard[1]) if shard else 1):
+        raise ValueError(
+            f"{', '.join(map(str, files))} are not one split: keep one file of it, or every shard, in the folder."
+        )
+    return concatenate_datasets([_load_file(file) for file in files])
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]
 
 
 def _reader(path: Path) -> Callable[[Path], pyarrow.Table] | None:
@@ -108,7 +133,8 @@ def _read_json(path: Path) -> pyarrow.Table:
         except ValueError:
             is_document = True
         # A single object may be a row, or hold the rows.
-        is_document |= ".jsonl" not in path.name.lower() and next(lines, None) is None
+        is_lines = path.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+        is_document |= not is_lines and next(lines, None) is None
         file.seek(0)
         return _table(_rows_of_document(file.read()) if is_document else _rows_of_lines(file))
 
@@ -167,8 +193,20 @@ def _read_csv(path: Path) -> pyarrow.Table:
         header = file.readline()
         separator = max(",;\t", key=header.count)
         file.seek(0)
-        # Everything is text, also "NA" and "007".
-        frame = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+        # Everything is text, also "NA" and "007". The header is read as a row, because pandas would take the first
+        # field of rows that are longer than a header for the name of the row.
+        try:
+            frame = pandas.read_csv(file, sep=separator, header=None, dtype=str, keep_default_na=False)
+        except pandas.errors.ParserError as error:
+            if "saw" not in str(error):
+                raise
+            raise ValueError(
+                f"a row has more fields than the header, so put text with {separator!r} in quotes "
+                f"({str(error).rpartition('C error: ')[2].strip()})"
+            ) from error
+        file.seek(0)
+        frame.columns = pandas.read_csv(file, sep=separator, nrows=0).columns
+        frame = frame[1:]
     return pyarrow.table({str(name): frame[name].tolist() for name in frame})
 
 

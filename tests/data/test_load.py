@@ -131,11 +131,66 @@ def test_folders_have_splits(tmp_path):
     assert load_rows(str(tmp_path / "saved" / "train")).to_list() == ROWS
 
 
+def test_shards_of_a_split_are_merged(tmp_path):
+    """A cloned dataset of the Hub has its files in `data`. Fails if rows are missing without a word."""
+    for part in range(3):
+        loaded(tmp_path / "data" / f"train-0000{part}-of-00003.jsonl", f'{{"text": "part {part}"}}\n')
+    loaded(tmp_path / "data" / "test-00000-of-00001-a09b74b3ef9c3b56.jsonl", LINES)
+    assert load_rows(str(tmp_path))["text"] == [f"part {part}" for part in range(3)]
+    assert load_rows(str(tmp_path), "test").to_list() == ROWS
+    (tmp_path / "data" / "train-00001-of-00003.jsonl").unlink()
+    with pytest.raises(ValueError, match="are not one split: keep one file of it, or every shard"):
+        load_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("other", ["train.csv", "train.v2.jsonl", "data/train.jsonl", "train-00000-of-00001.jsonl"])
+def test_two_files_of_one_split_are_refused(other, tmp_path):
+    """Fails if one of them is chosen without a word."""
+    for name in ("train.jsonl", other):
+        loaded(tmp_path / name, CSV if name.endswith("csv") else LINES)
+    with pytest.raises(ValueError, match="are not one split: keep one file"):
+        load_rows(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["one.jsonl", "one.ndjson", "one.NDJSON", "one.jsonl.gz"])
+def test_a_line_is_a_row(name, tmp_path):
+    """Fails if the turns of a chat are taken for the rows of a document."""
+    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "there"}]}
+    line = json.dumps(row)
+    assert loaded(tmp_path / name, gzip.compress(line.encode()) if name.endswith("gz") else line) == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("first.csv", "question,answer\nHow are you, friend?,Fine\n"),
+        ("every.csv", "prompt,completion\nhi,there,\nyo,man,\n"),
+        ("later.csv", "prompt,completion\nhi,there\nyo,my,man\n"),
+        ("tabs.tsv", "prompt\tcompletion\nhi\tthere\tyou\n"),
+    ],
+)
+def test_rows_longer_than_the_header_are_refused(name, content, tmp_path):
+    """Fails if the columns of a row are shifted by one."""
+    with pytest.raises(
+        ValueError, match=rf"{name} cannot be read: a row has more fields than the header, .* in quotes"
+    ):
+        loaded(tmp_path / name, content)
+
+
+def test_columns_without_a_name_of_their_own(tmp_path):
+    assert loaded(tmp_path / "a.csv", "a,a,\nx,y,\nz\n") == [
+        {"a": "x", "a.1": "y", "Unnamed: 2": ""},
+        {"a": "z", "a.1": "", "Unnamed: 2": ""},
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
         ("empty.jsonl", "", "is empty"),
         ("empty.csv", "", "cannot be read"),
+        ("header.csv", "prompt,completion\n", "is empty"),
+        ("quote.csv", 'text\n"a\nb\n', "cannot be read: .*EOF inside string"),
         ("cut.jsonl", LINES[:-20], "the JSON of line 4 is broken"),
         ("quotes.jsonl", "{'text': 'a'}\n", "cannot be read"),
         ("utf16.jsonl", LINES.encode("utf-16"), "cannot be read"),
