@@ -1,8 +1,9 @@
 """Defences of one's own, by name. [`compare_defences`] and the arena measure them beside the recipes."""
 
-import importlib
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import Dataset
@@ -78,13 +79,21 @@ def load_defences(path: str) -> None:
             The file.
 
     Raises:
-        `ValueError`: If there is no such file, or it fails.
+        `ValueError`: If there is no such file, if it fails, or if Python would import another module by its name.
     """
     file = Path(path).resolve()
     if not file.is_file() or file.suffix != ".py":
         raise ValueError(f"{path} is not a Python file: pass one that registers defences.")
-    sys.path.insert(0, str(file.parent))
+    # At the end, so that no file beside it takes the place of another module.
+    sys.path.append(str(file.parent))
     try:
-        importlib.import_module(file.stem)
+        found = find_spec(file.stem) if file.stem.isidentifier() else None
+        is_taken = found is None or found.origin is None or Path(found.origin).resolve() != file
+        if not is_taken:
+            import_module(file.stem)
     except Exception as error:
         raise ValueError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
+    if is_taken:
+        raise ValueError(
+            f"{path} cannot be imported as {file.stem!r}, which is no name or that of another module: rename the file."
+        )

@@ -56,6 +56,23 @@ def test_files_that_cannot_be_run_are_named(tmp_path, name, text):
         load_defences(str(tmp_path / name))
 
 
+def test_files_beside_a_plugin_take_the_place_of_no_module(tmp_path):
+    (tmp_path / "colorsys.py").write_text("ours = True\n")
+    file = tmp_path / "my_defence_beside_others.py"
+    file.write_text("import colorsys\nassert not hasattr(colorsys, 'ours')\n")
+    load_defences(str(file))
+    # As a cell of a notebook that is run again.
+    load_defences(str(file))
+
+
+@pytest.mark.parametrize("name", ["datasets.py", "colorsys.py", "sys.py", "my.defence.py", "my-defence.py"])
+def test_files_that_python_does_not_import_by_their_name_are_refused(tmp_path, name):
+    """Fails if another module is imported instead, without a word."""
+    (tmp_path / name).write_text("from crow_hf import register_defence\nregister_defence('mine')(print)\n")
+    with pytest.raises(ValueError, match=f"{name} cannot be imported as .*: rename the file"):
+        load_defences(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("name", ["missing.py", "rows.jsonl"])
 def test_only_python_files_are_run(tmp_path, name):
     (tmp_path / "rows.jsonl").write_text("{}")
