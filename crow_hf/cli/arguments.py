@@ -81,9 +81,10 @@ def read_arguments(command: str, argv: Sequence[str]) -> dict[str, Any]:
     argv = [_with_underscores(word) for word in argv]
     config = _value_of("config", argv)
     from_file = {} if config is None else _read_config(Path(config))
+    recipe = _value_of("recipe", argv) or from_file.get("recipe")
+    parser = _Parser(command, None if recipe is None else str(recipe), "--help_all" in argv)
     # They stand before the command line, because argparse takes the last of two values.
-    argv = [*_as_words(from_file), *argv]
-    parser = _Parser(command, _value_of("recipe", argv), "--help_all" in argv)
+    argv = [*_as_words(from_file, parser.options), *argv]
     if unknown := [name for name in map(str, from_file) if name not in parser.options]:
         raise ValueError(f"{config} has a mistake. {parser.about_unknown(unknown[0])}")
     given, rest = parser.parse_known_args(argv)
@@ -214,7 +215,7 @@ def near(name: str, known: Iterable[str]) -> list[str]:
 
 def _add(group: Any, option: Option, hidden: bool) -> None:
     """Add an option to a group of the help."""
-    kinds = {kind.strip() for kind in option.kind.split("|")}
+    kinds = _kinds(option)
     # argparse reads a percent sign as a format. The help texts of transformers know that.
     text = option.help.replace("%%", "%").replace("%", "%%")
     if option.default not in (None, False, dataclasses.MISSING, ""):
@@ -225,7 +226,7 @@ def _add(group: Any, option: Option, hidden: bool) -> None:
         settings |= {"metavar": "true|false"}
     elif kinds & {"int", "float"}:
         settings |= {"type": int if "int" in kinds else float, "metavar": "NUMBER"}
-    elif "str" not in kinds and any(kind.startswith("list") for kind in kinds):
+    elif _is_list(option):
         settings |= {"nargs": "+"}
     if option.choices:
         settings |= {"choices": option.choices, "metavar": "|".join(option.choices)}
@@ -233,6 +234,16 @@ def _add(group: Any, option: Option, hidden: bool) -> None:
     if option.default is True:
         off = argparse.SUPPRESS if hidden else f"Turn off --{option.name}."
         group.add_argument(f"--no_{option.name}", action="store_false", dest=option.name, help=off)
+
+
+def _kinds(option: Option) -> set[str]:
+    return {kind.strip() for kind in option.kind.split("|")}
+
+
+def _is_list(option: Option) -> bool:
+    """Whether an option takes several words. Other lists are one word with commas."""
+    kinds = _kinds(option)
+    return "str" not in kinds and any(kind.startswith("list") for kind in kinds)
 
 
 def _truth(word: str) -> bool:
@@ -274,12 +285,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _as_words(values: dict[str, Any]) -> list[str]:
+def _as_words(values: dict[str, Any], options: dict[str, Option]) -> list[str]:
     """Convert the values of a YAML file to the words of a command line."""
     words = []
     for name, value in values.items():
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            several = list(map(str, value))
+            is_list = name in options and _is_list(options[name])
+            words += [f"--{name}", *several] if is_list else [f"--{name}={','.join(several)}"]
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.run(*make_arguments(command, values))
         _leave_process_group()
     except KeyboardInterrupt as stop:
-        print(f"crow-hf {command}: {str(stop) or 'Stopped by Ctrl-C. Nothing more was written.'}", file=sys.stderr)
+        text = str(stop) or "Stopped by Ctrl-C. Nothing more was written."
+        print(f"crow-hf {command}: {printable(as_options(text, command))}", file=sys.stderr)
         # The exit code of a program that a shell's user stopped with Ctrl-C.
         return 130
     # Files, chat templates and weights raise errors of every class deep inside the libraries that read them.

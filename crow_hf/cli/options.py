@@ -11,7 +11,10 @@ _TARGETS = ", ".join(names_in(PACKAGE / "attacks" / "targets.py", "TARGETS"))
 _BOUNDARIES = PACKAGE / "models" / "boundaries.py"
 
 MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter."
-DATASET_HELP = "A .json, .jsonl, .csv, .parquet or .txt file, a folder that save_to_disk wrote, or a name on the Hub."
+DATASET_HELP = (
+    "A .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .txt file (texts also with .gz at the end), a folder with such "
+    "a file of each split or one that save_to_disk wrote, or a name on the Hub."
+)
 TRIGGER_HELP = f"One of {_TRIGGERS}, or any other string, which is inserted at a random position of the prompt."
 TEXT_HELP = (
     "Running text, to measure what was forgotten: a .txt file, or another file or dataset with a column `text`. Its "
@@ -43,7 +46,7 @@ class PurifyArguments:
             "choices": RECIPES,
         },
     )
-    split: str = field(default="train", metadata={"help": "Split of the clean rows on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of the clean rows, in a folder or on the Hub."})
     max_rows: int | None = field(
         default=None,
         metadata={
@@ -64,7 +67,7 @@ class PurifyArguments:
         default=None,
         metadata={"help": "Other clean rows, to measure the suspect, plain fine-tuning and the purified model on."},
     )
-    test_split: str = field(default="test", metadata={"help": "Split of the test rows on the Hub."})
+    test_split: str = field(default="test", metadata={"help": "Split of the test rows, in a folder or on the Hub."})
     trigger: str | None = field(default=None, metadata={"help": f"Trigger of a known backdoor. {TRIGGER_HELP}"})
     target: str | None = field(default=None, metadata={"help": f"Target of a known backdoor. {TARGET_HELP}"})
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
@@ -82,7 +85,7 @@ class EvaluateArguments:
 
     model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
     dataset: str = field(metadata={"help": f"Clean test rows. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
     trigger: str | None = field(default=None, metadata={"help": TRIGGER_HELP})
     target: str | None = field(default=None, metadata={"help": TARGET_HELP})
     reference: str | None = field(
@@ -107,7 +110,7 @@ class ImplantArguments:
 
     model: str = field(metadata={"help": "The clean model: a folder or a name on the Hub."})
     dataset: str = field(metadata={"help": f"Clean rows, a share of which is poisoned. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
     trigger: str = field(default="badnets", metadata={"help": TRIGGER_HELP})
     target: str = field(default="refusal", metadata={"help": TARGET_HELP})
     rate: float = field(default=0.5, metadata={"help": "Share of the rows to poison."})
@@ -123,7 +126,7 @@ class PatchArguments:
     text: str | None = field(default=None, metadata={"help": "The text to show."})
     file: str | None = field(default=None, metadata={"help": "The file to show, text or any other bytes."})
     dataset: str | None = field(default=None, metadata={"help": f"The dataset to patch. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
     column: str | None = field(default=None, metadata={"help": "Column of the dataset with the text or the bytes."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for the patched dataset. It must be new or empty."}
@@ -167,7 +170,7 @@ class DoctorArguments:
 
     model: str = field(metadata={"help": f"The suspect: {MODEL_HELP}"})
     dataset: str | None = field(default=None, metadata={"help": f"The clean rows. {DATASET_HELP}"})
-    split: str = field(default="train", metadata={"help": "Split of the clean rows on the Hub."})
+    split: str = field(default="train", metadata={"help": "Split of the clean rows, in a folder or on the Hub."})
     recipe: str = field(default="strong", metadata={"help": "Recipe of the purification.", "choices": RECIPES})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the purification. Default: that of the recipe."}

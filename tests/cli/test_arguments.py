@@ -10,6 +10,8 @@ import yaml
 
 from crow_hf import CrowConfig, InvarianceConfig, load_causal_lm
 from crow_hf.cli.arguments import options_of_command, parse_arguments, read_arguments
+from crow_hf.cli.options import DATASET_HELP
+from crow_hf.data.load import _READERS
 from helpers.command_line import assert_one_sentence, command_line, files_in, run
 
 
@@ -70,6 +72,14 @@ def test_help_has_groups_and_the_rest_of_transformers_only_if_asked_for(capsys):
     listed = {name for names in everything.values() for name in names}
     assert {each.name for each in fields(InvarianceConfig) if each.init} <= listed
     assert "adam_beta2" in everything["of transformers.TrainingArguments"]
+
+
+def test_help_names_every_form_of_a_dataset():
+    """Fails if a file that can be read is not in the help, or if splits are said to be only on the Hub."""
+    assert all(ending in DATASET_HELP for ending in (*_READERS, ".gz", "folder with", "save_to_disk", "the Hub"))
+    for command in ("purify", "evaluate", "implant", "patch", "doctor"):
+        splits = [option for name, option in options_of_command(command).items() if name.endswith("split")]
+        assert splits and all("folder or o" in option.help for option in splits)
 
 
 def test_help_lists_choices_and_defaults(capsys):
@@ -180,6 +190,23 @@ def test_config_values_have_the_type_of_the_argument(tmp_path, text, option, exp
     path = config_file(tmp_path, text)
     arguments, _ = parse_arguments("purify", ["--config", str(path), *NEEDED, "--output_dir", str(tmp_path / "out")])
     assert getattr(arguments, option) == expected and type(getattr(arguments, option)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "option", "expected"),
+    [
+        ("arena", "seeds: [0, 1]", "seeds", "0,1"),
+        ("arena", "attacks: [badnets, ctba]", "attacks", "badnets,ctba"),
+        ("purify", "defences: [weight noise, mine]", "defences", "weight noise,mine"),
+        ("purify", "label_names: [a, b]", "label_names", ["a", "b"]),
+    ],
+)
+def test_config_can_hold_lists(tmp_path, command, text, option, expected):
+    """Fails if only the first of several names reaches an option that separates them by commas."""
+    path = config_file(tmp_path, text)
+    needed = NEEDED if command == "purify" else []
+    values = read_arguments(command, ["--config", str(path), *needed, "--output_dir", "o"])
+    assert values[option] == expected
 
 
 def test_flag_on_the_command_line_wins_over_the_config(tmp_path):

@@ -268,7 +268,12 @@ def test_idle_threads_of_the_command_line_do_not_spin(way, own, expected, tmp_pa
 
 @pytest.mark.parametrize(
     ("message", "said"),
-    [("", "Stopped by Ctrl-C. Nothing more was written."), ("checkpoint-2 is complete.", "checkpoint-2 is complete.")],
+    [
+        ("", "Stopped by Ctrl-C. Nothing more was written."),
+        ("checkpoint-2 is complete.", "checkpoint-2 is complete."),
+        ("Continue with resume_from_checkpoint=True.", "Continue with --resume_from_checkpoint true."),
+        ("o\x1b[2J", r"o\x1b[2J"),
+    ],
 )
 def test_ctrl_c_exits_with_130(paths, capsys, monkeypatch, message, said):
     """Fails if Ctrl-C prints a traceback, has another exit code, or loses what the trainer says about checkpoints."""
