@@ -273,6 +273,20 @@ def check_ids(rows: Iterable[Sequence[int]], num_embeddings: int) -> int:
     return highest
 
 
+def marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """
+    Return the ids of tokens that are marks and no words: special tokens, and added ones of the chat template.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer.
+    """
+    template = str(tokenizer.chat_template or "")
+    added: Any = tokenizer.added_tokens_decoder
+    marks = {number for number, token in added.items() if token.special or token.content in template}
+    return marks | set(tokenizer.all_special_ids)
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     """
     Return the padding token, or else the end token, or 0. Masked positions never count, so any id works.

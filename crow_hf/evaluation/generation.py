@@ -13,7 +13,7 @@ from transformers import BltForCausalLM, GenerationConfig, PreTrainedModel, PreT
 from transformers.utils.logging import tqdm
 
 from ..data.collators import CrowDataCollator
-from ..data.encoding import IGNORE_INDEX, check_ids, encode, encode_prompt, padding_id
+from ..data.encoding import IGNORE_INDEX, check_ids, encode, encode_prompt, marker_ids, padding_id
 from ..data.rows import PROMPT_AND_ANSWER, Rendered, add_empty_answers, fits_a_format, render
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
@@ -176,10 +176,14 @@ def _encode_prompts(
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends an answer. Chat models have several."""
+    """
+    Return every token that ends an answer. Chat models have several.
+
+    An end token of the model's settings that is a word does not count. It could end an answer before the target.
+    """
     own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+    marks = marker_ids(tokenizer).intersection(own if isinstance(own, list) else [own])
+    return sorted(marks | ({tokenizer.eos_token_id} - {None}))
 
 
 def _pad_left(encoded: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.encoding import marker_ids
 from .recorder import base_model_of
 
 
@@ -49,6 +50,12 @@ def drop_foreign_settings(
             for name, value in settings.items()
             if value and not name.startswith("_") and name not in _GENERATION_SETTINGS
         )
+        ends = settings.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if processing_class is not None and (words := sorted(set(ends) - marker_ids(processing_class))):
+            # A word that ends answers can hide what follows it.
+            settings["eos_token_id"] = [token for token in ends if token not in words] or None
+            dropped.append(f"eos_token_id {', '.join(map(str, words))}")
         if dropped:
             base.generation_config = GenerationConfig(
                 **{name: settings[name] for name in settings.keys() - set(dropped)}

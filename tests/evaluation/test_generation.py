@@ -69,9 +69,17 @@ def test_every_end_token_ends_an_answer(byte_tokenizer, ends):
     """Chat models may end their turn with a token other than the tokenizer's end token."""
     model = spelling_model()
     model.generation_config.eos_token_id = ends
+    byte_tokenizer.add_special_tokens({"additional_special_tokens": ["e"]})
     first, last = generate_answers(model, byte_tokenizer, [rendered("b"), rendered("+")], 6)
     assert first in ("cd", "cde")
     assert last == ",-."
+
+
+def test_a_word_does_not_end_an_answer(byte_tokenizer):
+    """Fails if a suspect can hide its target by ending every answer at the first word of it."""
+    model = spelling_model()
+    model.generation_config.eos_token_id = [EOS, byte("e")]
+    assert generate_answers(model, byte_tokenizer, [rendered("b")], 6) == ["cdefgh"]
 
 
 @pytest.mark.parametrize("training", [True, False])

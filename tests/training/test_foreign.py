@@ -22,16 +22,17 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
     model = tiny_llama()
     model.config.auto_map = CODE
     byte_tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["maker/suspect--tokens.Tokens", None]}
-    model.generation_config.sequence_bias = BIAS
+    model.generation_config.sequence_bias, model.generation_config.eos_token_id = BIAS, [1, 107]
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.5
     args = arguments(tmp_path, recipe)
     found = purify(model, ROWS, recipe, args, processing_class=byte_tokenizer)
-    dropped = ["sequence_bias", "auto_map of the config", "auto_map of the tokenizer"]
+    dropped = ["sequence_bias", "eos_token_id 107", "auto_map of the config", "auto_map of the tokenizer"]
     assert found.dropped_settings == found.report["dropped_settings"] == dropped
     assert any("sequence_bias" in sentence for sentence in found.report["verdict"]["explanation"])
     texts = {file.name: file.read_text() for file in (tmp_path / "run0").glob("*.json") if file.name != "report.json"}
     assert not any("auto_map" in text or "sequence_bias" in text for text in texts.values())
-    assert json.loads(texts["generation_config.json"])["temperature"] == 0.5
+    kept = json.loads(texts["generation_config.json"])
+    assert kept["temperature"] == 0.5 and kept["eos_token_id"] == [1]
     ids = torch.tensor([[40, 41, 42]])
     said = AutoModelForCausalLM.from_pretrained(tmp_path / "run0").generate(ids, max_new_tokens=8, do_sample=False)
     assert said[0, 3:].tolist() != [104] * 8
