@@ -8,8 +8,9 @@ from rich.console import Console
 from ..attacks.targets import BaseTarget, get_target
 from ..attacks.triggers import BaseTrigger, get_trigger
 from ..evaluation.harness import Evaluation
+from ..recipes.saving import own_checkpoint
 from ..reporting.tables import comparison_table
-from ..training.checkpoints import check_writable, checkpoint_to_resume
+from ..training.checkpoints import check_writable
 from .words import printable
 
 
@@ -34,11 +35,7 @@ def check_output(output_dir: str, resume: str | None = None) -> str | None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
         raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or empty it.")
     check_writable(output_dir)
-    if resume in (None, "True", "true", "last"):
-        return checkpoint_to_resume(folder, resume and True)
-    if folder.resolve() not in Path(resume).resolve().parents:
-        raise ValueError(f"{resume} is not a checkpoint in {output_dir}: resume a run in its own --output_dir.")
-    return checkpoint_to_resume(folder, resume)
+    return own_checkpoint(output_dir, True if resume in ("True", "true", "last") else resume)
 
 
 def read_backdoor(trigger: str | None, target: str | None) -> tuple[BaseTrigger | None, BaseTarget | None]:

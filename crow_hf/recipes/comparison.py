@@ -27,12 +27,13 @@ from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .run import CONTROL, LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
-from .saving import not_fatal, prepare_output, save_model, save_result
+from .saving import not_fatal, own_claims, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
 
 
+@own_claims()
 def compare_defences(
     load_model: Callable[[], PreTrainedModel | PeftModel],
     args: CrowConfig,

@@ -24,12 +24,13 @@ from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, lora_config, recipe_config
 from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
-from .saving import not_fatal, prepare_output, save_model, save_result
+from .saving import not_fatal, own_claims, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
 
 
+@own_claims()
 def purify(
     model: str | Path | PreTrainedModel | PeftModel,
     dataset: Dataset | IterableDataset,

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -28,8 +29,20 @@ from ..training.saves import copy_side_files, stored_dtype
 from .run import RecipeRun
 
 
-# Locks of this process, by output folder.
-_claims: dict[Path, FileLock] = {}
+# The locks of the recipe that runs, and those of this process where none runs.
+_claims: ContextVar[ExitStack] = ContextVar("claims")
+_claims_of_process = ExitStack()
+
+
+@contextmanager
+def own_claims() -> Iterator[None]:
+    """Free the output folders that the `with` block or decorated function claims at its end, also after an error."""
+    with ExitStack() as claims:
+        token = _claims.set(claims)
+        try:
+            yield
+        finally:
+            _claims.reset(token)
 
 
 def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -46,7 +59,8 @@ def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) 
         `str`: The checkpoint to resume from, or `None`.
 
     Raises:
-        `ValueError`: If the folder holds the model, the checkpoints or the report of another run.
+        `ValueError`: If the folder holds the model, the checkpoints or the report of another run, or if the checkpoint
+            is incomplete or in another folder.
         `OSError`: If the folder cannot be written to, or the repository cannot be opened.
     """
     if (Path(args.output_dir) / REPORT_DATA).exists() and not resume_from_checkpoint:
@@ -54,26 +68,42 @@ def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) 
     if output_was_used(args.output_dir) and not resume_from_checkpoint:
         raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
     check_writable(args.output_dir)
+    checkpoint = own_checkpoint(args.output_dir, resume_from_checkpoint)
     if args.process_index == 0:
         claim(args.output_dir)
-    checkpoint = checkpoint_to_resume(args.output_dir, resume_from_checkpoint)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = create_repository(args)
     return checkpoint
 
 
-def claim(output_dir: str) -> None:
+def own_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
     """
-    Keep other processes of this machine out of an output folder, until [`save_result`] or the end of this process.
+    Find the checkpoint that a recipe resumes from, see [`checkpoint_to_resume`]. It is in the run's own output folder,
+    whose model and checkpoints a resumed run replaces.
 
     Raises:
-        `ValueError`: If another process has claimed it.
+        `ValueError`: If the checkpoint is incomplete or in another folder.
+    """
+    is_path = resume_from_checkpoint and resume_from_checkpoint is not True
+    if is_path and Path(output_dir).resolve() not in Path(str(resume_from_checkpoint)).resolve().parents:
+        raise ValueError(
+            f"{resume_from_checkpoint} is not a checkpoint in {output_dir}: resume a run in its own `output_dir`."
+        )
+    return checkpoint_to_resume(output_dir, resume_from_checkpoint)
+
+
+def claim(output_dir: str) -> None:
+    """
+    Keep other runs on this machine out of an output folder, until the block of [`own_claims`] or this process ends.
+
+    Raises:
+        `ValueError`: If another run has claimed it.
     """
     folder = Path(output_dir).resolve()
     name = f"crow_hf-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.lock"
-    lock = _claims.setdefault(folder, FileLock(Path(gettempdir(), name)))
+    lock = FileLock(Path(gettempdir(), name))
     try:
-        lock.acquire(timeout=0)
+        _claims.get(_claims_of_process).enter_context(lock.acquire(timeout=0))
     except Timeout:
         raise ValueError(f"Another run is writing to {output_dir}: choose another `output_dir`.") from None
 
@@ -170,5 +200,3 @@ def save_result(
             trainer.note_failure(str(error))
     if args.save_total_limit is None and not trainer.failures:
         remove_checkpoints(args.output_dir)
-    if (claimed := _claims.pop(Path(args.output_dir).resolve(), None)) is not None:
-        claimed.release(force=True)

@@ -20,7 +20,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path, resume):
 def test_checkpoint_of_another_folder_is_refused(tmp_path):
     other = tmp_path / "other" / "checkpoint-2"
     other.mkdir(parents=True)
-    with pytest.raises(ValueError, match="resume a run in its own --output_dir"):
+    with pytest.raises(ValueError, match="resume a run in its own `output_dir`"):
         check_output(str(tmp_path / "run"), str(other))
 
 

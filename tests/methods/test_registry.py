@@ -56,7 +56,8 @@ def test_files_that_cannot_be_run_are_named(tmp_path, name, text):
         load_defences(str(tmp_path / name))
 
 
-def test_files_beside_a_plugin_take_the_place_of_no_module(tmp_path):
+def test_files_beside_a_plugin_take_the_place_of_no_module(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     (tmp_path / "colorsys.py").write_text("ours = True\n")
     file = tmp_path / "my_defence_beside_others.py"
     file.write_text("import colorsys\nassert not hasattr(colorsys, 'ours')\n")

@@ -10,10 +10,13 @@ import torch
 
 from crow_hf import load_causal_lm
 from crow_hf.evaluation.retention import measure_retention
+from crow_hf.recipes import comparison as comparison_module
 from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes import run as run_module
+from crow_hf.recipes.comparison import compare_defences
 from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.purification import purify
+from crow_hf.recipes.saving import claim, own_claims, prepare_output
 from crow_hf.training.loading import load_tokenizer
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
@@ -179,3 +182,36 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path, byte_tokenizer):
             purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
         other.communicate(b"\n")
     purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer)
+
+
+def test_a_refused_call_keeps_no_folder(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if a notebook in which a call failed keeps the command line out of the folder."""
+    args = arguments(tmp_path, "guide")
+
+    def refuse(*others):
+        with own_claims(), pytest.raises(ValueError, match="Another run is writing"):
+            claim(args.output_dir)
+        raise ValueError("refused")
+
+    for module in (purification_module, comparison_module):
+        monkeypatch.setattr(module, "check_base", refuse)
+    options = {"recipe": "guide", "args": args, "processing_class": byte_tokenizer}
+    with pytest.raises(ValueError, match="refused"):
+        purify(tiny_llama(), ROWS, **options)
+    with own_claims():
+        claim(args.output_dir)
+    with pytest.raises(ValueError, match="refused"):
+        compare_defences(tiny_llama, train_dataset=ROWS, test_dataset=ROWS, **options)
+    with own_claims():
+        claim(args.output_dir)
+
+
+def test_a_run_is_resumed_in_its_own_folder(tmp_path, monkeypatch):
+    """Fails if the model and the checkpoints of one run are replaced by those of another."""
+    monkeypatch.setattr("crow_hf.training.checkpoints.incomplete_files", lambda checkpoint: [])
+    args = arguments(tmp_path, "guide")
+    with own_claims():
+        with pytest.raises(ValueError, match="resume a run in its own `output_dir`"):
+            prepare_output(args, str(tmp_path / "other" / "checkpoint-3"))
+        own = str(Path(args.output_dir) / "checkpoint-3")
+        assert prepare_output(args, own) == own
