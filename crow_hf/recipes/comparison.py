@@ -181,12 +181,13 @@ def compare_defences(
 
     # Look, report
     purification, purified = run.result(), _in_loaded_precision(run.trainer)
-    with phase(LOOKING_AGAIN):
+    with phase(LOOKING_AGAIN), run.in_quick_precision():
         purified_scores = measure(purified, reference)
     purification.retention = purified_scores.retention
     comparison = Comparison(suspect_scores, control_scores, purified_scores, others, purification)
     with not_fatal(run, "report"):
-        purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
+        with run.in_quick_precision():
+            purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)
     fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})

@@ -15,7 +15,7 @@ from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
 from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..progress import phase, restart_clock
-from ..reporting.record import record_of
+from ..reporting.record import adapter_settings, record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import is_quantized, load_causal_lm, load_tokenizer
 from ..training.recorder import base_model_of
@@ -140,7 +140,7 @@ def purify(
     # Look, report
     comparison = None
     with not_fatal(run, "report"):
-        with phase(LOOKING_AGAIN), run.trainer.accelerator.autocast():
+        with phase(LOOKING_AGAIN), run.in_quick_precision(), run.trainer.accelerator.autocast():
             purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
             purification.retention = measure_retention(run.trainer.model, tokenizer, reference, batch_size)
             if held_out is not None and before is not None:
@@ -235,11 +235,8 @@ def describe_for_card(
     if isinstance(peft_config, LoraConfig) and peft_config == lora_config(peft_config.r):
         settings |= {"lora": True, "lora_r": peft_config.r}
     elif peft_config is not None:
-        # The name of the base can be a local path.
-        defaults = type(peft_config)().to_dict() | {"base_model_name_or_path": peft_config.base_model_name_or_path}
-        changed = {name: value for name, value in peft_config.to_dict().items() if value != defaults[name]}
-        values = {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
-        adapter = f"{type(peft_config).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+        changed = ", ".join(f"{name}={value!r}" for name, value in adapter_settings(peft_config).items())
+        adapter = f"{type(peft_config).__name__}({changed})"
     # As `crow-hf purify --config` takes them.
     return {
         "finetuned_from": suspect,

@@ -1,6 +1,8 @@
 """One run of a recipe: prepare the rows, implant canaries, train, and see what became of the canaries."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -273,6 +275,21 @@ class RecipeRun:
         else:
             logger.warning(f"Weights of the purified model do not fit into {name}, the dtype of the suspect's files.")
 
+    @contextmanager
+    def in_quick_precision(self) -> Iterator[None]:
+        """Measure a float16 model in float32 on a CPU, which is far slower in float16. The weights stay the same."""
+        model = self.trainer.model
+        halves: list[torch.Tensor] = []
+        if model.device.type == "cpu" and not is_quantized(model):
+            halves = [each for each in (*model.parameters(), *model.buffers()) if each.dtype == torch.float16]
+        for each in halves:
+            each.data = each.data.float()
+        try:
+            yield
+        finally:
+            for each in halves:
+                each.data = each.data.half()
+
     def result(self) -> Purification:
         """
         Return the purified model with its evidence.
@@ -280,7 +297,7 @@ class RecipeRun:
         The success of the canaries is measured again. One that lives is reported in a warning.
         """
         if self._canaries:
-            with phase(CANARIES_AGAIN):
+            with phase(CANARIES_AGAIN), self.in_quick_precision():
                 self._measure_canaries("after")
         if any(canary_outcome(canary) == LIVES for canary in self._canaries):
             logger.warning(CANARY_ADVICE)

@@ -9,7 +9,6 @@ from tempfile import gettempdir
 from typing import Any
 
 from filelock import FileLock, Timeout
-from peft import PeftModel
 
 from ..evidence.result import Comparison, Purification
 from ..methods.crow.config import CrowConfig, loading_kwargs
@@ -25,7 +24,7 @@ from ..training.checkpoints import (
     remove_checkpoints,
 )
 from ..training.hub import create_repository, push_folder
-from ..training.saves import copy_side_files, stored_dtype
+from ..training.saves import copy_side_files, hub_options, stored_dtype
 from .run import RecipeRun
 
 
@@ -126,14 +125,14 @@ def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
         `OSError`: If the weights cannot be written.
     """
     trainer = run.trainer
-    run.finish(merge, None if "dtype" in loading_kwargs(trainer.args) else stored_dtype(suspect))
+    kwargs = loading_kwargs(trainer.args)
+    options = hub_options(suspect, trainer.model, kwargs)
+    run.finish(merge, None if "dtype" in kwargs else stored_dtype(suspect, **options))
     # The trainer does not push here: the card and the report are written first.
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
-        # The commit of an adapter is not known, but that of its base is.
-        commit = None if isinstance(trainer.model, PeftModel) else getattr(trainer.model.config, "_commit_hash", None)
         with not_fatal(run, "copy of every file of the suspect"):
-            copy_side_files(suspect, trainer.args.output_dir, commit)
+            copy_side_files(suspect, trainer.args.output_dir, token=kwargs.get("token"), **options)
 
 
 @contextmanager

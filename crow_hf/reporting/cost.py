@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -32,13 +33,15 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def size_of_weights(name: str) -> int | None:
+def size_of_weights(name: str, **options: Any) -> int | None:
     """
     Return the bytes of the files of weights of a model.
 
     Args:
         name (`str`):
             A folder, or a name on the Hub, whose files are looked up in the cache.
+        **options:
+            The `revision` and the `cache_dir` that the model was loaded with.
 
     Returns:
         `int`: `None` if there is no such folder, or no weights in it.
@@ -46,16 +49,16 @@ def size_of_weights(name: str) -> int | None:
     folder = Path(name)
     if name and not folder.is_dir():
         for config in ("config.json", "adapter_config.json"):
-            if isinstance(cached := _in_cache(name, config), str):
+            if isinstance(cached := _in_cache(name, config, options), str):
                 folder = Path(cached).parent
     if not name or not folder.is_dir():
         return None
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS) or None
 
 
-def _in_cache(name: str, file: str) -> object:
+def _in_cache(name: str, file: str, options: dict[str, Any]) -> object:
     try:
-        return try_to_load_from_cache(name, file)
+        return try_to_load_from_cache(name, file, **options)
     except ValueError:
         # Not a name on the Hub.
         return None

@@ -43,7 +43,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -62,11 +62,13 @@ from ..data.rows import is_chat, messages_of, prompt_of
 from ..evaluation.scores import is_exact_match
 from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
+from ..methods.crow.config import loading_kwargs
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..patching.patcher import EntropyPatcher
 from ..progress import seconds_by_phase
 from ..training.recorder import base_model_of
+from ..training.saves import hub_options
 from ..training.settings import HIDDEN, SECRET, recorded_settings, without_secrets
 from ..training.sharding import num_parameters
 from .cost import peak_memory, size_of_weights
@@ -76,6 +78,8 @@ from .verdict import Verdict, canary_outcome
 
 Record = dict[str, Any]
 
+# Settings of an adapter that PEFT fills in. The name of the base can be a local path.
+_FILLED_IN = ("base_model_name_or_path", "peft_type", "peft_version")
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate")
 
 
@@ -112,6 +116,7 @@ def record_of(
         `dict`: A record with the keys of [`crow_hf.reporting.record`], as JSON can hold it.
     """
     evaluations = {} if comparison is None else comparison.by_role
+    options = hub_options(model_name, purification.model, loading_kwargs(purification.trainer.args))
     record = {
         "verdict": Verdict.of(purification, comparison).to_dict(),
         "recipe": purification.recipe,
@@ -127,7 +132,7 @@ def record_of(
         "samples": _samples(purification, rows),
         "rows": _rows(purification, train_dataset, held_out),
         "cost": {"seconds": seconds_by_phase(), "peak_memory": peak_memory(purification.trainer.args.device)},
-        "size": {"suspect": size_of_weights(model_name), "purified": None},
+        "size": {"suspect": size_of_weights(model_name, **options), "purified": None},
         "training": _training(purification),
         "layer_profile": {
             "rows": len(rows.rows),
@@ -269,7 +274,7 @@ def _run(
         "trigger": _described(rows.trigger),
         "target": _described(rows.target),
         "settings": recorded_settings(args),
-        "adapter": _adapter_settings(purification.adapter),
+        "adapter": purification.adapter and adapter_settings(purification.adapter),
         "train_dataset": _rows_described(train_dataset),
         "test_dataset": test_dataset and _rows_described(test_dataset),
         "held_out": held_out and _rows_described(held_out),
@@ -300,13 +305,17 @@ def _described(part: Any) -> Record | None:
     }
 
 
-def _adapter_settings(config: PeftConfig | None) -> Record | None:
-    """Return the settings of the trained adapter that are not PEFT's defaults, without the path of its base model."""
-    if config is None:
-        return None
-    defaults = type(config)().to_dict() | {"base_model_name_or_path": config.base_model_name_or_path}
-    changed = {name: value for name, value in config.to_dict().items() if value != defaults.get(name)}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
+def adapter_settings(config: PeftConfig) -> Record:
+    """Return the settings of an adapter that are not PEFT's defaults, without the path of its base model."""
+    settings: Record = {}
+    # Without an instance, because some kinds of adapters have settings that must be given.
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = asdict(default) if is_dataclass(default) and not isinstance(default, type) else default
+        value = config.to_dict().get(field.name, default)
+        if value != default and field.name not in _FILLED_IN:
+            settings[field.name] = sorted(value) if isinstance(value, set) else value
+    return settings
 
 
 def _rows_described(dataset: Dataset | IterableDataset) -> Record:

@@ -18,16 +18,16 @@ from .. import models
 from .checkpoints import CheckpointMixin
 from .files import write_text
 from .recorder import base_model_of
+from .saves import SIDE_FILES
 
 
 # The files of a model, as `save_pretrained` of models, adapters and tokenizers names them. Other files of an output
 # folder, such as rows, reports, logs and checkpoints, stay private.
 PUSHED = [
-    *("README.md", "LICENSE*", "config.json", "generation_config.json", "adapter_config.json"),
+    *("README.md", *SIDE_FILES, "config.json", "generation_config.json", "adapter_config.json"),
     *("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("chat_template.*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json"),
-    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("additional_chat_templates/*", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
     *(file.name for file in Path(models.__file__).parent.glob("[!_]*.py")),
 ]
 # Weights of an earlier push. They would be loaded beside the new weights or instead of them.

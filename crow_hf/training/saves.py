@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import constants, save_torch_state_dict, snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -31,9 +31,14 @@ logger = transformers_logging.get_logger(__name__)
 # Files beside a model that a purification does not change. Code is not among them, because the suspect's maker wrote
 # it.
 SIDE_FILES = (
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.*"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken", "tekken.json"),
-    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*"),
+    *(
+        name + suffix
+        for name in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+        for suffix in ("", ".md", ".txt")
+    ),
 )
 _STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -214,19 +219,41 @@ def write_weights(folder: str | Path, model: PreTrainedModel | PeftModel, tensor
         config.to_json_file(Path(folder) / CONFIG_NAME)
 
 
-def stored_dtype(name: str | Path) -> torch.dtype | None:
+def hub_options(name: str, model: PreTrainedModel | PeftModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return the `revision` and the `cache_dir` that a suspect was loaded with, as far as they are known.
+
+    Args:
+        name (`str`):
+            The name of the suspect.
+        model (`PreTrainedModel` or `PeftModel`):
+            The suspect, which may have been trained.
+        kwargs (`dict`):
+            The keyword arguments that it was loaded with.
+    """
+    options = {each: kwargs[each] for each in ("revision", "cache_dir") if each in kwargs}
+    base = base_model_of(model)
+    # The commit of an adapter is not known, but that of its base is.
+    if base.name_or_path == name and (commit := getattr(base.config, "_commit_hash", None)):
+        options["revision"] = commit
+    return options
+
+
+def stored_dtype(name: str | Path, **options: Any) -> torch.dtype | None:
     """
     Return the dtype in which most weights of a suspect are stored.
 
     Args:
         name (`str` or `Path`):
             The folder of the suspect, or its name on the Hub. It is loaded, so its files are in the cache.
+        **options:
+            The `revision` and the `cache_dir` that it was loaded with.
 
     Returns:
         `torch.dtype`: `None` if there are no weights in floating point.
     """
     sizes: dict[torch.dtype, int] = {}
-    for file in _files_of(name, ["*.safetensors"], local_files_only=True):
+    for file in _files_of(name, ["*.safetensors"], **options, local_files_only=True):
         with safe_open(file, "pt") as held:
             for key in held.keys():
                 tensor = held.get_slice(key)
@@ -265,7 +292,7 @@ def cast_to(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     return True
 
 
-def copy_side_files(name: str | Path, folder: str | Path, revision: str | None = None) -> None:
+def copy_side_files(name: str | Path, folder: str | Path, **options: Any) -> None:
     """
     Copy the files of a suspect that a purification does not change, unless the folder has them.
 
@@ -274,10 +301,10 @@ def copy_side_files(name: str | Path, folder: str | Path, revision: str | None =
             The folder of the suspect, or its name on the Hub.
         folder (`str` or `Path`):
             The folder to copy to.
-        revision (`str`, *optional*):
-            The commit of the suspect on the Hub.
+        **options:
+            The `revision`, the `cache_dir` and the `token` that the suspect was loaded with.
     """
-    for file in _files_of(name, SIDE_FILES, revision=revision):
+    for file in _files_of(name, SIDE_FILES, **options):
         if not (Path(folder) / file.name).exists():
             shutil.copyfile(file, Path(folder) / file.name)
 
@@ -299,7 +326,10 @@ def _files_of(name: str | Path, patterns: Iterable[str], **options: Any) -> list
             logger.warning(f"The files of {name} cannot be read ({one_line(error)}).")
             return []
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    places = (folder.resolve(), Path(constants.HF_HUB_CACHE).resolve())
+    places = [folder.resolve()]
+    if places[0].parent.name == "snapshots":
+        # The files of a repository in the cache are links to its blobs.
+        places.append(places[0].parents[1] / "blobs")
     return [file for file in files if any(file.resolve().is_relative_to(place) for place in places)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from crow_hf import CrowTrainer, load_causal_lm
@@ -18,6 +18,7 @@ from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes.presets import MAX_ROWS, RECIPES, lora_config
 from crow_hf.recipes.purification import draw_rows, purify
 from crow_hf.recipes.run import default_adapter, run_recipe
+from crow_hf.reporting.record import adapter_settings
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -152,6 +153,8 @@ def test_an_unmerged_adapter_on_a_merged_suspect_is_refused(recipe, saved, tmp_p
 def test_the_card_repeats_any_adapter(tmp_path, byte_tokenizer):
     """Fails if the card names other settings than those of the adapter, or settings that `--config` does not take."""
     own = LoraConfig(r=2, lora_alpha=3, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM")
+    needy = AdaLoraConfig(total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert adapter_settings(needy) == {"total_step": 10, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     for config in (lora_config(2), own):
         args = arguments(tmp_path, "guide")
         purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer, peft_config=config)

@@ -137,6 +137,23 @@ def test_the_dtype_of_the_suspect_comes_back(recipe, asked, tmp_path, byte_token
     assert same_weights(weights_of(saved), weights_of(found.model)) and same_weights(measured[-1], weights_of(saved))
 
 
+def test_a_float16_model_is_not_computed_in_float16_on_a_cpu(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if the measurements take many times as long as they need, or if they change the model."""
+    measured = []
+
+    def record(model, *args):
+        measured.append(model.dtype)
+        return measure_retention(model, *args)
+
+    monkeypatch.setattr(purification_module, "measure_retention", record)
+    tiny_llama().to(torch.float16).save_pretrained(tmp_path / "suspect")
+    args = arguments(tmp_path)
+    found = purify(tmp_path / "suspect", ROWS, args=args, processing_class=byte_tokenizer)
+    saved = load_causal_lm(args.output_dir)
+    assert measured == [torch.float32] and saved.dtype == found.model.dtype == torch.float16
+    assert same_weights(weights_of(saved), weights_of(found.model))
+
+
 @pytest.mark.parametrize("kept", [None, 2])
 def test_checkpoints_of_a_finished_run_are_removed_unless_they_are_kept_on_purpose(kept, tmp_path, byte_tokenizer):
     args = arguments(tmp_path, "guide", save_strategy="steps", save_steps=1, save_total_limit=kept)

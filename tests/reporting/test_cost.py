@@ -29,6 +29,9 @@ def test_the_weights_of_a_cached_model_are_counted(tmp_path, monkeypatch):
     (tmp_path / "models--me--suspect" / "refs").mkdir()
     (tmp_path / "models--me--suspect" / "refs" / "main").write_text("a" * 40)
     assert size_of_weights("me/suspect") == 123
+    assert size_of_weights("me/suspect", revision="b" * 40) is None
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "elsewhere")
+    assert size_of_weights("me/suspect", cache_dir=str(tmp_path)) == 123
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say how much memory a process took")

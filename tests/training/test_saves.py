@@ -16,6 +16,7 @@ from crow_hf.training.saves import (
     cast_to,
     copy_side_files,
     hollow_copy,
+    hub_options,
     lost_tensors,
     rehearse_save,
     saved_tensors,
@@ -157,7 +158,8 @@ def test_files_beside_the_model_are_copied_except_code_and_links(tmp_path):
     suspect, purified, secret = tmp_path / "suspect", tmp_path / "purified", tmp_path / "secret"
     suspect.mkdir(), purified.mkdir()
     secret.write_text("private")
-    for name in ("preprocessor_config.json", "LICENSE.txt", "chat_template.jinja", "modeling_x.py", "rows.jsonl"):
+    code = ("modeling_x.py", "chat_template.py", "LICENSE.py")
+    for name in ("preprocessor_config.json", "LICENSE.txt", "chat_template.jinja", "rows.jsonl", *code):
         (suspect / name).write_text(name)
     os.symlink(secret, suspect / "NOTICE")
     (purified / "chat_template.jinja").write_text("new")
@@ -167,6 +169,41 @@ def test_files_beside_the_model_are_copied_except_code_and_links(tmp_path):
         "LICENSE.txt": "LICENSE.txt",
         "chat_template.jinja": "new",
     }
+
+
+def cached_repository(folder, commit, files, blobs="blobs"):
+    """Write files into a cache as the Hub's client does. Return the folder of the snapshot."""
+    snapshot = folder / "models--me--suspect" / "snapshots" / commit
+    blob_folder = snapshot.parents[1] / blobs
+    snapshot.mkdir(parents=True), blob_folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (blob_folder / f"{commit}-{name}").write_text(text)
+        os.symlink(blob_folder / f"{commit}-{name}", snapshot / name)
+    return snapshot
+
+
+def test_files_are_those_of_the_revision_that_was_loaded(tmp_path):
+    """Fails if the files of the main branch or of another cache are copied, or those beside the repository."""
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        snapshot = cached_repository(tmp_path / "cache", commit, {"NOTICE": commit})
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(commits[0])
+    options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    model = tiny_llama()
+    for commit in commits:
+        model.config._commit_hash, model.name_or_path = commit, "me/suspect"
+        found = hub_options("me/suspect", model, {"revision": "main", "dtype": "float32"} | options)
+        (tmp_path / commit).mkdir()
+        copy_side_files("me/suspect", tmp_path / commit, local_files_only=True, **found)
+        assert (tmp_path / commit / "NOTICE").read_text() == commit
+    assert hub_options("me/adapter", model, {"revision": "v1"}) == {"revision": "v1"}
+    # The snapshot may be passed as a folder, but links to other places of the cache are not followed.
+    copy_side_files(snapshot, tmp_path)
+    assert (tmp_path / "NOTICE").read_text() == commits[1]
+    private = cached_repository(tmp_path / "other", commits[0], {"COPYING": "private"}, "private")
+    copy_side_files(private, tmp_path)
+    assert not (tmp_path / "COPYING").exists()
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "generation config"])
