@@ -23,7 +23,8 @@ from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
 from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, recorder_of
-from ..training.trial import try_out
+from ..training.sharding import is_finite, will_shard
+from ..training.trial import place, try_out
 from .findings import Finding, Level, has_problem
 from .forecast import forecast
 from .patch_checkup import PROSE, check_components, check_frozen_predictor, check_patches
@@ -85,7 +86,12 @@ def doctor(
     """
     changes: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
     args = recipe_config(recipe, "purified", max_length=max_length, **changes)
-    return list(_findings(model, dataset, processing_class, recipe, args))
+    device = None if isinstance(model, (str, Path)) else model.device
+    try:
+        return list(_findings(model, dataset, processing_class, recipe, args))
+    finally:
+        if not isinstance(model, (str, Path)) and model.device != device:
+            move(model, device)
 
 
 def _findings(
@@ -100,7 +106,7 @@ def _findings(
         model = yield from _load(model)
         if model is None:
             return
-    recorder = yield from _check_model(model, args.learning_rate)
+    recorder = yield from _check_model(model, args)
     if recorder is None:
         return
     encoded = yield from _check_data(model, path, dataset, tokenizer, args.max_length)
@@ -173,7 +179,7 @@ def _check_remote_code(config: dict) -> Finding:
     )
 
 
-def _check_model(model: PreTrainedModel | PeftModel, learning_rate: float) -> _Check[LayerRecorder]:
+def _check_model(model: PreTrainedModel | PeftModel, args: CrowConfig) -> _Check[LayerRecorder]:
     base = base_model_of(model)
     if type(base).__module__.startswith("transformers_modules"):
         found = f"{type(base).__name__} is remote code that came with the model, and it runs in this process."
@@ -192,13 +198,19 @@ def _check_model(model: PreTrainedModel | PeftModel, learning_rate: float) -> _C
     pairs = len(recorder.layers) - 1
     found = f"{recorder.name} has {pairs + 1} layers. CROW compares {pairs} pairs of consecutive layers."
     yield Finding("layers", "ok", found)
-    findings = list(_check_weights(model, learning_rate))
+    findings = list(_check_weights(model, args.learning_rate))
     yield from findings
     yield from check_frozen_predictor(model)
     if has_problem(findings):
         return None
     try:
-        try_out(recorder)
+        place(model, args)
+        if not will_shard(args):
+            try_out(recorder)
+    except torch.OutOfMemoryError:
+        found = f"The model does not fit into the memory of {args.device}."
+        yield Finding("objective", "problem", found, "Use a machine with more memory, or a smaller model.")
+        return None
     except ValueError as error:
         yield Finding("objective", "problem", str(error), "Use another model, or download this one again.")
         return None
@@ -210,7 +222,7 @@ def _check_weights(model: PreTrainedModel | PeftModel, learning_rate: float) -> 
         found = "The model contains an adapter that training would not find."
         yield Finding("adapter", "problem", found, "Load it with `load_causal_lm`, which returns a `PeftModel`.")
         return
-    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+    if bad := [name for name, weight in model.named_parameters() if not is_finite(weight)]:
         found = f"{len(bad)} of the model's tensors contain NaN or infinity, such as `{bad[0]}`."
         yield Finding("weights", "problem", found, "Download the model again, or use an earlier checkpoint.")
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
@@ -418,7 +430,7 @@ def _check_cost(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[Finding]:
     """Forecast what the purification takes. Nothing is said of a model that only the recipe's own checks explain."""
-    device, drawn = model.device, dataset.take(MAX_ROWS[recipe])
+    drawn = dataset.take(MAX_ROWS[recipe])
     try:
         found = forecast(model, drawn, args, tokenizer, adapter=default_adapter(recipe, model, args))
     except ValueError as error:
@@ -428,8 +440,6 @@ def _check_cost(
     else:
         remedy = "" if found.fits else "Lower `per_device_train_batch_size`, or free memory or disk."
         yield Finding("cost", "ok" if found.fits else "warning", str(found), remedy)
-    finally:
-        move(model, device)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -32,10 +32,10 @@ from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
 from ..training.foreign import drop_foreign_settings
 from ..training.loading import is_quantized, merged, move
-from ..training.recorder import base_model_of, recorder_of
+from ..training.recorder import recorder_of
 from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
 from ..training.sharding import are_finite, will_shard
-from ..training.trial import try_out
+from ..training.trial import place, try_out
 from .presets import LORA_RANKS, RECIPES, lora_config
 
 
@@ -152,9 +152,7 @@ class RecipeRun:
         all_weights: bool = False,
     ) -> None:
         check_recipe(recipe, args)
-        if not will_shard(args) and getattr(base_model_of(model), "hf_device_map", None) is None:
-            # Some implementations of attention run on a GPU only.
-            move(model, args.device)
+        place(model, args)
         if peft_config is not None and isinstance(model, PeftModel):
             _check_mergeable(model)
             model = merged(model)
@@ -465,13 +463,8 @@ def rehearse(
             if peft_config is not None and isinstance(hollow, PeftModel):
                 # The adapter of the suspect is merged first.
                 hollow = hollow.unload()
-            Rehearsal(
-                hollow,
-                scratch_config(args, folder),
-                dataset,
-                processing_class=processing_class,
-                peft_config=peft_config,
-            ).check_optimizer()
+            options: dict[str, Any] = {"processing_class": processing_class, "peft_config": peft_config}
+            Rehearsal(hollow, scratch_config(args, folder), dataset, **options).check_optimizer()
         except (ImportError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"This model cannot be trained with these arguments ({one_line(error)}).") from error
     return canaries

@@ -1,15 +1,27 @@
 """Try a model on a few tokens before any work, because not every architecture does what the objectives rely on."""
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
 
-from .recorder import LayerRecorder, embedding_table, plain_outputs
-from .sharding import is_sharded
+from .loading import move
+from .recorder import LayerRecorder, base_model_of, embedding_table, plain_outputs
+from .sharding import is_sharded, will_shard
 
 
 NUM_TOKENS = 12
 # The largest relative differences that rounding may cause, in float32 and in half precision.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
+
+
+def place(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> None:
+    """
+    Move a model to the device of a run, because some implementations of attention run on a GPU only. A model that is
+    spread over devices, or that the training will shard, stays where it is.
+    """
+    if not will_shard(args) and getattr(base_model_of(model), "hf_device_map", None) is None:
+        move(model, args.device)
 
 
 def try_out(recorder: LayerRecorder) -> None:

@@ -111,6 +111,15 @@ def test_the_loss_is_compared_with_guessing():
 # Weights
 
 
+def test_a_model_that_does_not_fit_on_the_device_is_a_problem(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("crow_hf.recipes.checkup.place", full)
+    finding = found(doctor(tiny_llama(), ROWS, BYTES), "objective")
+    assert finding.level == "problem" and "does not fit into the memory" in finding.found
+
+
 def test_precision_is_the_share_of_weights_that_adam_leaves_unchanged():
     """The reported share is compared with a real Adam step of the largest possible size."""
     model = tiny_llama().to(torch.bfloat16)

@@ -18,6 +18,7 @@ from crow_hf.recipes import run as run_module
 from crow_hf.recipes.presets import RECIPES, lora_config, recipe_config
 from crow_hf.recipes.purification import purify
 from crow_hf.recipes.run import RecipeRun, default_adapter, run_recipe
+from crow_hf.training import trial as trial_module
 from helpers.recipes import ANSWERS, PROMPTS, ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -353,11 +354,12 @@ def test_the_suspect_is_tried_where_and_before_it_is_trained(tmp_path, byte_toke
     """Fails if it is tried on another device, with patched kernels, or before its shards are gathered."""
     steps = []
     monkeypatch.delenv("FSDP_CPU_RAM_EFFICIENT_LOADING", raising=False)
-    monkeypatch.setattr(run_module, "move", lambda model, device: steps.append(device))
+    monkeypatch.setattr(trial_module, "move", lambda model, device: steps.append(device))
     monkeypatch.setattr(run_module, "try_out", lambda recorder: steps.append("try"))
     monkeypatch.setattr(run_module.CrowTrainer, "check_optimizer", lambda trainer: steps.append("train"))
     for shards in (False, True):
-        monkeypatch.setattr(run_module, "will_shard", lambda args, shards=shards: shards)
+        for module in (run_module, trial_module):
+            monkeypatch.setattr(module, "will_shard", lambda args, shards=shards: shards)
         args = arguments(tmp_path, "guide")
         RecipeRun(tiny_llama(), ROWS, "guide", args, byte_tokenizer)
         assert steps == [args.device, "try", "train"]
