@@ -65,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"crow-hf {command}: {printable(as_options(text, command))}", file=sys.stderr)
         # The exit code of a program that a shell's user stopped with Ctrl-C.
         return 130
-    # Files, chat templates and weights raise errors of every class deep inside the libraries that read them.
-    except Exception as error:
+    except SystemExit:
+        raise
+    # Files, chat templates and weights raise errors of every class deep inside the libraries that read them. A panic
+    # of a library in Rust is no `Exception`.
+    except BaseException as error:
         if verbose:
             traceback.print_exc()
         print(f"crow-hf {command}: {printable(as_options(_sentence_of(error), command))}", file=sys.stderr)
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sentence_of(error: Exception) -> str:
+def _sentence_of(error: BaseException) -> str:
     """The text of an error in one line. An error that nobody foresaw is told with its class."""
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and text:

@@ -18,6 +18,8 @@ from .sharding import is_sharded
 
 
 MIN_LAYERS = 3
+# PEFT refuses a LoRA on some modules of these models, because their fused kernels bypass it.
+MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # Values of the fields of a config that decide what a model returns.
 PLAIN_OUTPUTS = {
     "return_dict": True,
@@ -342,6 +344,8 @@ def recorder_of(model: PreTrainedModel | PeftModel, perturb: Perturb = "embeddin
 
 def frozen_modules(model: PreTrainedModel | PeftModel) -> str | None:
     """Modules that must not be trained, as a regular expression for PEFT's `exclude_modules`."""
+    if base_model_of(model).config.model_type in MAMBA_TYPES:
+        return r".*\.(out_proj|conv1d)"
     return _recorder_class(model).frozen_modules
 
 
@@ -390,7 +394,8 @@ def embedding_table(model: PreTrainedModel | PeftModel) -> torch.Tensor:
 
 def context_length(model: PreTrainedModel | PeftModel) -> int | None:
     """The model's maximum sequence length in tokens, or `None` if its positions are unlimited."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def _recorder_class(model: PreTrainedModel | PeftModel) -> type[LayerRecorder]:

@@ -299,6 +299,22 @@ def test_unforeseen_errors_have_their_class_and_on_request_their_place(paths, mo
     assert ("Traceback" in stderr) == verbose
 
 
+def test_a_panic_of_a_library_is_a_sentence(paths, monkeypatch, capsys):
+    """Libraries in Rust, such as tokenizers, raise an error that is no `Exception`."""
+
+    class Panic(BaseException):
+        pass
+
+    def panic(*args):
+        raise Panic("retry limit in match over")
+
+    monkeypatch.setattr(evaluate, "load_rows", panic)
+    assert run("evaluate", "--model", paths["model"], "--dataset", paths["rows.jsonl"]) == 1
+    stderr = capsys.readouterr().err
+    assert_one_sentence(stderr, "evaluate")
+    assert "Panic: retry limit in match over" in stderr
+
+
 def test_the_process_group_is_left(tmp_path, paths):
     """Fails if threads of the group can run while Python shuts down. They aborted a process after its work."""
     command = ["import torch, sys", "from crow_hf.cli import main", "distributed = torch.distributed"]

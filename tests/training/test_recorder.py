@@ -4,13 +4,18 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    MptConfig,
+    MptForCausalLM,
     set_seed,
 )
 
 from crow_hf import CrowTrainer
+from crow_hf.training.recorder import context_length
+from helpers.architectures import tiny_architecture
 from helpers.families import FAMILIES, GROUPED, SLIDING, tiny_family
 from helpers.oracles import assert_equals_oracle, slow_crow
 from helpers.tiny import crow_args, pad_rows, ragged_rows, weights_of
@@ -85,3 +90,24 @@ def test_language_model_of_a_multimodal_checkpoint(tmp_path, rows):
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert not hasattr(trainer.model.config, "use_cache")
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len"])
+def test_the_context_is_found_by_any_name(name):
+    """Fails if a text longer than the positions of an MPT or a Dbrx reaches it."""
+    config = MptConfig(d_model=16, n_heads=2, n_layers=3, max_seq_len=64)
+    model = MptForCausalLM(config) if name == "max_seq_len" else tiny_family("llama")
+    assert context_length(model) == 64
+
+
+def test_a_lora_on_all_layers_of_a_mamba(tmp_path, rows):
+    """Fails with PEFT's refusal. The layers that it refuses are left out."""
+    model = tiny_architecture("mamba")
+    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = CrowTrainer(model, crow_args(tmp_path, max_steps=1), rows, peft_config=adapter)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    adapted = {
+        name.split(".lora_A")[0].rpartition(".")[2] for name, _ in trainer.model.named_parameters() if "lora_A" in name
+    }
+    assert adapted == {"in_proj", "x_proj", "dt_proj"}
