@@ -3,11 +3,12 @@
 import logging
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from crow_hf import TRIGGERS, CrowTrainer, Target, compare_defences, evaluate_model
-from crow_hf.evaluation.retention import retention_reference
+from crow_hf.evaluation.retention import measure_retention, retention_reference
 from crow_hf.evidence.result import Comparison
 from crow_hf.methods import registry
 from crow_hf.recipes import comparison as comparison_module
@@ -15,6 +16,7 @@ from crow_hf.recipes import run as run_module
 from crow_hf.recipes import saving
 from crow_hf.recipes.run import run_recipe
 from crow_hf.reporting.html import write_report
+from helpers.recipes import arguments
 from helpers.tiny import crow_args, same_weights, tiny_llama, weights_of
 
 
@@ -210,3 +212,17 @@ def test_what_cannot_be_trained_is_refused_before_the_suspect_is_measured(tmp_pa
     options = {"processing_class": byte_tokenizer, "recipe": "guide", "peft_config": LORA["peft_config"]}
     with pytest.raises(ValueError, match="merged into quantized weights"):
         compare_defences(lambda: adapted, settings(tmp_path), TRAIN, TEST, **options)
+
+
+def test_a_budget_is_measured_in_the_precision_of_the_suspect(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if rounding to bfloat16 counts as forgetting, which no share of the suspect undoes."""
+    seen = []
+
+    def record(*args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return measure_retention(*args)
+
+    monkeypatch.setattr(run_module, "measure_retention", record)
+    args = arguments(tmp_path, max_kl=1e-4, bf16=True, learning_rate=1e-2)
+    purification = compare(args, byte_tokenizer, recipe="strong").purification
+    assert seen and not any(seen) and purification.retention.largest_kl <= 1e-4
