@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...training.recorder import LayerRecorder
+from ...training.recorder import LayerRecorder, plain_outputs
 from .cosine import summed_cosine_distance
 
 
@@ -164,7 +164,7 @@ def crow_terms(
             consistency_clean * positions, clean.perturbed, retain_graph=needs_graph and differentiable_twice
         )
     if needs_graph and not differentiable_twice:
-        with _restored_rng(device):
+        with _restored_rng(device), plain_outputs(recorder.base):
             outputs = clean_forward(**inputs)
     loss_lm, consistency_clean = outputs.loss, consistency_clean.detach()
     before = _unpadded_vector(clean.perturbed, recorder.perturbed_mask(inputs))
