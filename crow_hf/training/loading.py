@@ -19,6 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
+from .files import leads_outside
 from .recorder import base_model_of, embedding_table, plain_outputs
 from .sharding import loading_unsharded
 
@@ -306,6 +307,7 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _check_exists(path: str | Path, **options: Any) -> None:
     """Check that the path is a folder or a readable repository, with a single request to the Hub if it has a model."""
     if Path(path).is_dir():
+        _check_links(Path(path))
         return
     file_names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
     try:
@@ -322,8 +324,19 @@ def _check_exists(path: str | Path, **options: Any) -> None:
         ) from error
 
 
+def _check_links(folder: Path) -> None:
+    """Refuse links to files elsewhere. A private key, for example, would be saved with the purified model."""
+    for file in folder.rglob("*"):
+        if file.is_symlink() and leads_outside(file, folder):
+            raise ValueError(
+                f"{file.relative_to(folder)} in {folder} is a link to a place outside of the folder. If you trust "
+                "what it leads to, put that file itself there."
+            )
+
+
 def _check_folder(folder: Path) -> None:
-    """Check that a folder holds a model or an adapter with weights in safetensors."""
+    """Check that a folder holds a model or an adapter with weights in safetensors, and no links to files elsewhere."""
+    _check_links(folder)
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise ValueError(

@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from .files import leads_outside
 from .recorder import base_model_of
 
 
@@ -326,11 +327,7 @@ def _files_of(name: str | Path, patterns: Iterable[str], **options: Any) -> list
             logger.warning(f"The files of {name} cannot be read ({one_line(error)}).")
             return []
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    places = [folder.resolve()]
-    if places[0].parent.name == "snapshots":
-        # The files of a repository in the cache are links to its blobs.
-        places.append(places[0].parents[1] / "blobs")
-    return [file for file in files if any(file.resolve().is_relative_to(place) for place in places)]
+    return [file for file in files if not leads_outside(file, folder)]
 
 
 def _saved_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

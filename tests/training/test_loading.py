@@ -377,3 +377,30 @@ def test_the_tokenizers_own_trouble_is_told(model_folder):
     (model_folder / "config.json").write_text("{nope")
     with pytest.raises(ValueError, match="no readable tokenizer .*config.json"):
         load_tokenizer(model_folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "README.md", "templates/tool.jinja", "templates"])
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
+def test_links_to_files_elsewhere_are_refused(load, name, model_folder, tmp_path, byte_tokenizer):
+    """Fails if a private file would be saved, and perhaps pushed, with the purified model."""
+    byte_tokenizer.save_pretrained(model_folder)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    link = model_folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "private" / ("" if name == "templates" else "key"))
+    with pytest.raises(ValueError, match="is a link to a place outside"):
+        load(model_folder)
+
+
+def test_links_within_a_repository_are_followed(model_folder, tmp_path, byte_tokenizer):
+    """Snapshots in the cache of the Hub are links to the blobs of their repository, and a folder may be a link."""
+    byte_tokenizer.save_pretrained(model_folder)
+    snapshot, blobs = tmp_path / "models--owner--name" / "snapshots" / "commit", tmp_path / "models--owner--name/blobs"
+    snapshot.mkdir(parents=True)
+    model_folder.rename(blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert len(load_tokenizer(tmp_path / "link")) == len(byte_tokenizer)
+    assert same_weights(weights_of(load_causal_lm(tmp_path / "link")), weights_of(tiny_llama()))
