@@ -19,6 +19,7 @@ from .sharding import is_sharded
 
 MIN_LAYERS = 3
 # PEFT refuses a LoRA on some modules of these models, because their fused kernels bypass it.
+MAMBA_LAYERS = ("out_proj", "conv1d")
 MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # Values of the fields of a config that decide what a model returns.
 PLAIN_OUTPUTS = {
@@ -343,10 +344,20 @@ def recorder_of(model: PreTrainedModel | PeftModel, perturb: Perturb = "embeddin
 
 
 def frozen_modules(model: PreTrainedModel | PeftModel) -> str | None:
-    """Modules that must not be trained, as a regular expression for PEFT's `exclude_modules`."""
-    if base_model_of(model).config.model_type in MAMBA_TYPES:
-        return r".*\.(out_proj|conv1d)"
-    return _recorder_class(model).frozen_modules
+    """
+    Modules that must not or cannot have an adapter, as a regular expression for PEFT's `exclude_modules`.
+
+    Routers of a mixture of experts, for example, may be linear layers that return more than one tensor.
+    """
+    base = base_model_of(model)
+    modules: Iterator[tuple[str, Any]] = base.named_modules()
+    own_layers = (
+        name.rpartition(".")[2]
+        for name, module in modules
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    )
+    names = {*own_layers, *(MAMBA_LAYERS if base.config.model_type in MAMBA_TYPES else ())}
+    return _recorder_class(model).frozen_modules or (rf".*\.({'|'.join(sorted(names))})" if names else None)
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

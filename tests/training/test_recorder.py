@@ -100,14 +100,15 @@ def test_the_context_is_found_by_any_name(name):
     assert context_length(model) == 64
 
 
-def test_a_lora_on_all_layers_of_a_mamba(tmp_path, rows):
-    """Fails with PEFT's refusal. The layers that it refuses are left out."""
-    model = tiny_architecture("mamba")
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("mamba", {"in_proj", "x_proj", "dt_proj"}), ("phimoe", {"q_proj", "k_proj", "v_proj", "o_proj"})],
+)
+def test_a_lora_leaves_out_what_cannot_have_one(name, wanted, tmp_path, rows):
+    """Fails if PEFT refuses a layer of a state space, or if an adapter adds to the two results of a router."""
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = CrowTrainer(model, crow_args(tmp_path, max_steps=1), rows, peft_config=adapter)
+    trainer = CrowTrainer(tiny_architecture(name), crow_args(tmp_path, max_steps=1), rows, peft_config=adapter)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
-    adapted = {
-        name.split(".lora_A")[0].rpartition(".")[2] for name, _ in trainer.model.named_parameters() if "lora_A" in name
-    }
-    assert adapted == {"in_proj", "x_proj", "dt_proj"}
+    names = [name for name, _ in trainer.model.named_parameters() if ".lora_A" in name]
+    assert {name.split(".lora_A")[0].rpartition(".")[2] for name in names} == wanted
