@@ -347,17 +347,18 @@ def frozen_modules(model: PreTrainedModel | PeftModel) -> str | None:
     """
     Modules that must not or cannot have an adapter, as a regular expression for PEFT's `exclude_modules`.
 
-    Routers of a mixture of experts, for example, may be linear layers that return more than one tensor.
+    A router of a mixture of experts may be a linear layer that returns more than one tensor. State spaces compute with
+    the weight of their layer `dt_proj`, and an adapter of it has no effect.
     """
     base = base_model_of(model)
-    modules: Iterator[tuple[str, Any]] = base.named_modules()
-    own_layers = (
-        name.rpartition(".")[2]
-        for name, module in modules
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
-    )
-    names = {*own_layers, *(MAMBA_LAYERS if base.config.model_type in MAMBA_TYPES else ())}
-    return _recorder_class(model).frozen_modules or (rf".*\.({'|'.join(sorted(names))})" if names else None)
+    refused = {"dt_proj", *(MAMBA_LAYERS if base.config.model_type in MAMBA_TYPES else ())}
+    found = set()
+    for name, module in base.named_modules():
+        last = name.rpartition(".")[2]
+        if last in refused or (isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")):
+            found.add(last)
+    own = _recorder_class(model).frozen_modules
+    return own or (rf".*\.({'|'.join(sorted(found))})" if found else None)
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -102,7 +102,11 @@ def test_the_context_is_found_by_any_name(name):
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("mamba", {"in_proj", "x_proj", "dt_proj"}), ("phimoe", {"q_proj", "k_proj", "v_proj", "o_proj"})],
+    [
+        ("mamba", {"in_proj", "x_proj"}),
+        ("phimoe", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("falcon", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    ],
 )
 def test_a_lora_leaves_out_what_cannot_have_one(name, wanted, tmp_path, rows):
     """Fails if PEFT refuses a layer of a state space, or if an adapter adds to the two results of a router."""
