@@ -10,8 +10,10 @@ import pytest
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from transformers import ByT5Tokenizer
+from transformers.utils import logging
 
 from crow_hf.evaluation import retention
+from crow_hf.methods.registry import DEFENCES
 from helpers.tiny import ragged_rows, tiny_llama
 
 
@@ -24,6 +26,16 @@ def short_texts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retention, "WRITTEN_TOKENS", 16)
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Show progress bars, which an earlier test may have hidden, and forget the defences that a test registers."""
+    logging.enable_progress_bar()
+    before = dict(DEFENCES)
+    yield
+    DEFENCES.clear()
+    DEFENCES.update(before)
 
 
 @pytest.fixture(scope="session", name="tiny_llama")
