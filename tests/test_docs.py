@@ -297,7 +297,10 @@ def test_examples_of_docstrings_run(page, place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "few", "folder"),
-    [(0, ["--num_canaries", "0", "--num_written_rows", "0"], "purified"), (1, [], "purified-by-script")],
+    [
+        (0, ["--num_canaries", "0", "--num_written_rows", "0"], "purified"),
+        pytest.param(1, [], "purified-by-script", marks=pytest.mark.slow),
+    ],
 )
 def test_accelerate_launches_two_processes(number, few, folder, place):
     """The first command and the first script on the page about several GPUs run in two processes."""

@@ -38,9 +38,9 @@ def test_import_is_light(module):
     [
         "import crow_hf, transformers",
         "import transformers, crow_hf",
-        "import crow_hf, peft, evaluate, transformers",
-        "import crow_hf, transformers.trainer",
-        "import transformers; from crow_hf import purify",
+        pytest.param("import crow_hf, peft, evaluate, transformers", marks=pytest.mark.slow),
+        pytest.param("import crow_hf, transformers.trainer", marks=pytest.mark.slow),
+        pytest.param("import transformers; from crow_hf import purify", marks=pytest.mark.slow),
     ],
 )
 def test_models_are_registered_with_transformers(imports):

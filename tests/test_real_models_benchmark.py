@@ -396,6 +396,7 @@ def test_a_benchmark_runs_resumes_and_prints_its_table(modules, files, tmp_path,
     assert "holds results with text_windows=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_an_adapter(modules, files, tmp_path, short_training):
     """The adapter stays an adapter on the disk, and every method returns a model that can be measured."""
     variant = ("--changes", "keep=0.1,num_canaries=0")

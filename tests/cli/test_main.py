@@ -241,11 +241,10 @@ sys.meta_path.insert(0, Spy())
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, ["0", None]),
-        ({"GOMP_SPINCOUNT": "1000"}, ["1000", None]),
-        ({"OMP_WAIT_POLICY": "active"}, [None, "active"]),
+        pytest.param({}, ["0", None], id="nothing"),
+        pytest.param({"GOMP_SPINCOUNT": "1000"}, ["1000", None], id="spin count", marks=pytest.mark.slow),
+        pytest.param({"OMP_WAIT_POLICY": "active"}, [None, "active"], id="policy", marks=pytest.mark.slow),
     ],
-    ids=["nothing", "spin count", "policy"],
 )
 @pytest.mark.parametrize("way", ["command line", "library"])
 def test_idle_threads_of_the_command_line_do_not_spin(way, own, expected, tmp_path):
