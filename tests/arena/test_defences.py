@@ -32,14 +32,15 @@ def suspect(request, suspects):
     return suspects[request.param]
 
 
-# An ablation differs from `strong` only in its arguments, so one kind of suspect is enough for it.
+# An ablation differs from `strong` only in its arguments, so one kind of suspect is enough for it, now and then.
 ABLATIONS = [method for method in METHODS if method.startswith(("strong -", "strong +"))]
 
 
 @pytest.mark.parametrize(
     ("route", "method"),
     [
-        *(("merged", method) for method in METHODS),
+        *(("merged", method) for method in METHODS if method not in ABLATIONS),
+        *(pytest.param("merged", method, marks=pytest.mark.slow) for method in ABLATIONS),
         *(("adapter", method) for method in METHODS if method not in ABLATIONS),
     ],
 )

@@ -121,6 +121,7 @@ def test_attacks_that_share_a_suspect_run_in_one_worker():
     assert len({(attack.suspect_name, seed) for group in groups for attack, seed in group}) == len(groups)
 
 
+@pytest.mark.slow
 def test_workers_write_what_one_process_writes(tmp_path):
     """Fails if workers skip a run, repeat it, or differ from a single process."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"

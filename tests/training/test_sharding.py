@@ -41,7 +41,7 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("setup", CELLS)
+@pytest.mark.parametrize("setup", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(setup, tmp_path):
     """
     Fails if the loss is a mean of the processes' means, if a step has other rows, if gradients are not summed, if
