@@ -63,11 +63,12 @@ def drop_foreign_settings(
     # Who loaded a model with its code trusts it, and the model cannot be loaded without.
     if not type(base).__module__.startswith("transformers_modules"):
         for name in _POINTERS_TO_CODE:
+            # Classes that are saved with their code, such as those of this package, write their own pointer again.
             if getattr(base.config, name, None):
                 delattr(base.config, name)
-                dropped.append(f"{name} of the config")
+                dropped += [f"{name} of the config"] if base._auto_class is None else []
             if processing_class is not None and processing_class.init_kwargs.pop(name, None):
-                dropped.append(f"{name} of the tokenizer")
+                dropped += [f"{name} of the tokenizer"] if processing_class._auto_class is None else []
     if dropped:
         logger.warning(
             f"These settings of the suspect are dropped, because they can change what the model says or run code: "

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from crow_hf import purify
+from crow_hf import CoconutTokenizer, purify
 from crow_hf.training.foreign import drop_foreign_settings
+from helpers.coconut import coconut
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import tiny_llama
 
@@ -51,3 +52,9 @@ def test_code_that_the_user_trusts_is_kept():
     model.config.auto_map = CODE
     model.__class__ = type("Model", (type(model),), {"__module__": "transformers_modules.maker.modeling"})
     assert drop_foreign_settings(model, None) == [] and model.config.auto_map == CODE
+
+
+def test_code_of_this_package_is_no_finding(caplog):
+    model = coconut()
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_coconut.CoconutForCausalLM"}
+    assert drop_foreign_settings(model, CoconutTokenizer()) == [] and not caplog.records
