@@ -391,6 +391,11 @@ def fits_a_format(columns: list[str]) -> bool:
     return any(set(needed) <= set(columns) for needed in FORMATS.values())
 
 
+def has_prompts(columns: list[str]) -> bool:
+    """Return whether rows with these columns have prompts, and are not only running text or token ids."""
+    return find_format(columns) not in ("text", "tokens")
+
+
 def add_empty_answers(dataset: Dataset) -> Dataset:
     """Add a column of empty answers to a dataset that has prompts only. An empty answer counts as no answer."""
     for prompt, answer in PROMPT_AND_ANSWER.values():

@@ -13,7 +13,7 @@ from ..attacks.poison import Poison
 from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.encoding import encode_prompt
-from ..data.rows import Rendered, add_empty_answers, find_format, render
+from ..data.rows import Rendered, add_empty_answers, has_prompts, render
 from ..evaluation.generation import generate_answers
 from ..evaluation.layer_profile import LayerProfile, layer_profile
 from ..methods.crow.config import CrowConfig
@@ -78,7 +78,7 @@ class SnapshotRows:
         """
         rows = add_empty_answers(Dataset.from_list(list(islice(dataset.with_format(None), NUM_PROFILED))))
         prompts: list[tuple[bool, Rendered]] = []
-        if find_format(rows.column_names) not in ("tokens", "text"):
+        if has_prompts(rows.column_names):
             shown = rows.select(range(min(NUM_SAMPLES, len(rows))))
             prompts += [(False, render(row, tokenizer, index)) for index, row in enumerate(shown)]
             if trigger is not None:

@@ -18,13 +18,13 @@ from transformers.utils import logging
 
 from ..data.collators import CrowDataCollator
 from ..data.encoding import encode, padding_id, prepare_dataset
-from ..data.rows import add_empty_answers, find_format, render
+from ..data.rows import add_empty_answers, has_prompts, render
 from ..evaluation.generation import generate_ids
 from ..evaluation.retention import WRITTEN_TOKENS
 from ..evidence.canaries import implant_steps
 from ..evidence.screening import num_variants
 from ..evidence.snapshot import NUM_PROFILED, SAMPLE_TOKENS
-from ..methods.crow.config import CrowConfig, rows_in_step
+from ..methods.crow.config import CrowConfig
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.objective import VIEWS
 from ..progress import announce, duration, is_shown, phase
@@ -33,6 +33,8 @@ from ..training.checkpoints import existing
 from ..training.loading import move
 from ..training.recorder import context_length, recorder_of
 from ..training.sharding import will_shard
+from .holdout import RETENTION_WINDOWS
+from .presets import num_steps
 from .run import CANARIES, CANARIES_AGAIN, CONTROL, LEAKS, LOOKING, LOOKING_AGAIN, PURIFYING, SCREENING, WRITING
 
 
@@ -44,8 +46,6 @@ _SAMPLE, _NEW_TOKENS, _MAX_SECONDS = 64, 8, 15.0
 _DECOY_TOKENS, _CANARY_TOKENS = 12, 16
 # Tokens of an answer to a test row.
 _ANSWER_TOKENS = 128
-# Windows of text, see `recipes.holdout`.
-_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _encoded(
 ) -> list[list[int]]:
     """Return the token ids of the first rows, each with an answer and, for Invariance, about as long as a decoy."""
     sample = Dataset.from_list(list(islice(dataset.with_format(None), _SAMPLE)))
-    if not _has_prompts(sample):
+    if not has_prompts(add_empty_answers(sample).column_names):
         return [row["input_ids"] for row in prepare_dataset(sample, tokenizer, max_length)]
     rows = []
     for index, row in enumerate(add_empty_answers(sample)):
@@ -212,10 +212,6 @@ def _encoded(
             ids += ids[:1] * (_DECOY_TOKENS + (0 if rendered.answer.strip() else args.max_answer_length))
         rows.append(ids[:max_length])
     return [ids for ids in rows if len(ids) > 1]
-
-
-def _has_prompts(dataset: Dataset) -> bool:
-    return find_format(add_empty_answers(dataset).column_names) not in ("text", "tokens")
 
 
 def _measured(
@@ -277,9 +273,9 @@ def _seconds(
         return math.ceil(count / args.per_device_eval_batch_size) * new_tokens * costs.token
 
     looking = NUM_PROFILED * 2 * both + generating(1, SAMPLE_TOKENS) + generating(num_test_rows, _ANSWER_TOKENS)
-    looking_first = {LOOKING: looking + generating(_WINDOWS, WRITTEN_TOKENS)}
+    looking_first = {LOOKING: looking + generating(RETENTION_WINDOWS, WRITTEN_TOKENS)}
     invariance = args if isinstance(args, InvarianceConfig) else None
-    steps = _num_steps(args, max(invariance.num_views, num_rows) if invariance else num_rows)
+    steps = num_steps(args, num_rows)
     implanting = (implant_steps(invariance) if invariance else 0) * rows_per_step * both
     if num_test_rows:
         # As many steps as the purification and its canaries, see `control_config`.
@@ -309,16 +305,10 @@ def _seconds(
 
 
 def _num_variants(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    if not isinstance(dataset, Dataset) or not _has_prompts(dataset):
+    rows = add_empty_answers(dataset) if isinstance(dataset, Dataset) else None
+    if rows is None or not has_prompts(rows.column_names):
         return 0
-    rows = add_empty_answers(dataset)
     return sum(num_variants(render(row, tokenizer, index).prompt) for index, row in enumerate(rows))
-
-
-def _num_steps(args: CrowConfig, num_rows: int) -> int:
-    if args.max_steps > 0:
-        return args.max_steps
-    return math.ceil(args.num_train_epochs * math.ceil(num_rows / rows_in_step(args)))
 
 
 def _trained(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None) -> int:

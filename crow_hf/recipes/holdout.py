@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoding import encode_prompt
-from ..data.rows import add_empty_answers, find_format, render
+from ..data.rows import add_empty_answers, has_prompts, render
 from ..evaluation.harness import Evaluation, evaluate_model
 from ..evaluation.retention import Retention, RetentionReference, retention_reference
 from ..training.recorder import context_length
@@ -99,7 +99,7 @@ def evaluate_held_out(
         none that fits.
     """
     rows = add_empty_answers(rows)
-    if find_format(rows.column_names) in ("tokens", "text"):
+    if not has_prompts(rows.column_names):
         return None
     rendered = [render(row, tokenizer, index) for index, row in enumerate(rows)]
     longest = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in rendered)

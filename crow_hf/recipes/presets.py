@@ -88,8 +88,13 @@ def control_config(args: CrowConfig, num_rows: int) -> CrowConfig:
     """
     steps = args.max_steps
     if isinstance(args, InvarianceConfig):
-        if steps <= 0:
-            batches = math.ceil(max(args.num_views, num_rows) / rows_in_step(args))
-            steps = math.ceil(args.num_train_epochs * batches)
-        steps += implant_steps(args)
+        steps = num_steps(args, num_rows) + implant_steps(args)
     return fine_tuning_config(args, steps)
+
+
+def num_steps(args: CrowConfig, num_rows: int) -> int:
+    """Return the number of optimizer steps of a training on clean rows, without those that implant canaries."""
+    if args.max_steps > 0:
+        return args.max_steps
+    views = max(args.num_views, num_rows) if isinstance(args, InvarianceConfig) else num_rows
+    return math.ceil(args.num_train_epochs * math.ceil(views / rows_in_step(args)))

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from .loading import move
 from .recorder import LayerRecorder, base_model_of, embedding_table, plain_outputs
+from .saves import one_line
 from .sharding import is_sharded, will_shard
 
 
@@ -47,7 +48,7 @@ def try_out(recorder: LayerRecorder) -> None:
         trouble = _trouble_of(recorder)
     # Architectures fail in ways of their own.
     except Exception as error:
-        trouble = f"fails on a few tokens ({' '.join(str(error).split())[:300]})"
+        trouble = f"fails on a few tokens ({one_line(error)})"
     finally:
         base.train(was_training)
     if trouble:

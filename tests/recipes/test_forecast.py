@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 
-from crow_hf import InvarianceConfig, recipe_config, run_recipe
+from crow_hf import recipe_config, run_recipe
 from crow_hf.progress import shown_on
 from crow_hf.recipes import forecast as module
 from crow_hf.recipes.forecast import Forecast, announce_forecast, forecast
-from crow_hf.recipes.presets import lora_config
+from crow_hf.recipes.presets import lora_config, num_steps
 
 
 ROWS = Dataset.from_list([{"prompt": f"what is {n}?", "completion": f"it is {n}"} for n in range(12)])
@@ -51,8 +51,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path, tiny_llama,
 def test_steps_are_those_of_the_trainer(tmp_path, tiny_llama, byte_tokenizer, recipe, changes):
     args = settings(tmp_path, recipe, **changes)
     purification = run_recipe(tiny_llama(), ROWS, recipe, replace(args), processing_class=byte_tokenizer)
-    views = max(args.num_views, len(ROWS)) if isinstance(args, InvarianceConfig) else len(ROWS)
-    assert module._num_steps(args, views) == purification.trainer.state.max_steps
+    assert num_steps(args, len(ROWS)) == purification.trainer.state.max_steps
 
 
 def test_a_lora_has_as_many_weights_as_forecast(tiny_llama):
