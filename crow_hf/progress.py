@@ -15,6 +15,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+# The name of the phase before a training. Recipes have it, and measurements outside of them.
+LOOKING = "Looking at the suspect"
+
 
 class Display(Protocol):
     """Shows the phases of a run. Its progress bars come from a hook, see `transformers.logging.set_tqdm_hook`."""

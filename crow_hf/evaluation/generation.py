@@ -17,7 +17,7 @@ from ..data.encoding import IGNORE_INDEX, check_ids, encode, encode_prompt, mark
 from ..data.rows import PROMPT_AND_ANSWER, Rendered, add_empty_answers, fits_a_format, render
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
-from ..training.recorder import base_model_of, context_length, embedding_table, plain_outputs
+from ..training.recorder import base_model_of, context_length, embedding_table, evaluating, plain_outputs
 
 
 @contextmanager
@@ -28,15 +28,12 @@ def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     The repetition penalties or suppressed tokens of a suspect model could hide the target.
     """
     base = base_model_of(model)
-    was_training, own_settings = model.training, base.generation_config
-    model.eval()
-    base.generation_config = GenerationConfig()
+    own_settings, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        with torch.no_grad(), plain_outputs(model):
+        with evaluating(model), torch.no_grad(), plain_outputs(model):
             yield
     finally:
         base.generation_config = own_settings
-        model.train(was_training)
 
 
 def generate_answers(

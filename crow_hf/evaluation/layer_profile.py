@@ -15,7 +15,7 @@ from ..data.collators import CrowDataCollator
 from ..data.encoding import encode, padding_id
 from ..data.rows import render
 from ..methods.crow.objective import EpsilonMode, Layers, layer_consistency_loss, perturb_embeddings
-from ..training.recorder import ForwardRecord, Inputs, LayerRecorder, Perturb, context_length, recorder_of
+from ..training.recorder import ForwardRecord, Inputs, LayerRecorder, Perturb, context_length, evaluating, recorder_of
 
 
 @dataclass
@@ -97,9 +97,7 @@ def layer_profile(
     batches = _Batches(model, recorder, tokenizer, min(max_length, context_length(model) or max_length), batch_size)
     clean, perturbed, triggered = _LayerDistances(), _LayerDistances(), _LayerDistances()
     squared_norms = torch.zeros(2)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches.of(dataset):
             before, gradients = _clean_pass(model, recorder, batch, layers, clean)
             after = _perturbed_pass(model, recorder, batch, gradients, epsilon, epsilon_mode)
@@ -112,8 +110,6 @@ def layer_profile(
                     with recorder.record() as record:
                         model(**recorder.without_head(batch))
                     triggered.add(record.hidden_states, recorder.chain_mask(batch))
-    finally:
-        model.train(was_training)
     step_norm, norm = squared_norms.sqrt().tolist()
     return LayerProfile(clean.means(), perturbed.means(), step_norm / norm, triggered.means() if trigger else None)
 

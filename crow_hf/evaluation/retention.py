@@ -26,7 +26,7 @@ from ..data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, prep
 from ..data.rows import add_empty_answers, edit_answer, find_format, render
 from ..models.byte_vocabulary import is_byte
 from ..models.tokenization_coconut import CoconutTokenizer
-from ..progress import phase
+from ..progress import LOOKING, phase
 from ..training.recorder import context_length
 from .generation import generate_answers, text_of_ids
 from .own_text import first_tokens, write_text
@@ -145,7 +145,7 @@ class Retention:
         }
 
 
-@phase("Looking at the suspect")
+@phase(LOOKING)
 def retention_reference(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,

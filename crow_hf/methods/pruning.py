@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..data.encoding import prepare_dataset
-from ..training.recorder import context_length, frozen_modules
+from ..training.recorder import context_length, evaluating, frozen_modules
 
 
 INT4_GROUP_SIZE = 64
@@ -163,16 +163,14 @@ def _input_squares(
         return add
 
     handles = [linear.register_forward_pre_hook(squares_hook(name)) for name, linear in linears.items()]
-    was_training = model.training
-    model.eval()
     try:
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]], device=model.device)
-            if row.get("attention_mask") is not None:
-                ids = ids[torch.tensor([row["attention_mask"]], device=model.device).bool()][None]
-            model(input_ids=ids, use_cache=False)
+        with evaluating(model):
+            for row in rows:
+                ids = torch.tensor([row["input_ids"]], device=model.device)
+                if row.get("attention_mask") is not None:
+                    ids = ids[torch.tensor([row["attention_mask"]], device=model.device).bool()][None]
+                model(input_ids=ids, use_cache=False)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if unseen := linears.keys() - squares.keys():

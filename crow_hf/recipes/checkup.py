@@ -22,7 +22,7 @@ from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
-from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, recorder_of
+from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, evaluating, recorder_of
 from ..training.sharding import is_finite, will_shard
 from ..training.trial import place, try_out
 from .findings import Finding, Level, has_problem
@@ -380,10 +380,8 @@ def _check_objective(
     if isinstance(args, InvarianceConfig):
         epsilon, mode = args.adversarial_step_size, "relative"
     batch = CrowDataCollator(padding_id(tokenizer))([{"input_ids": row, "labels": row} for row in ids])
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             inputs = recorder.prepare({name: value.to(model.device) for name, value in batch.items()})
             options: dict[str, Any] = {"epsilon": epsilon, "epsilon_mode": mode, "layers": args.consistency_layers}
             _, terms = crow_terms(recorder, model, model, inputs, **options)
@@ -391,8 +389,6 @@ def _check_objective(
         remedy = "Use another model, or rows that this model accepts."
         yield Finding("objective", "problem", str(error), remedy)
         return
-    finally:
-        model.train(was_training)
     values = {name: value.item() for name, value in terms.items()}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
         found = f"`{bad[0]}` is {values[bad[0]]} on some of the rows in {str(model.dtype).removeprefix('torch.')}."

@@ -18,7 +18,7 @@ from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig, scratch_config
 from ..methods.registry import get_defence
-from ..progress import phase, restart_clock
+from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import move
@@ -26,7 +26,7 @@ from .forecast import announce_forecast
 from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
-from .run import CONTROL, LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
+from .run import CONTROL, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
 from .saving import not_fatal, own_claims, prepare_output, save_model, save_result
 
 

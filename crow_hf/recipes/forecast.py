@@ -27,15 +27,15 @@ from ..evidence.snapshot import NUM_PROFILED, SAMPLE_TOKENS
 from ..methods.crow.config import CrowConfig
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.objective import VIEWS
-from ..progress import announce, duration, is_shown, phase
+from ..progress import LOOKING, announce, duration, is_shown, phase
 from ..reporting.cost import in_bytes
 from ..training.checkpoints import existing
 from ..training.loading import move
-from ..training.recorder import context_length, recorder_of
+from ..training.recorder import context_length, evaluating, recorder_of
 from ..training.sharding import will_shard
 from .holdout import RETENTION_WINDOWS
 from .presets import num_steps
-from .run import CANARIES, CANARIES_AGAIN, CONTROL, LEAKS, LOOKING, LOOKING_AGAIN, PURIFYING, SCREENING, WRITING
+from .run import CANARIES, CANARIES_AGAIN, CONTROL, LEAKS, LOOKING_AGAIN, PURIFYING, SCREENING, WRITING
 
 
 logger = logging.get_logger(__name__)
@@ -240,7 +240,7 @@ def _measured(
         torch.autograd.grad(loss, weights, allow_unused=True)
         return middle - start, _now(args.device) - middle, max(0, kept)
 
-    with _evaluating(model), _only_trainable(model, first if trains_fresh_adapter else None):
+    with evaluating(model), _only_trainable(model, first if trains_fresh_adapter else None):
         # The first pass also prepares what later ones find prepared.
         first_pass = sum(passes(sample[:1])[:2])
         *_, of_one = passes(sample[:1])
@@ -340,17 +340,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Switch dropout off, because it would draw random numbers that the run needs."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextmanager

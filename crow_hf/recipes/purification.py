@@ -14,7 +14,7 @@ from ..evaluation.retention import measure_retention
 from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
 from ..methods.crow.config import CrowConfig, loading_kwargs
-from ..progress import phase, restart_clock
+from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import adapter_settings, record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import is_quantized, load_causal_lm, load_tokenizer
@@ -23,7 +23,7 @@ from ..training.sharding import will_shard
 from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, lora_config, recipe_config
-from .run import LOOKING, LOOKING_AGAIN, RecipeRun, check_recipe
+from .run import LOOKING_AGAIN, RecipeRun, check_recipe
 from .saving import not_fatal, own_claims, prepare_output, save_model, save_result
 
 

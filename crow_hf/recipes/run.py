@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 # The phases of a run by their names, in their order. The callers of a run look at the suspect and look again.
 SCREENING, LEAKS, WRITING = "Screening the rows", "Looking for leaks", "Writing rows"
-LOOKING, CANARIES, PURIFYING = "Looking at the suspect", "Implanting canaries", "Purifying"
+CANARIES, PURIFYING = "Implanting canaries", "Purifying"
 CANARIES_AGAIN, LOOKING_AGAIN = "Looking for the canaries", "Looking again"
 # Only beside a comparison.
 CONTROL = "Training the control"

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from .files import leads_outside
-from .recorder import base_model_of, embedding_table, plain_outputs
+from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .sharding import loading_unsharded
 
 
@@ -137,14 +137,9 @@ def _separate_shared_weights(model: PeftModel) -> None:
 def _some_logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The logits of a few tokens from the whole vocabulary, in float32."""
     size = len(embedding_table(model))
-    was_training = model.training
-    model.eval()
-    try:
-        ids = torch.arange(0, size, max(1, size // 16), device=model.device)[None, :16]
-        with plain_outputs(model):
-            return model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        model.train(was_training)
+    ids = torch.arange(0, size, max(1, size // 16), device=model.device)[None, :16]
+    with evaluating(model), plain_outputs(model):
+        return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def is_quantized(model: PreTrainedModel | PeftModel) -> bool:

@@ -380,6 +380,17 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode in the `with` block, so that no dropout draws random numbers."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def plain_outputs(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
     Switch off what a model's config adds to its outputs in the `with` block, such as attentions or a router's loss.

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from .loading import move
-from .recorder import LayerRecorder, base_model_of, embedding_table, plain_outputs
+from .recorder import LayerRecorder, base_model_of, embedding_table, evaluating, plain_outputs
 from .saves import one_line
 from .sharding import is_sharded, will_shard
 
@@ -41,16 +41,12 @@ def try_out(recorder: LayerRecorder) -> None:
     """
     if is_sharded(recorder.layers[0]):
         return
-    base = recorder.base
-    was_training = base.training
-    base.eval()
     try:
-        trouble = _trouble_of(recorder)
+        with evaluating(recorder.base):
+            trouble = _trouble_of(recorder)
     # Architectures fail in ways of their own.
     except Exception as error:
         trouble = f"fails on a few tokens ({one_line(error)})"
-    finally:
-        base.train(was_training)
     if trouble:
         raise ValueError(f"{recorder.name} {trouble}. This model cannot be purified.")
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ...data.encoding import check_ids
 from ...data.rows import prompt_of, render
 from ...training.loading import move
-from ...training.recorder import embedding_table, recorder_of
+from ...training.recorder import embedding_table, evaluating, recorder_of
 from ...training.sharding import converted_like, gathered_weights, zero3_engine
 from ..crow.config import rows_in_step
 from ..crow.trainer import CrowTrainer
@@ -239,19 +239,14 @@ class InvarianceTrainer(CrowTrainer):
             with self.accelerator.autocast():
                 return self._suspect(**inputs)
         model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        try:
-            with model.disable_adapter(), self.accelerator.autocast():
-                outputs = model(**inputs)
-                # PEFT switches `requires_grad` of the adapter's current tensors off and on. They must be the shards
-                # both times.
-                for module in model.modules():
-                    if isinstance(module, FSDPModule):
-                        module.reshard()
-                return outputs
-        finally:
-            model.train(was_training)
+        with evaluating(model), model.disable_adapter(), self.accelerator.autocast():
+            outputs = model(**inputs)
+            # PEFT switches `requires_grad` of the adapter's current tensors off and on. They must be the shards both
+            # times.
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+            return outputs
 
     def _prepare_train_rows(self, rows: Dataset, max_length: int) -> Dataset:
         """Repeat the rows `args.num_views` times in all, each time with other decoys."""
