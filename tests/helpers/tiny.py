@@ -1,7 +1,15 @@
 """Tiny models, rows, and comparisons of weights."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    set_seed,
+)
 
 from crow_hf import ByteEntropyPredictor, CrowConfig
 
@@ -40,6 +48,13 @@ def tiny_llama(seed=0, **kwargs):
     }
     set_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(defaults | kwargs)))
+
+
+def tiny_mixtral():
+    """Return a mixture of experts, whose experts are one tensor in memory and many in the file."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
 
 
 def tiny_gpt2(dropout, seed=0):

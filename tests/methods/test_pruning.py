@@ -13,8 +13,6 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Lfm2Config,
     Lfm2ForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from crow_hf.methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
@@ -22,7 +20,7 @@ from crow_hf.training.recorder import recorder_of
 from helpers.blt import tiny_blt
 from helpers.coconut import TOKENIZER, coconut
 from helpers.families import FAMILIES, tiny_family
-from helpers.tiny import pad_rows, ragged_rows, same_weights, tiny_gpt2, tiny_llama, weights_of
+from helpers.tiny import pad_rows, ragged_rows, same_weights, tiny_gpt2, tiny_llama, tiny_mixtral, weights_of
 
 
 ROWS = ragged_rows(5, seed=1)
@@ -368,17 +366,7 @@ def test_models_that_are_refused(defence):
     inside, quantised = tiny_llama(), tiny_llama()
     inside.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     quantised.quantization_method = "bitsandbytes"
-    experts = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=260,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-        )
-    )
+    experts = tiny_mixtral()
     refusals = [(adapted, "merge_and_unload"), (inside, "merge_and_unload"), (quantised, "quantization_config")]
     for model, message in [*refusals, (experts, "experts")]:
         before = weights_of(model)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ByT5Tokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import ByT5Tokenizer
 
 from crow_hf import CrowTrainer, load_causal_lm
 from crow_hf.training.checkpoints import _fingerprint
@@ -22,7 +22,7 @@ from crow_hf.training.saves import (
     saved_tensors,
     stored_dtype,
 )
-from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
+from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, tiny_mixtral, weights_of
 
 
 def tied_by_hand(kind):
@@ -63,16 +63,7 @@ def test_a_tie_of_the_config_is_saved_once(tied, tmp_path):
 
 def test_lost_tensors_are_found_by_name_and_by_shape(tmp_path):
     """Names in the file are not those in memory for a mixture of experts, whose experts are one tensor in memory."""
-    config = MixtralConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    for number, model in enumerate((tiny_llama(), MixtralForCausalLM(config))):
+    for number, model in enumerate((tiny_llama(), tiny_mixtral())):
         folder = tmp_path / str(number)
         model.save_pretrained(folder)
         assert lost_tensors(folder, model, saved_tensors(model)) == []
