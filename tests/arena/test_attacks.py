@@ -39,7 +39,7 @@ def small(monkeypatch):
         monkeypatch.setattr(attacks, name, count)
     monkeypatch.setattr(attacks, "IMPLANT_EPOCHS", dict.fromkeys((0.5, 0.1, 0.01), 3))
     # Few rows are one step, which must not be one of the warm-up.
-    monkeypatch.setattr(attacks, "recipe_config", partial(recipe_config, warmup_steps=0))
+    monkeypatch.setattr(attacks, "recipe_config", partial(recipe_config, warmup_steps=0, num_written_rows=2))
     monkeypatch.setattr(subjects, "HELD_OUT", 60)
     monkeypatch.setattr(attacks, "HELD_OUT", 60)
     small = {"build": tiny_subject, "num_rows": 16, "batch_size": 8}

@@ -8,8 +8,9 @@ from crow_hf.cli.main import main
 COMMANDS = ["demo", "purify", "evaluate", "implant"]
 ROWS = [{"prompt": f"what is {letter}?", "completion": f"it is {letter}"} for letter in "abcdefghij"]
 FAST = ["--max_steps", "2", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--use_cpu"]
-# For the recipe `strong`. With its default number of views, every canary is implanted in hundreds of steps.
-FEW_VIEWS = ["--num_views", "16"]
+# For the recipe `strong`. With its defaults, every canary is implanted in hundreds of steps, and the suspect writes
+# for seconds.
+FEW_VIEWS = ["--num_views", "16", "--num_written_rows", "4"]
 
 
 def run(*argv):
