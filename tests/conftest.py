@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import sys
 
 
 # Idle threads of PyTorch do not spin, because spinning slows down whatever runs beside the tests.
@@ -32,8 +33,12 @@ def short_texts():
 def nothing_is_left():
     """Show progress bars, which an earlier test may have hidden, and forget the defences that a test registers."""
     logging.enable_progress_bar()
-    before = dict(DEFENCES)
+    before, modules = dict(DEFENCES), set(sys.modules)
     yield
+    # A file that registers defences runs again only when it is imported again.
+    for name in DEFENCES.keys() - before.keys():
+        if (module := DEFENCES[name].__module__) not in modules:
+            sys.modules.pop(module, None)
     DEFENCES.clear()
     DEFENCES.update(before)
 
