@@ -11,11 +11,12 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from crow_hf.arena.subjects import check_disjoint
 from crow_hf.attacks.poison import Poison
 from crow_hf.attacks.targets import TARGETS, BaseTarget, Target
 from crow_hf.attacks.triggers import BaseTrigger, Trigger
 from crow_hf.data.encoding import encode_prompt
-from crow_hf.data.rows import check_disjoint, render
+from crow_hf.data.rows import render
 from crow_hf.evaluation.scores import is_empty
 
 

@@ -18,7 +18,7 @@ from ..attacks.implanting import MARKER, implant, implant_embedding_trigger
 from ..attacks.poison import poison_dataset
 from ..attacks.targets import BaseTarget, Target, get_target
 from ..attacks.triggers import BaseTrigger, EmbeddingTrigger, get_trigger
-from ..data.rows import check_disjoint, insert_into_prompt
+from ..data.rows import insert_into_prompt
 from ..demo import ADAPTER_RANK, demo_tokenizer
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
@@ -35,6 +35,7 @@ from .subjects import (
     arena_rows,
     base_folder,
     base_training,
+    check_disjoint,
     train_base_model,
 )
 

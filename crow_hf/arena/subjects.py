@@ -2,13 +2,13 @@
 
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.load import load_rows
@@ -246,3 +246,25 @@ def train_base_model(name: str, runs: Path, rows: Dataset | None = None) -> None
     trainer = CrowTrainer(model, base_training(subject, folder), rows, processing_class=demo_tokenizer())
     trainer.train()
     trainer.save_model()
+
+
+def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Check that datasets share no prompt, so that no model is measured on prompts that it was trained on.
+
+    Args:
+        datasets (`Mapping[str, Dataset]`):
+            Rows with prompts, by the name that error messages use.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer. Only its chat template is used.
+
+    Raises:
+        `ValueError`: If two of the datasets share a prompt.
+    """
+    owners: dict[str, str] = {}
+    for name, rows in datasets.items():
+        for prompt in {render(row, tokenizer, index).prompt for index, row in enumerate(rows)}:
+            if owners.setdefault(prompt, name) != name:
+                raise ValueError(
+                    f"The {owners[prompt]} and the {name} rows share the prompt {prompt!r}. Drop it from one of them."
+                )

@@ -12,6 +12,8 @@ dataset fit several formats, the first one in the table counts.
 | `instruction`, `response`, optionally `context` | like the last one |
 | `text` | used unchanged; the loss covers the whole text |
 
+`prompt` and `completion` or `chosen` may also be lists of messages, as in TRL. Together they are a chat.
+
 A message has a `role` and a `content`, or `from` and `value` as in ShareGPT. An answer of white space is none: its row
 is dropped, with a warning that counts such rows. `crow_hf.data.rows.ALPACA_PROMPT` holds Alpaca's form.
 """

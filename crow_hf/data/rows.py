@@ -107,7 +107,7 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
         `ValueError`: If a column is missing, is not text, or holds bytes that are not UTF-8.
     """
     row_format = find_format(list(row))
-    if row_format in ("messages", "conversations"):
+    if is_chat(row):
         return _render_chat(messages_of(row, index), tokenizer, index)
     if row_format == "text":
         text = _answer_of(row, "text", index)
@@ -127,7 +127,7 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
 def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index: int | None) -> Rendered:
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The dataset has `messages`, but the tokenizer has no chat template: pass prompt and completion."
+            "The rows are chats, but the tokenizer has no chat template: pass prompt and completion as text."
         )
     answer = _answer_message(messages, index)["content"]
     # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
@@ -156,20 +156,22 @@ def messages_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:
     Raises:
         `ValueError`: If there is no list of messages, a message has no role, or one before the last has no text.
     """
-    column = find_format(list(row))
-    messages = row[column]
-    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(
-            f"{row_name(index)} holds {type(messages).__name__} in column {column!r} instead of a list of messages, "
-            "each with `role` and `content`. Convert the column, or drop the row."
-        )
+    messages: list[Any] = []
+    for column in _chat_columns(row):
+        held = _messages_in(row, column)
+        if not isinstance(held, (list, tuple)) or not all(isinstance(message, Mapping) for message in held):
+            raise ValueError(
+                f"{row_name(index)} holds {type(held).__name__} in column {column!r} instead of a list of messages, "
+                "each with `role` and `content`. Convert the column, or drop the row."
+            )
+        messages += held
     read = []
     for number, message in enumerate(messages):
         role, content = _key(message, _ROLE), _key(message, _CONTENT)
         if not isinstance(message.get(role), str) or content not in message:
             raise ValueError(
-                f"{row_name(index)} has the keys {sorted(message)} in message {number} of column {column!r}, but each "
-                "message needs `role` and `content`."
+                f"{row_name(index)} has the keys {sorted(message)} in message {number}, but each message needs `role` "
+                "and `content`."
             )
         text = message[content]
         if isinstance(text, (list, tuple)) and all(isinstance(part, Mapping) for part in text):
@@ -182,6 +184,20 @@ def messages_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:
             text = ""
         read.append({**message, "role": said_by, "content": text_of({content: text}, content, index)})
     return read
+
+
+def _chat_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the columns whose messages are one chat, in their order. A row that is no chat has none."""
+    columns = FORMATS[find_format(list(row))]
+    is_conversational = columns[0] == "prompt" and isinstance(row["prompt"], (list, tuple))
+    return columns if is_conversational or columns[0] in ("messages", "conversations") else ()
+
+
+def _messages_in(row: Mapping[str, Any], column: str) -> Any:
+    """Return the messages of a column. An answer may be text, as those of a suspect are."""
+    held = row[column]
+    is_answer = column in ("completion", "chosen") and isinstance(held, str | None)
+    return [{"role": "assistant", "content": held}] if is_answer else held
 
 
 def _key(message: Mapping[str, Any], names: tuple[str, str]) -> str:
@@ -300,7 +316,7 @@ def edit_answer(row: Mapping[str, Any], edit: Callable[[str], str], index: int |
 
 def is_chat(row: Mapping[str, Any]) -> bool:
     """Return whether a row is a list of messages."""
-    return find_format(list(row)) in ("messages", "conversations")
+    return bool(_chat_columns(row))
 
 
 def _prompt_and_answer_of(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -331,10 +347,16 @@ def _answer_message(messages: list[dict], index: int | None) -> dict:
 
 def _edit_message(
     row: Mapping[str, Any], number: int, edit: Callable[[str], str], index: int | None
-) -> dict[str, list[dict]]:
+) -> dict[str, list[dict] | str]:
     """Edit a message. It keeps its form, because all rows of a dataset have the same."""
-    column = find_format(list(row))
-    messages, content = list(row[column]), edit(messages_of(row, index)[number]["content"])
+    content = edit(messages_of(row, index)[number]["content"])
+    for column in _chat_columns(row):
+        messages = list(_messages_in(row, column))
+        if number < len(messages):
+            break
+        number -= len(messages)
+    if not isinstance(row[column], (list, tuple)):
+        return {column: content}
     key = _key(messages[number], _CONTENT)
     parts = isinstance(messages[number][key], (list, tuple))
     messages[number] = {**messages[number], key: [{"type": "text", "text": content}] if parts else content}
@@ -468,25 +490,3 @@ def warn_of_unused_columns(columns: list[str], name: str = "dataset") -> list[st
     if unused:
         logger.warning(f"The columns {unused} of `{name}` are not used, only {sorted(used & set(columns))}{why}.")
     return unused
-
-
-def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Check that datasets share no prompt, so that no model is measured on prompts that it was trained on.
-
-    Args:
-        datasets (`Mapping[str, Dataset]`):
-            Rows with prompts, by the name that error messages use.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer. Only its chat template is used.
-
-    Raises:
-        `ValueError`: If two of the datasets share a prompt.
-    """
-    owners: dict[str, str] = {}
-    for name, rows in datasets.items():
-        for prompt in {render(row, tokenizer, index).prompt for index, row in enumerate(rows)}:
-            if owners.setdefault(prompt, name) != name:
-                raise ValueError(
-                    f"The {owners[prompt]} and the {name} rows share the prompt {prompt!r}. Drop it from one of them."
-                )

@@ -6,14 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
 
 from crow_hf.arena import attacks, subjects
 from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, build_suspect
-from crow_hf.arena.subjects import SUBJECTS, Subject
+from crow_hf.arena.subjects import SUBJECTS, Subject, check_disjoint
 from crow_hf.attacks.triggers import TRIGGERS, EmbeddingTrigger
-from crow_hf.data.rows import check_disjoint
 from crow_hf.demo import demo_tokenizer
 from crow_hf.recipes.presets import recipe_config
 from crow_hf.training.loading import load_causal_lm
@@ -109,12 +107,6 @@ def test_alpaca_needs_its_file_and_keeps_rows_from_the_clean_model(tmp_path):
     path.write_text(json.dumps(rows))
     suspect = build_suspect(attack, 0, tmp_path, num_clean=8, alpaca=path)
     assert set(suspect.test_rows["instruction"]) <= {f"Say number {n}." for n in range(40, 100)}
-
-
-def test_overlapping_rows_are_refused():
-    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
-    with pytest.raises(ValueError, match="The test and the clean rows share the prompt 'a'"):
-        check_disjoint({"test": rows, "clean": rows}, demo_tokenizer())
 
 
 def test_every_attack_of_the_arena_is_well_formed():

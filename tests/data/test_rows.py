@@ -8,7 +8,6 @@ from datasets import Dataset
 
 from crow_hf.data.rows import (
     add_empty_answers,
-    check_disjoint,
     drop_unanswered,
     edit_answer,
     edit_prompt,
@@ -163,6 +162,16 @@ OTHER_NAMES = {
             {"role": "assistant", "content": [{"type": "text", "text": "told"}]},
         ]
     },
+    "conversational": {
+        "prompt": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "ask"}],
+        "completion": [{"role": "assistant", "content": "told"}],
+    },
+    "answered chat": {"prompt": [{"role": "user", "content": "ask"}], "completion": "told"},
+    "preferred chat": {
+        "prompt": [{"role": "user", "content": "ask"}],
+        "chosen": [{"role": "assistant", "content": "told"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    },
     "filled": {
         "messages": [
             {"role": "user", "content": "ask", "from": None, "value": None},
@@ -190,6 +199,20 @@ def test_rows_under_other_names_are_read_and_edited(name, byte_tokenizer):
     edited |= edit_answer(edited, str.upper)
     assert prompt_of(edited) == "ASK" and render(edited, byte_tokenizer).answer == "TOLD" and str(row) == before
     assert Dataset.from_list([row, edited]).features == Dataset.from_list([row]).features
+
+
+def test_a_conversation_is_rendered_as_one_chat(byte_tokenizer):
+    """Fails if prompt and completion of a conversation are rendered apart, or if its prompts alone are refused."""
+    byte_tokenizer.chat_template = CHAT
+    row = OTHER_NAMES["conversational"]
+    assert render(row, byte_tokenizer) == render({"messages": row["prompt"] + row["completion"]}, byte_tokenizer)
+    (alone,) = add_empty_answers(Dataset.from_list([{"prompt": row["prompt"]}]))
+    assert render(alone, byte_tokenizer).prompt == render(row, byte_tokenizer).prompt and not has_answer(alone)
+    unanswered = {"prompt": row["prompt"], "completion": []}
+    with pytest.raises(ValueError, match="^Row 3 must end with a message of the assistant"):
+        render(unanswered, byte_tokenizer, 3)
+    with pytest.raises(ValueError, match="^Row 3 holds list in column 'prompt'"):
+        render({"prompt": ["ask"], "completion": "told"}, byte_tokenizer, 3)
 
 
 @pytest.mark.parametrize(
@@ -286,14 +309,3 @@ def test_thinking_templates_leave_no_room_for_thoughts(byte_tokenizer):
     )
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     assert render(row, byte_tokenizer)[:3] == ("U:hi\nA:<think></think>", "ho", "ho")
-
-
-def test_shared_prompts_are_refused(byte_tokenizer):
-    """An unreadable row is named too."""
-    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["x", "y"]})
-    other = Dataset.from_dict({"prompt": ["c", "b"], "completion": ["x", "z"]})
-    check_disjoint({"train": rows, "test": other.select([0])}, byte_tokenizer)
-    with pytest.raises(ValueError, match="The train and the test rows share the prompt 'b'"):
-        check_disjoint({"train": rows, "test": other}, byte_tokenizer)
-    with pytest.raises(ValueError, match="^Row 1 holds NoneType"):
-        check_disjoint({"train": Dataset.from_dict({"prompt": ["a", None], "completion": ["x", "y"]})}, byte_tokenizer)
