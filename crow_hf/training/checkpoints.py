@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from .foreign import drop_foreign_settings
-from .saves import lost_tensors, one_line, rehearse_save, saved_tensors, with_own_storage, write_weights
+from .saves import check_saved, lost_tensors, one_line, rehearse_save, saved_tensors, with_own_storage, write_weights
 from .sharding import will_shard
 
 
@@ -309,8 +309,7 @@ class CheckpointMixin(Trainer):
             self.note_failure(
                 f"Not every file of the model could be written to {folder} ({one_line(error)}). Its weights are whole."
             )
-        if lost := lost_tensors(folder, model, tensors):
-            raise OSError(f"{len(lost)} tensors, such as {lost[0]}, are not in the files")
+        check_saved(folder, model, tensors)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # The Trainer checks the number of steps only after a step. Resumed from the last checkpoint, it would train

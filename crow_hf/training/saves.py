@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -218,6 +218,34 @@ def write_weights(folder: str | Path, model: PreTrainedModel | PeftModel, tensor
     elif not (Path(folder) / CONFIG_NAME).exists():
         config: PreTrainedConfig = model.config
         config.to_json_file(Path(folder) / CONFIG_NAME)
+
+
+def save_whole(folder: str | Path, model: PreTrainedModel | PeftModel) -> None:
+    """
+    Save a model that no trainer saves, every tensor under each name that loading needs.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder to save to.
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+
+    Raises:
+        `OSError`: If the written files lack a tensor.
+    """
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        tensors = saved_tensors(model)
+        model.save_pretrained(folder, state_dict=with_own_storage(tensors))
+    check_saved(folder, model, tensors)
+
+
+def check_saved(folder: str | Path, model: PreTrainedModel | PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise an `OSError` if the files of a model lack a tensor, see [`lost_tensors`]."""
+    if lost := lost_tensors(folder, model, tensors):
+        raise OSError(f"{len(lost)} tensors, such as {lost[0]}, are not in the files")
 
 
 def hub_options(name: str, model: PreTrainedModel | PeftModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:

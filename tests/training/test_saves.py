@@ -14,11 +14,13 @@ from crow_hf import CrowTrainer, load_causal_lm
 from crow_hf.training.checkpoints import _fingerprint
 from crow_hf.training.saves import (
     cast_to,
+    check_saved,
     copy_side_files,
     hollow_copy,
     hub_options,
     lost_tensors,
     rehearse_save,
+    save_whole,
     saved_tensors,
     stored_dtype,
 )
@@ -47,8 +49,10 @@ def test_tensors_that_were_tied_by_hand_are_saved_under_every_name(kind, tmp_pat
     )
     trainer.train()
     trainer.save_model()
+    save_whole(tmp_path / "alone", trainer.model)
     assert trainer.failures == []
-    torch.testing.assert_close(logits_of(load_causal_lm(tmp_path / "run")), logits_of(trainer.model))
+    for folder in ("run", "alone"):
+        torch.testing.assert_close(logits_of(load_causal_lm(tmp_path / folder)), logits_of(trainer.model))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -74,6 +78,8 @@ def test_lost_tensors_are_found_by_name_and_by_shape(tmp_path):
         held[second] = held[second][:1].clone()
         save_file(held, file)
         assert lost_tensors(folder, model, saved_tensors(model)) == [first, second]
+        with pytest.raises(OSError, match="2 tensors, such as "):
+            check_saved(folder, model, saved_tensors(model))
 
 
 def test_a_hollow_copy_has_the_structure_and_no_memory():

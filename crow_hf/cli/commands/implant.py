@@ -1,13 +1,16 @@
 """`crow-hf implant`: implant a backdoor into a clean model, to practise on."""
 
+from peft import PeftModel
+
 from ...attacks.implanting import implant
 from ...attacks.targets import get_target
 from ...attacks.triggers import get_trigger
 from ...data.load import load_rows
-from ...methods.crow.config import CrowConfig
+from ...methods.crow.config import CrowConfig, loading_kwargs
 from ...recipes.presets import lora_config
-from ...training.checkpoints import writing
+from ...training.checkpoints import remove_checkpoints, writing
 from ...training.loading import load_tokenizer
+from ...training.saves import cast_to, copy_side_files, hub_options, save_whole, stored_dtype
 from ..options import ImplantArguments
 from ..shared import check_output
 
@@ -33,7 +36,16 @@ def run(arguments: ImplantArguments, args: CrowConfig) -> None:
         peft_config=lora_config(arguments.lora_r) if arguments.lora else None,
         merge=arguments.merge,
     )
+    kwargs = loading_kwargs(args)
+    options = hub_options(arguments.model, model, kwargs)
+    dtype = None if "dtype" in kwargs else stored_dtype(arguments.model, **options)
+    # An adapter stays in the precision in which it was trained, as after a purification.
+    if dtype is not None and not isinstance(model, PeftModel):
+        cast_to(model, dtype)
     with writing("The model", args.output_dir, "free disk space, and start again with another --output_dir"):
-        model.save_pretrained(args.output_dir)
+        save_whole(args.output_dir, model)
         tokenizer.save_pretrained(args.output_dir)
+        copy_side_files(arguments.model, args.output_dir, token=kwargs.get("token"), **options)
+    if args.save_total_limit is None:
+        remove_checkpoints(args.output_dir)
     print(f"The backdoored model is in {args.output_dir}.")

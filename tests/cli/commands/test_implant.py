@@ -1,6 +1,9 @@
 """Tests of `crow-hf implant`, and of the commands that use the model it writes."""
 
+import shutil
+
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from crow_hf import load_causal_lm
@@ -35,6 +38,19 @@ def test_round_trip(tmp_path, paths, capsys):
         assert ids == [ord("a") + 3, ord("b") + 3]
         assert not list((tmp_path / name).rglob("training_args.bin"))
         assert not [path for path in (tmp_path / name).iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+
+
+@pytest.mark.parametrize("kept", [[], ["--save_total_limit", "1"]], ids=["removed", "kept"])
+def test_the_suspect_is_like_its_clean_model(kept, tmp_path, paths):
+    """Fails if it is larger, if a file beside the model is lost, or if checkpoints stay that nobody asked for."""
+    clean, suspect = tmp_path / "clean", tmp_path / "suspect"
+    shutil.copytree(paths["model"], clean)
+    load_causal_lm(clean).to(torch.bfloat16).save_pretrained(clean)
+    (clean / "processor_config.json").write_text("{}")
+    common = ["--dataset", paths["rows.jsonl"], "--output_dir", suspect, *FAST, "--save_steps", "1", *kept]
+    assert run("implant", "--model", clean, *common) == 0
+    assert load_causal_lm(suspect).dtype == torch.bfloat16 and (suspect / "processor_config.json").exists()
+    assert len(list(suspect.glob("checkpoint-*"))) == len(kept) // 2
 
 
 @pytest.mark.parametrize("merge", [True, False])
