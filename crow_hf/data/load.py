@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,8 @@ from pyarrow import parquet
 _BATCH = 1_000
 # The end of the name of a file of the Hub, which holds a part of a split.
 _SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
+# The errors of the libraries that read broken files. The JSON of a file can be nested more deeply than Python reads.
+_BROKEN = (ValueError, TypeError, OverflowError, OSError, EOFError, RecursionError, zlib.error, pyarrow.ArrowException)
 
 
 def load_rows(path: str, split: str = "train") -> Dataset:
@@ -66,7 +69,7 @@ def _load_file(path: Path) -> Dataset:
         raise ValueError(f"{path} is no dataset. Pass a {', '.join(_READERS)} file or a folder of rows.")
     try:
         dataset = Dataset(reader(path))
-    except (ValueError, TypeError, OverflowError, EOFError, pyarrow.ArrowException) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
     if not len(dataset):
         raise ValueError(f"{path} is empty: pass at least one row.")
@@ -80,7 +83,10 @@ def _load_folder(path: Path, split: str) -> Dataset:
             files.setdefault(_SHARD.sub("", _stem(file)), []).append(file)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         # In memory, so that nothing is written into the folder.
-        saved: Any = load_from_disk(str(path), keep_in_memory=True)
+        try:
+            saved: Any = load_from_disk(str(path), keep_in_memory=True)
+        except Exception as error:  # The library checks nothing of what stands in such a folder.
+            raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}. Save it again.") from error
         if not isinstance(saved, DatasetDict):
             return saved
         splits = [str(name) for name in saved]

@@ -130,23 +130,28 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
             "The rows are chats, but the tokenizer has no chat template: pass prompt and completion as text."
         )
     answer = _answer_message(messages, index)["content"]
-    # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
-    # Other templates ignore it.
-    options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
-    try:
-        prompt: Any = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-        whole: Any = tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # A template is a program of the model's maker.
-        raise ValueError(
-            f"{row_name(index)} is refused by the tokenizer's chat template ({error}). Change the row, or pass prompt "
-            "and completion."
-        ) from error
+    prompt = apply_template(messages[:-1], tokenizer, row_name(index), add_generation_prompt=True)
+    whole = apply_template(messages, tokenizer, row_name(index))
     if not whole.startswith(prompt):
         raise ValueError(
             f"{row_name(index)} cannot be split into prompt and answer, because the chat template renders the prompt "
             "differently once the answer follows. Pass prompt and completion."
         )
     return Rendered(prompt, whole[len(prompt) :], answer, True)
+
+
+def apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, name: str, **options: Any) -> str:
+    """Render a chat. The template is a program of the model's maker, so `name` is what it refuses with any error."""
+    try:
+        # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
+        # Other templates ignore it.
+        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+    except Exception as error:
+        raise ValueError(
+            f"{name} is refused by the tokenizer's chat template ({error}). Change it, or pass prompt and completion, "
+            "and a tokenizer without a template."
+        ) from error
+    return text
 
 
 def messages_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:

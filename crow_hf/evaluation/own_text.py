@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.encoding import encode_prompt, padding_id
-from ..data.rows import Rendered
+from ..data.rows import Rendered, apply_template
 from ..training.recorder import context_length, embedding_table
 from .generation import end_token_ids, generate_ids, text_of_ids
 
@@ -231,9 +231,7 @@ class _Chat:
 def _templated(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     """Render a chat with one message of the user, up to the beginning of the answer."""
     chat = [{"role": "user", "content": message}]
-    options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
-    text: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, **options)
-    return text
+    return apply_template(chat, tokenizer, "A message of the user", add_generation_prompt=True)
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -23,6 +23,7 @@ from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
 from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, evaluating, recorder_of
+from ..training.saves import one_line
 from ..training.sharding import is_finite, will_shard
 from ..training.trial import place, try_out
 from .findings import Finding, Level, has_problem
@@ -385,9 +386,9 @@ def _check_objective(
             inputs = recorder.prepare({name: value.to(model.device) for name, value in batch.items()})
             options: dict[str, Any] = {"epsilon": epsilon, "epsilon_mode": mode, "layers": args.consistency_layers}
             _, terms = crow_terms(recorder, model, model, inputs, **options)
-    except ValueError as error:
+    except Exception as error:  # Models and adapters fail on rows in ways of their own.
         remedy = "Use another model, or rows that this model accepts."
-        yield Finding("objective", "problem", str(error), remedy)
+        yield Finding("objective", "problem", one_line(error), remedy)
         return
     values = {name: value.item() for name, value in terms.items()}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:

@@ -175,7 +175,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     options = {} if Path(path).is_dir() else _without_retries({})
     _check_exists(path, **options)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        # Some settings are first read when a text is encoded.
+        tokenizer.decode(tokenizer("a b")["input_ids"])
+        return tokenizer
     except Exception as error:
         if NEEDS_CODE in str(error):
             raise ValueError(CODE_IS_NOT_RUN.format(f"The tokenizer of {path}")) from None

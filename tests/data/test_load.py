@@ -199,12 +199,23 @@ def test_columns_without_a_name_of_their_own(tmp_path):
         ("mixed.jsonl", '{"text": ["a"]}\n{"text": "a"}\n', "cannot be read"),
         ("ragged.json", '{"prompt": ["a", "b"], "completion": ["c"]}', "cannot be read"),
         ("broken.parquet", "x", "cannot be read"),
+        ("pages.parquet", b"PAR1" + b"{" * 90 + b"PAR1", "cannot be read"),
+        ("deep.json", '{"a":' * 50_000, "cannot be read"),
+        ("damaged.jsonl.gz", gzip.compress(b"{}" * 9)[:10] + b"x" * 20, "cannot be read"),
         ("rows.xlsx", "x", "is no dataset"),
     ],
 )
 def test_unreadable_files_are_named(name, content, found, tmp_path):
     with pytest.raises(ValueError, match=f"{name} .*{found}|{name} {found}"):
         loaded(tmp_path / name, content)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"_data_files": [{}]}'])
+def test_a_damaged_folder_of_save_to_disk_is_named(content, tmp_path):
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows" / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="rows cannot be read: "):
+        load_rows(str(tmp_path / "rows"))
 
 
 def test_missing_files_and_folders_without_rows(tmp_path):

@@ -379,6 +379,15 @@ def test_the_tokenizers_own_trouble_is_told(model_folder):
         load_tokenizer(model_folder)
 
 
+def test_a_tokenizer_that_fails_on_text_is_refused(model_folder, byte_tokenizer):
+    """Fails if a setting that is only read while a text is encoded fails in the middle of the work."""
+    byte_tokenizer.save_pretrained(model_folder)
+    config = model_folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": "512"}))
+    with pytest.raises(ValueError, match="no readable tokenizer .*TypeError"):
+        load_tokenizer(model_folder)
+
+
 @pytest.mark.parametrize("name", ["chat_template.jinja", "README.md", "templates/tool.jinja", "templates"])
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
 def test_links_to_files_elsewhere_are_refused(load, name, model_folder, tmp_path, byte_tokenizer):
