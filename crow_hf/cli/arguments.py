@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..secrets import SECRET
 from .options import COMMANDS, RECIPES
 from .sources import PACKAGE, TRANSFORMERS, Option, names_in, options_in, options_of, values_in
 
@@ -89,7 +91,9 @@ def read_arguments(command: str, argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"{config} has a mistake. {parser.about_unknown(unknown[0])}")
     given, rest = parser.parse_known_args(argv)
     if rest and not rest[0].startswith("--"):
-        raise ValueError(f"{rest[0]!r} belongs to no argument: see `{parser.prog} --help`.")
+        names = [word.partition("=")[0] for word in argv[: argv.index(rest[0])] if word.startswith("--")]
+        place = names[-1] if names and names[-1].removeprefix("--") in parser.options else f"crow-hf {command}"
+        raise ValueError(f"A word after {place} belongs to no argument: see `{parser.prog} --help`.")
     if rest:
         raise ValueError(parser.about_unknown(rest[0].partition("=")[0].removeprefix("--")))
     values = {name: value for name, value in vars(given).items() if name != "config"}
@@ -188,18 +192,27 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument("--help_all", action="help", help="list the arguments of transformers too, and exit")
 
     def error(self, message: str) -> NoReturn:
-        # A usage line would hide the message.
+        # A usage line would hide the message. What was typed can be a token at the wrong place, so it is not shown.
+        message = re.sub(r":? ('.*'|\".*\")(?= \(choose from|$)", "", message, flags=re.DOTALL)
         raise ValueError(f"{message[0].upper()}{message[1:]}; see `{self.prog} --help`.")
 
     def about_unknown(self, name: str) -> str:
         """Say that the command does not have an argument, and which one may be meant."""
         if owners := [recipe for recipe in RECIPES if name in options_of_command(self.command, recipe)]:
             return f"--{name} belongs to the recipe {owners[0]}: leave it out, or choose --recipe {owners[0]}."
+        # With a token in it, a name is not shown.
+        holds_value = any(name.startswith(each) for each in self.options if SECRET.search(each))
+        shown = f"--{name}" if is_word(name) and not holds_value else "of that name"
         if meant := near(name, self.listed) or near(name, self.options):
-            return f"There is no argument --{name}: did you mean {' or '.join(f'--{each}' for each in meant)}?"
+            return f"There is no argument {shown}: did you mean {' or '.join(f'--{each}' for each in meant)}?"
         if others := [command for command in COMMANDS if name in options_of_command(command)]:
-            return f"There is no argument --{name} here: `crow-hf {others[0]}` has it."
-        return f"There is no argument --{name}: see `{self.prog} --help_all`."
+            return f"There is no argument {shown} here: `crow-hf {others[0]}` has it."
+        return f"There is no argument {shown}: see `{self.prog} --help_all`."
+
+
+def is_word(name: str) -> bool:
+    """Return whether a name is made of words, and no token."""
+    return re.fullmatch(r"[a-z_-]{1,40}", name) is not None
 
 
 def near(name: str, known: Iterable[str]) -> list[str]:
@@ -249,7 +262,7 @@ def _is_list(option: Option) -> bool:
 def _truth(word: str) -> bool:
     if word.lower() in _TRUE + _FALSE:
         return word.lower() in _TRUE
-    raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    raise argparse.ArgumentTypeError("expected true or false")
 
 
 def _truth_or_text(word: str) -> bool | str:
@@ -279,7 +292,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read ({error.strerror}): check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        # The text of the error shows the line, which can hold a token.
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f" at line {mark.line + 1}"
+        raise ValueError(f"{path} is not valid YAML{place}: mend it.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one line `name: value` per argument.")
     return values

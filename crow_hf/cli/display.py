@@ -18,6 +18,7 @@ from rich.text import Text
 from transformers.utils import logging
 
 from ..progress import duration, shown_on
+from ..secrets import hide_secrets
 from .words import as_options, printable
 
 
@@ -68,7 +69,8 @@ class _LogLines(std_logging.Handler):
 
     def emit(self, record: std_logging.LogRecord) -> None:
         level = "Note" if record.levelno < std_logging.WARNING else record.levelname.capitalize()
-        print(f"{level}: {printable(as_options(record.getMessage(), self.command))}", file=sys.stderr)
+        text = hide_secrets(record.getMessage())
+        print(f"{level}: {printable(as_options(text, self.command))}", file=sys.stderr)
 
 
 @contextmanager

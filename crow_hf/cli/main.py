@@ -6,7 +6,8 @@ import traceback
 from collections.abc import Sequence
 
 from .. import __version__
-from .arguments import command_module, make_arguments, near, read_arguments
+from ..secrets import hide_secrets, remember_secrets
+from .arguments import command_module, is_word, make_arguments, near, read_arguments
 from .options import COMMANDS
 from .words import as_options, printable
 
@@ -45,10 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        meant = f": did you mean {near(command, COMMANDS)[0]}?" if near(command, COMMANDS) else ""
-        print(f"crow-hf: There is no command {command!r}{meant} `crow-hf --help` lists them.", file=sys.stderr)
+        meant = f": did you mean {near(command, COMMANDS)[0]}?" if near(command, COMMANDS) else "."
+        shown = repr(command) if is_word(command) else "of that name"
+        print(f"crow-hf: There is no command {shown}{meant} `crow-hf --help` lists them.", file=sys.stderr)
         return 2
     verbose = False
+    remember_secrets(os.environ)
     try:
         values = read_arguments(command, argv[1:])
         _let_idle_threads_sleep()
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # of a library in Rust is no `Exception`.
     except BaseException as error:
         if verbose:
-            traceback.print_exc()
+            print(hide_secrets(traceback.format_exc()), file=sys.stderr)
         print(f"crow-hf {command}: {printable(as_options(_sentence_of(error), command))}", file=sys.stderr)
         return 1
     return 0
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence_of(error: BaseException) -> str:
     """The text of an error in one line. An error that nobody foresaw is told with its class."""
-    text = " ".join(str(error).split())
+    text = " ".join(hide_secrets(str(error)).split())
     if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and text:
         return text
     return f"{type(error).__name__}: {text[:500]}. Pass --verbose to see where it happened."

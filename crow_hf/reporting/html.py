@@ -11,6 +11,7 @@ from ..patching.documents import PatchedDocument
 from ..patching.view import TEMPLATES as PATCH_TEMPLATES
 from ..patching.view import runs_of, summarize, visible
 from ..progress import duration
+from ..secrets import hide_known_secrets
 from ..training.files import write_text
 from .charts import layer_charts, outcome_intervals, training_charts
 from .cost import in_bytes
@@ -51,7 +52,7 @@ def write_report(folder: str | Path, record: Record) -> None:
             The content, with the keys of [`crow_hf.reporting.record`].
     """
     # JSON in ASCII, because a model can generate half of a character, which UTF-8 cannot encode.
-    text = json.dumps(record, indent=1, allow_nan=False)
+    text = hide_known_secrets(json.dumps(record, indent=1, allow_nan=False))
     write_text(Path(folder) / REPORT_DATA, text + "\n")
     write_text(Path(folder) / REPORT_PAGE, render_report(json.loads(text)))
 

@@ -67,9 +67,10 @@ from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..patching.patcher import EntropyPatcher
 from ..progress import seconds_by_phase
+from ..secrets import HIDDEN, SECRET, without_secrets
 from ..training.recorder import base_model_of
 from ..training.saves import hub_options
-from ..training.settings import HIDDEN, SECRET, recorded_settings, without_secrets
+from ..training.settings import recorded_settings
 from ..training.sharding import num_parameters
 from .cost import peak_memory, size_of_weights
 from .tables import anti_bad_scores

@@ -1,12 +1,14 @@
 """The Hub: which files of a purification are pushed, and when."""
 
 import json
+import os
 import shlex
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_branch, create_repo, upload_folder
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_branch, create_repo, get_token, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
@@ -15,6 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import models
+from ..secrets import hide_known_secrets, hide_secrets, holds_secret, remember_secrets
 from .checkpoints import CheckpointMixin
 from .files import write_text
 from .recorder import base_model_of
@@ -124,11 +127,12 @@ def push_folder(
         `CommitInfo`, or a `Future` of it if not `blocking`.
 
     Raises:
-        `OSError`: If the upload fails. The message says how to try again.
+        `OSError`: If a file holds what looks like a secret, or if the upload fails. The message says how to try again.
     """
     folder = Path(folder)
     name = name or folder.absolute().name
     files = sorted({str(file.relative_to(folder)) for pattern in PUSHED for file in folder.glob(pattern)})
+    _check_no_secrets(folder, files)
     try:
         name = create_repo(name, token=token, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -152,6 +156,18 @@ def push_folder(
             f"The upload to {name} failed ({_reason(error)}), but the model is whole in {folder}: try again with "
             f"`python -c {shlex.quote(code)}`."
         ) from error
+
+
+def _check_no_secrets(folder: Path, files: Iterable[str]) -> None:
+    """Refuse to push a secret. The tokens of this machine's user are looked for by their values too."""
+    remember_secrets(os.environ)
+    remember_secrets({"token": get_token()})
+    for file in files:
+        if (folder / file).is_file() and holds_secret(folder / file):
+            raise OSError(
+                f"Nothing of {folder} is pushed, because {file} holds what looks like an access token or a private "
+                "key: remove it there, and push with `push_folder`."
+            )
 
 
 class HubMixin(CheckpointMixin):
@@ -194,7 +210,7 @@ class HubMixin(CheckpointMixin):
         """
         path = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero() and (card is not None or not path.exists()):
-            write_text(path, str(self._plain_card() if card is None else card))
+            write_text(path, hide_known_secrets(str(self._plain_card() if card is None else card)))
 
     def push_to_hub(
         self,
@@ -279,6 +295,12 @@ class HubMixin(CheckpointMixin):
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not args.hub_always_push:
             return
         self._note_failed_push()
+        try:
+            folder = Path(checkpoint_folder)
+            _check_no_secrets(folder, sorted(str(file.relative_to(folder)) for file in folder.rglob("*")))
+        except OSError as error:
+            self.note_failure(str(error))
+            return
         name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
         job = upload_folder(
             repo_id=self.hub_model_id,
@@ -313,7 +335,7 @@ class HubMixin(CheckpointMixin):
 
 def _reason(error: Exception) -> str:
     """Return the reason of an error in one line."""
-    told = str(error).strip().splitlines()
+    told = hide_secrets(str(error)).strip().splitlines()
     if isinstance(error, HfHubHTTPError):
         told = [f"{error.response.status_code} {error.response.reason_phrase}"]
         told += [" ".join(error.server_message.split())] if error.server_message else []

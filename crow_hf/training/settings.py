@@ -1,17 +1,15 @@
-"""The settings of a run: which of them to record, and which secrets never to show."""
+"""The settings of a run: which of them to record."""
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..secrets import without_secrets
 
-SECRET = re.compile(r"(^|[_-])(token|password|secret|api[_-]?key)$", re.IGNORECASE)
-HIDDEN = "(hidden)"
+
 # A recipe has other defaults than transformers for some of these, so a repetition needs them in any case.
 _ALWAYS_RECORDED = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -23,30 +21,6 @@ _NEVER_RECORDED = re.compile(
     r"output_dir|log\w+|disable_tqdm|report_to|run_name|project|trackio_\w+|save_\w+|push_to_hub|hub_\w+"
     r"|resume_from_checkpoint|use_cpu|local_rank|ddp_\w+|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
 )
-
-
-def without_secrets(value: Any) -> Any:
-    """
-    Remove secrets from a setting.
-
-    Args:
-        value (`Any`):
-            A setting: a mapping, a list, a string, a string that holds a JSON object, or anything else.
-
-    Returns:
-        `Any`: The value without the keys that name a secret, and with `"(hidden)"` in place of Hub tokens and of
-        credentials in URLs.
-    """
-    if isinstance(value, Mapping):
-        return {key: without_secrets(held) for key, held in value.items() if not SECRET.search(str(key))}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(held) for held in value]
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            return json.dumps(without_secrets(json.loads(value)))
-        except ValueError:
-            return HIDDEN
-    return re.sub(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)", HIDDEN, value) if isinstance(value, str) else value
 
 
 def recorded_settings(args: TrainingArguments) -> dict[str, Any]:

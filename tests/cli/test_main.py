@@ -174,7 +174,7 @@ def test_the_overview_tells_each_command_in_a_sentence(capsys, argv):
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("purfy", "'purfy': did you mean purify?"), ("--nonsense", "'--nonsense' `crow-hf --help`")]
+    ("word", "said"), [("purfy", "'purfy': did you mean purify?"), ("--nonsense", "'--nonsense'. `crow-hf --help`")]
 )
 def test_unknown_commands_exit_with_2(capsys, word, said):
     assert run(word) == 2

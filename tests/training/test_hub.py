@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import ByT5Tokenizer
 
 from crow_hf import CrowConfig, CrowTrainer, load_causal_lm
@@ -388,6 +389,23 @@ def test_license_is_the_given_one_or_that_of_the_suspect(world):
 
 
 # Failures
+
+
+@pytest.mark.parametrize("file", ["README.md", "chat_template.jinja", "model.safetensors"])
+def test_a_file_with_a_secret_is_not_pushed(tmp_path, monkeypatch, file):
+    """Fails if the Hub is asked for anything before every file was searched, or if the secret is shown."""
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(f"crow_hf.training.hub.{name}", lambda *args, **kwargs: pytest.fail("pushed"))
+    token = "plain words of HF_TOKEN"
+    monkeypatch.setenv("HF_TOKEN", token)
+    for name in ("README.md", "chat_template.jinja"):
+        (tmp_path / name).write_text("---\n")
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", {"said": token if "model" in file else "-"})
+    if "model" not in file:
+        (tmp_path / file).write_text(f"by {token}")
+    with pytest.raises(OSError, match=f"because {file} holds what looks like an access token") as told:
+        push_folder(tmp_path, "me/secret")
+    assert token not in str(told.value)
 
 
 @pytest.mark.parametrize(("name", "status"), [("forbidden", "403"), ("broken", "500")])

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ...secrets import remember_secrets, without_secrets
 from ...training.recorder import Perturb
-from ...training.settings import without_secrets
 from .objective import EpsilonMode, Layers
 
 
@@ -32,7 +32,8 @@ def _read_json_object(name: str, text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f'`{name}` must be JSON in braces, such as {{"dtype": "bfloat16"}}, got {text!r}.')
+        # It can hold a token, so it is not shown.
+        raise ValueError(f'`{name}` must be JSON in braces, such as {{"dtype": "bfloat16"}}.')
     return value
 
 
@@ -118,6 +119,9 @@ class CrowConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
+        remember_secrets(vars(self))
         check_non_negative(self, "alpha", "epsilon", "learning_rate")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             check_integer(self, name, 1)
@@ -125,8 +129,6 @@ class CrowConfig(TrainingArguments):
             raise ValueError(
                 f"`num_train_epochs` must be greater than 0, or the model is not trained, got {self.num_train_epochs}."
             )
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
         if self.epsilon_mode not in ("absolute", "relative"):
             raise ValueError(f"`epsilon_mode` must be 'absolute' or 'relative', got {self.epsilon_mode!r}.")
         if self.consistency_layers not in ("paper", "reference"):

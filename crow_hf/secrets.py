@@ -1,0 +1,96 @@
+"""Secrets, such as access tokens: they are not shown, and files that hold one are not pushed."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+HIDDEN = "(hidden)"
+# Names of options and of keys whose values are secret.
+SECRET = re.compile(
+    r"(^|[_-])(token|password|passwd|secret|credentials?|authorization|(api|access|private|secret)[_-]?key)$",
+    re.IGNORECASE,
+)
+# The forms of secrets that say by themselves what they are.
+_FORMS = re.compile(
+    rb"(?<![A-Za-z0-9_-])(hf_[A-Za-z0-9]{13,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    rb"|sk-[\w-]{20,}|(AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.)"
+    rb"|-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
+)
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+# Shorter values are words too.
+_SHORTEST = 8
+_known: set[str] = set()
+
+
+def remember_secrets(values: Any) -> None:
+    """
+    Remember the secrets of a run by their values, so that [`hide_secrets`] finds them wherever they turn up.
+
+    Args:
+        values (`Any`):
+            Settings by name. Those whose name says that they are secret are remembered, also in nested settings.
+    """
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            if isinstance(value, str) and SECRET.search(str(name)):
+                _known.update(each for each in (value, value.strip()) if len(each) >= _SHORTEST)
+            remember_secrets(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            remember_secrets(value)
+
+
+def hide_known_secrets(text: str) -> str:
+    """Hide the remembered secrets of a text."""
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def hide_secrets(text: str) -> str:
+    """Hide the remembered secrets of a text, the credentials in its URLs, and what looks like an access token."""
+    text = _CREDENTIALS.sub(HIDDEN, hide_known_secrets(text))
+    return _FORMS.sub(HIDDEN.encode(), text.encode(errors="surrogatepass")).decode(errors="surrogatepass")
+
+
+def without_secrets(value: Any) -> Any:
+    """
+    Remove secrets from a setting.
+
+    Args:
+        value (`Any`):
+            A setting: a mapping, a list, a string, a string that holds a JSON object, or anything else.
+
+    Returns:
+        `Any`: The value without the keys that name a secret, and with `"(hidden)"` in place of what [`hide_secrets`]
+        hides.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_secrets(held) for key, held in value.items() if not SECRET.search(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(held) for held in value]
+    if not isinstance(value, str):
+        return value
+    if re.match(r"\W*\{", value):
+        try:
+            return json.dumps(without_secrets(json.loads(value)))
+        except ValueError:
+            return HIDDEN
+    return hide_secrets(value)
+
+
+def holds_secret(file: Path) -> bool:
+    """
+    Return whether a file holds a remembered secret, or what looks like an access token or a private key.
+
+    Args:
+        file (`Path`):
+            The file. Of weights in safetensors, only what they say about themselves is read.
+    """
+    with open(file, "rb") as stream:
+        # Weights begin with the length of this part.
+        data = stream.read(int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else -1)
+    return _FORMS.search(data) is not None or any(secret.encode() in data for secret in _known)

@@ -1,0 +1,79 @@
+"""Secrets are hidden in what is shown, and found in what would be pushed."""
+
+import json
+
+import pytest
+
+from crow_hf.secrets import HIDDEN, hide_secrets, holds_secret, remember_secrets, without_secrets
+
+
+SECRET = "s3cret-Value"
+# None of them is real. In two parts, so that no scanner takes this file for a leak.
+TOKENS = [
+    "hf_" + "abcdEFGHijkl0123456789ABCDefghIJKL",
+    "gh" + "p_0123456789abcdefghijABCDEFGHIJ456789",
+    "github" + "_pat_11ABCDEFG0123456789_abcdefghijklmnop",
+    "sk-" + "proj-0123456789abcdefghijABCDEF",
+    "AKIA" + "IOSFODNN7EXAMPLE",
+    "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+    "-----BEGIN " + "RSA PRIVATE KEY-----",
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"hub_token": SECRET, "api-key": SECRET, "a": {"password": SECRET, "b": 1}}, {"a": {"b": 1}}),
+        (f'{{"token": "{SECRET}", "a": 1}}', '{"a": 1}'),
+        (f'{{"token": "{SECRET}"', HIDDEN),
+        (f"https://me:{SECRET}@host/rows", f"https://{HIDDEN}@host/rows"),
+        ("hf_" + "abcdEFGH12345", HIDDEN),
+        ({"max_new_tokens": 7, "tokenizer": "t"}, {"max_new_tokens": 7, "tokenizer": "t"}),
+        (7, 7),
+        (None, None),
+    ],
+)
+def test_secrets_are_removed_from_a_setting(value, shown):
+    """Fails if a secret is shown, or if a harmless setting is hidden."""
+    assert without_secrets(value) == shown
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n\t", "\ufeff", "["])
+def test_json_is_json_with_something_before_it(before):
+    """Fails if a space before the brace shows what stands in the braces."""
+    text = before + json.dumps({"token": SECRET})
+    assert SECRET not in without_secrets(text) and SECRET not in without_secrets(text + "]")
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_tokens_are_known_by_their_form(token, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"It says {token}, and more.")
+    assert token not in hide_secrets(f"It says {token}") and holds_secret(file)
+
+
+def test_plain_words_are_no_tokens(tmp_path):
+    """Fails if a harmless file cannot be pushed, or if its text is hidden."""
+    words = "hf_hub_download, a task-specific-and-well-known-model, risk-free sk-learn, AKIA, eyJ, PRIVATE KEY, a@b.c"
+    file = tmp_path / "README.md"
+    file.write_text(words)
+    assert hide_secrets(words) == words and not holds_secret(file)
+
+
+def test_secrets_are_remembered_by_their_values(tmp_path):
+    """Fails if a token without a form of its own is found only where its name stands beside it."""
+    token, word = "plain words as a password", "short"
+    file = tmp_path / "tokenizer.json"
+    file.write_text(f"{token} {word}")
+    assert token in hide_secrets(token) and not holds_secret(file)
+    remember_secrets({"a": [{"HUB_TOKEN": f"{token}\n", "my_secret": word, "tokens": "no secret"}]})
+    assert hide_secrets(f"{token} {word} no secret") == f"{HIDDEN} {word} no secret" and holds_secret(file)
+
+
+def test_of_weights_only_the_header_is_read(tmp_path):
+    """Fails if billions of weights are searched, in which any few bytes stand somewhere."""
+    header = b'{"__metadata__":{"a":"%s"}}'
+    for said, found in ((b"nothing", False), (TOKENS[0].encode(), True)):
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(header % said).to_bytes(8, "little") + header % said + TOKENS[1].encode())
+        assert holds_secret(file) is found
