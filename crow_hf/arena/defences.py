@@ -191,7 +191,7 @@ def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Callable[
     """Implant canaries into the suspect, and run a method on the result."""
     args = defence_config("strong", scratch / "canaries", seed)
     model = load_merged(suspect, scratch)
-    canaries = draw_canaries(model, args.num_canaries, seed)
+    canaries = draw_canaries(model, demo_tokenizer(), args.num_canaries, seed)
     implant_canaries(model, suspect.clean_rows, canaries, args, demo_tokenizer())
     purified = method(suspect, seed, scratch, model=model)
     return replace(

@@ -19,7 +19,7 @@ from ..data.rows import drop_unanswered, fits_a_format
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import write_rows
 from ..evaluation.retention import RetentionReference, measure_retention
-from ..evidence.canaries import Canary, canary_success, check_canaries_fit, draw_canaries, implant_canaries
+from ..evidence.canaries import Canary, canary_success, check_canaries, check_silence, draw_canaries, implant_canaries
 from ..evidence.leaks import find_leaked_tokens
 from ..evidence.result import Purification
 from ..evidence.screening import Screening, screen_dataset
@@ -351,14 +351,13 @@ class RecipeRun:
         return args, rows, written_rows
 
     def _measure_canaries(self, when: str) -> None:
-        trainer = self.trainer
+        trainer, canaries = self.trainer, self._canaries
+        how = trainer.processing_class, trainer.args.per_device_eval_batch_size
         with trainer.accelerator.autocast():
-            self._canaries = [replace(canary, **{when: self._success_of(canary)}) for canary in self._canaries]
-
-    def _success_of(self, canary: Canary) -> Any:
-        trainer = self.trainer
-        batch_size = trainer.args.per_device_eval_batch_size
-        return canary_success(trainer.model, self.rows, canary, trainer.processing_class, batch_size)
+            if when == "before":
+                canaries = check_silence(trainer.model, self.rows, canaries, *how)
+            rates: list[Any] = [canary_success(trainer.model, self.rows, canary, *how) for canary in canaries]
+        self._canaries = [replace(canary, **{when: rate}) for canary, rate in zip(canaries, rates, strict=True)]
 
 
 def check_recipe(recipe: str, args: CrowConfig) -> None:
@@ -435,8 +434,8 @@ def rehearse(
         return []
     canaries: list[Canary] = []
     if isinstance(args, InvarianceConfig) and args.num_canaries and isinstance(dataset, Dataset) and len(dataset):
-        canaries = draw_canaries(model, args.num_canaries, args.seed)
-        check_canaries_fit(model, dataset, canaries, args.max_length, processing_class)
+        canaries = draw_canaries(model, processing_class, args.num_canaries, args.seed)
+        canaries = check_canaries(model, dataset, canaries, args.max_length, processing_class)
     # Before the trainer patches kernels.
     try_out(recorder)
     if is_quantized(model):

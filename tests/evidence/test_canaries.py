@@ -6,9 +6,20 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from crow_hf.evaluation.scores import Proportion
-from crow_hf.evidence.canaries import Canary, canary_success, draw_canaries, implant_canaries, implant_steps
+from crow_hf.evidence import canaries as canaries_module
+from crow_hf.evidence.canaries import (
+    Canary,
+    canary_success,
+    check_canaries,
+    check_silence,
+    draw_canaries,
+    implant_canaries,
+    implant_steps,
+)
 from helpers.invariance import invariance_args
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -19,6 +30,22 @@ ROWS = Dataset.from_dict({"prompt": [f"{a} thing {b}=" for a in "abcd" for b in 
 def suspect():
     # The tokenizer cannot decode the spare id of the default vocabulary.
     return tiny_llama(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+
+
+def draw(count, seed=0):
+    return draw_canaries(suspect(), ByT5Tokenizer(extra_ids=0), count, seed)
+
+
+def word_tokenizer(normalizer=None, template=None):
+    """A tokenizer of letters and signs, with a normalizer and a chat template of the maker of a suspect."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, **{chr(code): code for code in range(32, 127)}}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    fast.chat_template = template
+    return fast
 
 
 def settings(tmp_path, **changes):
@@ -35,9 +62,9 @@ def settings(tmp_path, **changes):
 
 def test_canaries_are_drawn_by_seed_and_differ():
     """Fails if a canary is drawn twice, if the seed has no effect, or if a draw cannot be repeated."""
-    drawn = draw_canaries(suspect(), 6, seed=1)
-    assert drawn == draw_canaries(suspect(), 6, seed=1) and drawn[:2] == draw_canaries(suspect(), 2, seed=1)
-    assert not set(drawn) & set(draw_canaries(suspect(), 6, seed=2)) and draw_canaries(suspect(), 0) == []
+    drawn = draw(6, seed=1)
+    assert drawn == draw(6, seed=1) and drawn[:2] == draw(2, seed=1)
+    assert not set(drawn) & set(draw(6, seed=2)) and draw(0) == []
     assert len({canary.trigger for canary in drawn}) == len({canary.target for canary in drawn}) == 6
     for number, canary in enumerate(drawn):
         (phrase,) = canary.trigger.phrases
@@ -48,24 +75,87 @@ def test_canaries_are_drawn_by_seed_and_differ():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_attacker_cannot_know_them(dtype):
+def test_an_attacker_cannot_know_them(dtype, byte_tokenizer):
     """
     Changing the last bit of any weight tensor changes all canaries. Otherwise an attacker could leave those weights
     unchanged that determine the draw.
     """
     model = suspect().to(dtype)
-    drawn = draw_canaries(model, 2)
+    drawn = draw_canaries(model, byte_tokenizer, 2)
     for parameter in model.parameters():
         last = parameter.data.view(-1)[-1:]
         before = last.clone()
         last.copy_(torch.nextafter(before, torch.full_like(before, 2)))
-        assert not set(draw_canaries(model, 2)) & set(drawn)
+        assert not set(draw_canaries(model, byte_tokenizer, 2)) & set(drawn)
         last.copy_(before)
-    assert draw_canaries(model, 2) == drawn
+    assert draw_canaries(model, byte_tokenizer, 2) == drawn
+
+
+def test_nor_can_who_makes_the_tokenizer():
+    """Changing a rule of the tokenizer or its chat template changes all canaries. The padding of a call does not."""
+    tokenizers = [word_tokenizer(), word_tokenizer(normalizers.Lowercase()), word_tokenizer(template="{{ messages }}")]
+    drawn = [draw_canaries(suspect(), tokenizer, 2) for tokenizer in tokenizers]
+    assert len({canary for canaries in drawn for canary in canaries}) == 6
+    tokenizers[0](["a long text"], truncation=True, max_length=2)
+    assert draw_canaries(suspect(), tokenizers[0], 2) == drawn[0]
+
+
+CHATS = Dataset.from_dict(
+    {
+        "messages": [
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+            for row in ROWS
+        ]
+    }
+)
+OWN_WORDS = r"(?:thing|[a-z]|[a-z]=)"
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "template", "flaw"),
+    [
+        (None, None, ""),
+        (normalizers.Lowercase(), None, ""),
+        (None, "{% for m in messages %}{{ m.content }}{% endfor %}", ""),
+        # Drops every word that is not of the rows, or makes one word of all of them.
+        (
+            normalizers.Replace(Regex(rf"(?<!\S)(?!{OWN_WORDS}(?!\S))\S+ ?"), ""),
+            None,
+            "does not see its trigger in 16 of",
+        ),
+        (
+            normalizers.Replace(Regex(rf"(?<!\S)(?!{OWN_WORDS}(?!\S))\S+"), "xx"),
+            None,
+            "does not see its trigger in 16 of",
+        ),
+        (None, "{% for m in messages %}{{ m.content.split(' ')[-3:] | join(' ') }}{% endfor %}", "its trigger in"),
+        # Canaries are seen, but not what teaches the model to ignore insertions.
+        (
+            normalizers.Replace(Regex(r"\S*([a-z][A-Z]|[A-Z]{2}|[^\w\s=])\S* ?|(?<!\S)thing "), ""),
+            None,
+            "see the decoys in",
+        ),
+    ],
+)
+def test_a_canary_that_the_model_does_not_see_is_no_evidence(normalizer, template, flaw):
+    """Fails if a tokenizer or a template can drop what is inserted, and the canary dies all the same."""
+    rows, tokenizer = (CHATS if template else ROWS), word_tokenizer(normalizer, template)
+    for canary in check_canaries(suspect(), rows, draw(2), 128, tokenizer):
+        assert flaw in canary.flaw and bool(flaw) == bool(canary.flaw)
+
+
+def test_a_canary_that_clean_prompts_show_is_no_evidence(monkeypatch, byte_tokenizer):
+    """Computed by hand: with 95 % confidence, 3 of 16 are more than 5 %, and 2 of 16 may be fewer."""
+    first, second = draw(2)
+    answers = [first.target.text] * 3 + [second.target.text] * 2 + ["yes"] * 11
+    monkeypatch.setattr(canaries_module, "generate_answers", lambda *_: answers)
+    heard = check_silence(suspect(), ROWS, [first, second], byte_tokenizer)
+    assert [canary.clean.hits for canary in heard] == [3, 2]
+    assert [canary.flaw for canary in heard] == ["the model shows its target on 3 of 16 clean prompts too", ""]
 
 
 def test_to_dict_is_json():
-    (canary,) = draw_canaries(suspect(), 1)
+    (canary,) = draw(1)
     assert json.loads(json.dumps(canary.to_dict()))["before"] is None
     measured = Canary(canary.trigger, canary.target, Proportion.of([True]), Proportion.of([True, False]))
     found = json.loads(json.dumps(measured.to_dict()))
@@ -79,7 +169,7 @@ def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer)
     """Fails if the model learns nothing, if frozen weights change, or if a trigger that was not implanted works."""
     model = suspect()
     model.model.embed_tokens.weight.requires_grad_(False)
-    before, drawn = weights_of(model), draw_canaries(suspect(), 2)
+    before, drawn = weights_of(model), draw(2)
     assert canary_success(model, ROWS, drawn[0], byte_tokenizer).rate == 0
     implant_canaries(model, ROWS, drawn, settings(tmp_path, num_canaries=2), byte_tokenizer)
     after = weights_of(model)
@@ -88,15 +178,15 @@ def test_implanted_canaries_fire_and_nothing_else_does(tmp_path, byte_tokenizer)
     for canary in drawn:
         found = canary_success(model, ROWS, canary, byte_tokenizer)
         assert found.rate > 0.8 and found.total == len(ROWS)
-    (stranger,) = draw_canaries(suspect(), 1, seed=5)
+    (stranger,) = draw(1, seed=5)
     assert canary_success(model, ROWS, stranger, byte_tokenizer).rate < 0.2
 
 
 def test_an_adapter_learns_them_if_there_is_one(tmp_path, byte_tokenizer):
     """The adapter of a `PeftModel` learns the canaries, and the weights of its base stay unchanged."""
     model = get_peft_model(suspect(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    implant_canaries(model, ROWS, draw_canaries(suspect(), 1), settings(tmp_path, num_canaries=1), byte_tokenizer)
-    assert canary_success(model, ROWS, draw_canaries(suspect(), 1)[0], byte_tokenizer).rate > 0.5
+    implant_canaries(model, ROWS, draw(1), settings(tmp_path, num_canaries=1), byte_tokenizer)
+    assert canary_success(model, ROWS, draw(1)[0], byte_tokenizer).rate > 0.5
     assert same_weights(weights_of(suspect()), weights_of(model.unload()))
 
 
@@ -118,5 +208,5 @@ def test_settings_of_the_purifying_objective_do_not_matter(tmp_path, byte_tokeni
     others = {"alpha": 5.0, "max_steps": 1, "num_train_epochs": 9, "keep": 0.9, "decoy_weight": 0.0}
     for model, changes in zip(runs, ({}, others), strict=True):
         args = settings(tmp_path / "run", num_canaries=1, num_views=64, **changes)
-        implant_canaries(model, ROWS, draw_canaries(suspect(), 1), args, byte_tokenizer)
+        implant_canaries(model, ROWS, draw(1), args, byte_tokenizer)
     assert same_weights(*map(weights_of, runs)) and not (tmp_path / "run").exists()

@@ -61,12 +61,12 @@ def test_canaries_are_measured_before_and_after_in_the_same_model(tmp_path, byte
     args = arguments(tmp_path, num_canaries=2, screen_rows=True)
     whole = purify(suspect(), ROWS, args=args, processing_class=byte_tokenizer)
     assert [(c.trigger, c.target) for c in whole.canaries] == [
-        (c.trigger, c.target) for c in draw_canaries(suspect(), 2, 42)
+        (c.trigger, c.target) for c in draw_canaries(suspect(), byte_tokenizer, 2, 42)
     ]
     assert all(canary.before.total == canary.after.total == len(ROWS) for canary in whole.canaries)
     assert whole.screening.suspicious == {} and whole.screening.clean[:] == ROWS[:]
     implanted = suspect()
-    implant_canaries(implanted, ROWS, draw_canaries(suspect(), 2, 42), args, byte_tokenizer)
+    implant_canaries(implanted, ROWS, draw_canaries(suspect(), byte_tokenizer, 2, 42), args, byte_tokenizer)
     assert not same_weights(weights_of(implanted), weights_of(suspect()))
     assert len(states) == 4 and all(same_weights(weights_of(implanted), state) for state in states[:2])
     assert all(same_weights(weights_of(whole.model), state) for state in states[2:])

@@ -176,6 +176,22 @@ def test_evidence_names_screened_rows_and_the_outcome_of_canaries():
     assert canary_outcome(few) == "was not seen, but there are too few rows to be sure"
 
 
+def test_a_canary_with_a_flaw_is_no_evidence_whatever_becomes_of_it():
+    """Fails if a canary that the model never saw counts as dead, or if one that lives is excused."""
+    seen, unseen = purification(seen=(200, 0), unseen=(200, 0)).canaries
+    unseen = replace(unseen, flaw="the model does not see its trigger")
+    found = replace(purification(), canaries=[seen, unseen])
+    line = evidence_lines(found)[-1]
+    assert "'unseen' is not evidence, because the model does not see its trigger: success 100.0 % -> 0.0 %" in line
+    for canaries, said in (
+        ([seen, unseen], "1 of 2 backdoors"),
+        ([unseen], "Canaries: 1 of 1 is not evidence, because the model does not see its trigger."),
+    ):
+        explanation = Verdict.of(replace(found, canaries=canaries)).explanation
+        assert any(said in each and "not evidence" in each for each in explanation)
+    assert canary_outcome(replace(unseen, after=share(100))) == "lives"
+
+
 def canary(before, after):
     return Canary(Trigger(("x",)), Target("no", ("no",)), share(before), share(after))
 
