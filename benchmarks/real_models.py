@@ -49,7 +49,7 @@ from crow_hf.data.rows import render
 from crow_hf.evaluation.generation import bits_per_byte
 from crow_hf.evaluation.harness import PromptScores, evaluate_model
 from crow_hf.evaluation.retention import RetentionReference, measure_retention, retention_reference
-from crow_hf.training.files import write_text
+from crow_hf.files import write_text
 from crow_hf.training.loading import load_causal_lm, move
 
 

@@ -24,12 +24,12 @@ from crow_hf.data.collators import CrowDataCollator
 from crow_hf.data.encoding import IGNORE_INDEX, encode_completion, encode_prompt, padding_id
 from crow_hf.data.rows import insert_into_prompt, prompt_of, render
 from crow_hf.demo import demo_tokenizer
+from crow_hf.files import write_text
 from crow_hf.methods.crow.config import CrowConfig
 from crow_hf.methods.crow.trainer import CrowTrainer
 from crow_hf.methods.invariance.views import Decoy
 from crow_hf.recipes.presets import lora_config, recipe_config
 from crow_hf.recipes.run import run_recipe
-from crow_hf.training.files import write_text
 from crow_hf.training.loading import load_causal_lm, load_tokenizer, merged, move
 
 

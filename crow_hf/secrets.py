@@ -22,6 +22,8 @@ _FORMS = re.compile(
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 # Shorter values are words too.
 _SHORTEST = 8
+# Files are searched in parts of so many bytes, and no secret is longer.
+_CHUNK, _LONGEST = 2**24, 2**12
 _known: set[str] = set()
 
 
@@ -90,7 +92,14 @@ def holds_secret(file: Path) -> bool:
         file (`Path`):
             The file. Of weights in safetensors, only what they say about themselves is read.
     """
+    known = [secret.encode(errors="surrogateescape") for secret in _known]
     with open(file, "rb") as stream:
         # Weights begin with the length of this part.
-        data = stream.read(int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else -1)
-    return _FORMS.search(data) is not None or any(secret.encode() in data for secret in _known)
+        left = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else file.stat().st_size
+        data = b""
+        while left > 0 and (more := stream.read(min(left, _CHUNK))):
+            # A secret may stand across two parts.
+            data, left = data[-_LONGEST:] + more, left - len(more)
+            if _FORMS.search(data) or any(secret in data for secret in known):
+                return True
+    return False

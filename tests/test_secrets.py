@@ -70,6 +70,14 @@ def test_secrets_are_remembered_by_their_values(tmp_path):
     assert hide_secrets(f"{token} {word} no secret") == f"{HIDDEN} {word} no secret" and holds_secret(file)
 
 
+def test_a_secret_is_found_across_two_parts_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("crow_hf.secrets._CHUNK", 64)
+    file = tmp_path / "tokenizer.json"
+    for before in range(60, 68):
+        file.write_text("." * before + " " + TOKENS[0])
+        assert holds_secret(file)
+
+
 def test_of_weights_only_the_header_is_read(tmp_path):
     """Fails if billions of weights are searched, in which any few bytes stand somewhere."""
     header = b'{"__metadata__":{"a":"%s"}}'

@@ -20,12 +20,12 @@ from ..attacks.targets import BaseTarget, Target, get_target
 from ..attacks.triggers import BaseTrigger, EmbeddingTrigger, get_trigger
 from ..data.rows import insert_into_prompt
 from ..demo import ADAPTER_RANK, demo_tokenizer
+from ..files import write_text
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.views import Decoy, words_of
 from ..recipes.presets import lora_config, recipe_config
 from ..recipes.run import run_recipe
-from ..training.files import write_text
 from ..training.loading import load_causal_lm, merged
 from .subjects import (
     BASE_SEED,

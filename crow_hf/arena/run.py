@@ -26,9 +26,9 @@ from ..demo import demo_tokenizer
 from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
 from ..evaluation.retention import RetentionReference, retention_reference
 from ..evaluation.scores import Proportion
+from ..files import write_text
 from ..progress import phase
 from ..reporting.tables import percent
-from ..training.files import write_text
 from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .defences import Method, known_methods

@@ -7,12 +7,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from ..files import write_text
 from ..patching.documents import PatchedDocument
 from ..patching.view import TEMPLATES as PATCH_TEMPLATES
 from ..patching.view import runs_of, summarize, visible
 from ..progress import duration
 from ..secrets import hide_known_secrets
-from ..training.files import write_text
 from .charts import layer_charts, outcome_intervals, training_charts
 from .cost import in_bytes
 from .record import Record

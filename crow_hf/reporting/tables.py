@@ -10,7 +10,7 @@ from rich.table import Table
 from ..evaluation.harness import Evaluation
 from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
 from ..evidence.result import NO_DEFENCE
-from ..training.files import write_text
+from ..files import write_text
 
 
 # The heading of the scores that compare a model with the suspect, beside "triggered" and "clean".

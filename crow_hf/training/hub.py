@@ -17,9 +17,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import models
+from ..files import write_text
 from ..secrets import hide_known_secrets, hide_secrets, holds_secret, remember_secrets
 from .checkpoints import CheckpointMixin
-from .files import write_text
 from .recorder import base_model_of
 from .saves import SIDE_FILES
 

@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from .files import leads_outside
+from ..files import leads_outside
 from .recorder import base_model_of
 
 

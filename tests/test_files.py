@@ -2,7 +2,7 @@
 
 import pytest
 
-from crow_hf.training.files import write_text
+from crow_hf.files import write_text
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):

@@ -1,0 +1,142 @@
+"""Files that are written whole or not at all, folders that one run at a time writes to, and links out of a folder."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock, Timeout
+
+
+LOCK = ".lock"
+# What the recipe or the command that runs has claimed, with the folders of the command around it, and what this
+# process has claimed where none runs.
+_claims: ContextVar[tuple[ExitStack, set[Path]]] = ContextVar("claims")
+_claims_of_process: tuple[ExitStack, set[Path]] = (ExitStack(), set())
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, where a loss of power does not lose them."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # Windows opens no folders.
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """
+    Write a text file in one step: a reader sees the old file or the new one, and never a part of it.
+
+    Args:
+        path (`Path`):
+            The file. Its folder is created if it does not exist.
+        text (`str`):
+            The content, written as UTF-8.
+    """
+    with whole_files(path.parent) as folder:
+        (folder / path.name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_files(folder: str | Path) -> Iterator[Path]:
+    """
+    Move the files that the `with` block writes into a folder at its end, flushed to the disk and each in one step.
+
+    After an error, or Ctrl-C, nothing of them is left.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder. It is created if it does not exist, and its files of the same names are replaced.
+
+    Yields:
+        `Path`: An empty folder to write into.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+        unfinished = Path(name)
+        yield unfinished
+        # Weights come last, because whoever finds them takes the model for complete.
+        files = sorted((file.suffix == ".safetensors", file) for file in unfinished.rglob("*") if file.is_file())
+        for _, file in files:
+            flush(file)
+        for _, file in files:
+            place = folder / file.relative_to(unfinished)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    flush(folder)
+
+
+@contextmanager
+def own_claims() -> Iterator[None]:
+    """Free the output folders that the `with` block or decorated function claims at its end, also after an error."""
+    with ExitStack() as stack:
+        _, around = _claims.get(_claims_of_process)
+        token = _claims.set((stack, set(around)))
+        try:
+            yield
+        finally:
+            _claims.reset(token)
+
+
+def claim(output_dir: str | Path) -> None:
+    """
+    Keep other runs out of an output folder, until the block of [`own_claims`] or this process ends.
+
+    A recipe may claim the folder that its command has claimed.
+
+    Raises:
+        `ValueError`: If another run has claimed it.
+    """
+    folder = Path(output_dir).resolve()
+    stack, claimed = _claims.get(_claims_of_process)
+    if folder in claimed:
+        return
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another run is writing to {output_dir}: choose another `output_dir`.") from None
+    claimed.add(folder)
+    stack.callback(_free, lock, made)
+
+
+def _free(lock: FileLock, made: list[Path]) -> None:
+    """Leave neither the file of a lock behind, nor the folders that were made for it alone."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
+    try:
+        for folder in made:
+            folder.rmdir()
+    except OSError:
+        return
+
+
+def is_unused(folder: Path) -> bool:
+    """Return whether a folder has no files, apart from those of this module."""
+    return not any(file.name != LOCK for file in folder.iterdir())
+
+
+def leads_outside(file: Path, folder: Path) -> bool:
+    """
+    Return whether a file of a model's folder is a link to a place outside of it, such as another's private file.
+
+    Args:
+        file (`Path`):
+            The file.
+        folder (`Path`):
+            The folder. In the cache of the Hub, its files are links to the blobs of their repository.
+    """
+    places = [folder.resolve()]
+    if places[0].parent.name == "snapshots":
+        places.append(places[0].parents[1] / "blobs")
+    return not any(file.resolve().is_relative_to(place) for place in places)
