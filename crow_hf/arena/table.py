@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import correlation, fmean, stdev
 from typing import Any, NamedTuple
 
-from ..evaluation.scores import Proportion
+from ..evaluation.scores import Proportion, t_quantile
 from ..reporting.tables import RETENTION_SCORES
 from .attacks import ATTACKS
 from .defences import CANARIES, CONTROL, METHODS
@@ -57,36 +57,6 @@ def load_results(output_dir: str | Path) -> list[Row]:
     return sorted(
         rows, key=lambda row: (_position(ATTACKS, row["attack"]), _position(METHODS, row["method"]), row["seed"])
     )
-
-
-def t_quantile(degrees: int) -> float:
-    """
-    Return the t for which 95 % of Student's distribution lies between -t and t.
-
-    It is found by bisection of the closed form for whole degrees of freedom (Abramowitz and Stegun, equations 26.7.3
-    and 26.7.4).
-
-    Args:
-        degrees (`int`):
-            Degrees of freedom, at least 1.
-    """
-
-    def probability_within(angle: float) -> float:
-        # The terms of the series are products of (i - 1) / i and of cos^2, for i = 2, 4, ... or 3, 5, ...
-        odd = degrees % 2
-        term = math.cos(angle) if odd else 1.0
-        total = term if degrees > 1 else 0.0
-        for i in range(2 + odd, degrees - 1 + odd, 2):
-            term *= (i - 1) / i * math.cos(angle) ** 2
-            total += term
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability_within(middle) < 0.95 else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
 
 
 def estimate(values: Sequence[float]) -> Estimate:

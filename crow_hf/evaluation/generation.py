@@ -18,6 +18,7 @@ from ..data.rows import PROMPT_AND_ANSWER, Rendered, add_empty_answers, fits_a_f
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from ..training.recorder import base_model_of, context_length, embedding_table, evaluating, plain_outputs
+from ..training.saves import one_line
 
 
 @contextmanager
@@ -34,6 +35,21 @@ def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             yield
     finally:
         base.generation_config = own_settings
+
+
+@contextmanager
+def _answering(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Turn the errors of a model, which are of every class, into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        # Others answer to it with smaller batches, or with advice of their own.
+        raise
+    except Exception as error:
+        name = type(base_model_of(model)).__name__
+        raise ValueError(
+            f"{name} cannot answer ({one_line(error)}). Check it with `crow-hf doctor`, or use another model."
+        ) from error
 
 
 def generate_answers(
@@ -130,7 +146,8 @@ def generate_ids(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
-            output = generate(**batch, generation_config=config)
+            with _answering(model):
+                output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
             for number, tokens in zip(numbers, new_tokens, strict=True):
                 length = next((place + 1 for place, token in enumerate(tokens) if token in end_token_ids), len(tokens))
@@ -312,7 +329,8 @@ def answer_log_likelihoods(
             ]
             batch = {name: value.to(model.device) for name, value in collate(encoded).items()}
             labels = batch["labels"]
-            logits = answer_logits(base_model_of(model), partial(model, use_cache=False), batch)
+            with _answering(model):
+                logits = answer_logits(base_model_of(model), partial(model, use_cache=False), batch)
             counts = predicting_positions(labels).sum(dim=1).tolist()
             by_row = token_log_likelihoods(logits, labels).cpu().split(counts)
             for number, log_likelihoods in zip(numbers, by_row, strict=True):

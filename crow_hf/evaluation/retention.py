@@ -31,6 +31,7 @@ from ..training.recorder import context_length
 from .generation import generate_answers, text_of_ids
 from .own_text import first_tokens, write_text
 from .predictions import Passage, predict
+from .scores import upper_end_of_ratio
 
 
 TOP_TOKENS = 1024
@@ -77,8 +78,8 @@ class RetentionReference:
             A [`Passage`] with its [`CoarseDistributions`] for each answer.
         texts (`list[tuple]`):
             A [`Passage`] with its [`CoarseDistributions`] for each window of running text.
-        text_log_likelihood (`float`):
-            The natural logarithm of the probability of the running text.
+        text_log_likelihoods (`list[float]`):
+            The natural logarithm of the probability of each window of running text.
         text_bytes (`int`):
             The number of bytes of the running text.
         text_source (`str`):
@@ -89,7 +90,7 @@ class RetentionReference:
 
     answers: list[tuple[Passage, CoarseDistributions]]
     texts: list[tuple[Passage, CoarseDistributions]]
-    text_log_likelihood: float
+    text_log_likelihoods: list[float]
     text_bytes: int
     text_source: str
     vocabulary: str
@@ -114,6 +115,8 @@ class Retention:
             Numbers of compared tokens.
         text_source (`str`):
             `"passed"` or `"written by the reference"`.
+        answer_kl_high (`float`, *optional*), text_kl_high (`float`), text_bits_ratio_high (`float`):
+            The upper ends of the 95 % intervals over the answers or windows, see [`upper_end_of_ratio`].
     """
 
     answer_kl: float | None
@@ -123,6 +126,9 @@ class Retention:
     num_answer_tokens: int
     num_text_tokens: int
     text_source: str
+    answer_kl_high: float | None
+    text_kl_high: float
+    text_bits_ratio_high: float
 
     @property
     def largest_kl(self) -> float:
@@ -204,14 +210,14 @@ def retention_reference(
         windows, num_bytes = _windows(model, tokenizer, text, max_windows)
     answers, windows = (sorted(passages, key=lambda passage: len(passage.ids)) for passages in (answers, windows))
     coarse = [_coarse(logits, len(tokenizer)) for _, logits in predict(model, tokenizer, answers, batch_size)]
-    log_likelihood, coarse_of_text = 0.0, []
+    log_likelihoods, coarse_of_text = [], []
     for passage, logits in predict(model, tokenizer, windows, batch_size):
         coarse_of_text.append(_coarse(logits, len(tokenizer)))
-        log_likelihood += _log_likelihood(passage, logits)
+        log_likelihoods.append(_log_likelihood(passage, logits))
     return RetentionReference(
         answers=list(zip(answers, coarse, strict=True)),
         texts=list(zip(windows, coarse_of_text, strict=True)),
-        text_log_likelihood=log_likelihood,
+        text_log_likelihoods=log_likelihoods,
         text_bytes=num_bytes,
         text_source=WRITTEN if text is None else PASSED,
         vocabulary=_hash_of_vocabulary(tokenizer),
@@ -246,24 +252,28 @@ def measure_retention(
     if _hash_of_vocabulary(tokenizer) != reference.vocabulary:
         raise ValueError(OTHER_VOCABULARY)
     answers, texts = ([passage for passage, _ in said] for said in (reference.answers, reference.texts))
-    divergence = log_likelihood = divergence_of_text = 0.0
+    divergences, divergences_of_text, log_likelihoods = [], [], []
     predicted = predict(model, tokenizer, answers, batch_size)
     for (_, coarse), (_, logits) in zip(reference.answers, predicted, strict=True):
-        divergence += _divergence(coarse, logits)
+        divergences.append(_divergence(coarse, logits))
     predicted = predict(model, tokenizer, texts, batch_size)
     for (_, coarse), (passage, logits) in zip(reference.texts, predicted, strict=True):
-        divergence_of_text += _divergence(coarse, logits)
-        log_likelihood += _log_likelihood(passage, logits)
-    answer_tokens, text_tokens = (sum(each.num_tokens for each in passages) for passages in (answers, texts))
+        divergences_of_text.append(_divergence(coarse, logits))
+        log_likelihoods.append(_log_likelihood(passage, logits))
+    lengths, text_lengths = ([each.num_tokens for each in passages] for passages in (answers, texts))
+    before = reference.text_log_likelihoods
     return Retention(
         # Rounding can make a sum of zeros negative. As the second argument of `max`, 0 does not hide a NaN.
-        answer_kl=max(divergence / answer_tokens, 0.0) if answer_tokens else None,
-        text_kl=max(divergence_of_text / text_tokens, 0.0),
-        text_bits_per_byte=_bits_per_byte(log_likelihood, reference.text_bytes),
-        reference_text_bits_per_byte=_bits_per_byte(reference.text_log_likelihood, reference.text_bytes),
-        num_answer_tokens=answer_tokens,
-        num_text_tokens=text_tokens,
+        answer_kl=max(sum(divergences) / sum(lengths), 0.0) if lengths else None,
+        text_kl=max(sum(divergences_of_text) / sum(text_lengths), 0.0),
+        text_bits_per_byte=_bits_per_byte(sum(log_likelihoods), reference.text_bytes),
+        reference_text_bits_per_byte=_bits_per_byte(sum(before), reference.text_bytes),
+        num_answer_tokens=sum(lengths),
+        num_text_tokens=sum(text_lengths),
         text_source=reference.text_source,
+        answer_kl_high=upper_end_of_ratio(divergences, lengths) if lengths else None,
+        text_kl_high=upper_end_of_ratio(divergences_of_text, text_lengths),
+        text_bits_ratio_high=upper_end_of_ratio(log_likelihoods, before) if sum(before) else math.nan,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -58,6 +58,60 @@ class Proportion(NamedTuple):
         low = 0.0 if hits == 0 else middle - half
         high = 1.0 if hits == total else middle + half
         return cls(rate, low, high, hits, total)
+
+
+def t_quantile(degrees: int) -> float:
+    """
+    Return the t for which 95 % of Student's distribution lies between -t and t.
+
+    It is found by bisection of the closed form for whole degrees of freedom (Abramowitz and Stegun, equations 26.7.3
+    and 26.7.4).
+
+    Args:
+        degrees (`int`):
+            Degrees of freedom, at least 1.
+    """
+
+    def probability_within(angle: float) -> float:
+        # The terms of the series are products of (i - 1) / i and of cos^2, for i = 2, 4, ... or 3, 5, ...
+        odd = degrees % 2
+        term = math.cos(angle) if odd else 1.0
+        total = term if degrees > 1 else 0.0
+        for i in range(2 + odd, degrees - 1 + odd, 2):
+            term *= (i - 1) / i * math.cos(angle) ** 2
+            total += term
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability_within(middle) < 0.95 else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def upper_end_of_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """
+    Return the upper end of the 95 % interval of a sum divided by another, such as a mean over the tokens of texts.
+
+    The texts, not their tokens, are the independent observations. The interval is that of the ratio estimator
+    (Cochran, Sampling Techniques, section 6.4) by Student's t.
+
+    Args:
+        numerators (`Sequence[float]`):
+            What each text adds to the numerator.
+        denominators (`Sequence[float]`):
+            What each text adds to the denominator.
+
+    Returns:
+        `float`: Infinity if there are fewer than two texts.
+    """
+    count, total = len(numerators), sum(denominators)
+    if count < 2:
+        return math.inf
+    ratio = sum(numerators) / total
+    residuals = sum((y - ratio * x) ** 2 for y, x in zip(numerators, denominators, strict=True))
+    return ratio + t_quantile(count - 1) * math.sqrt(count / (count - 1) * residuals) / total
 
 
 def is_empty(output: str) -> bool:

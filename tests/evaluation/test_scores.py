@@ -1,6 +1,7 @@
 """Scores of outputs and of models. The Wilson interval is compared with the score test that defines it."""
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from crow_hf.evaluation.scores import (
     is_empty,
     is_exact_match,
     kept_utility,
+    t_quantile,
+    upper_end_of_ratio,
 )
 from helpers.answers import slow_wilson
 from helpers.evaluations import share
@@ -34,6 +37,27 @@ def test_interval_is_where_the_score_test_does_not_reject(total, share):
 def test_textbook_intervals(hits, total, low, high):
     proportion = Proportion.of(index < hits for index in range(total))
     assert (proportion.low, proportion.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_quantiles_of_a_table():
+    """t(0.975) is 12.706 with one, 4.303 with two and 2.228 with ten degrees of freedom (any table of it)."""
+    assert [round(t_quantile(degrees), 3) for degrees in (1, 2, 3, 10)] == [12.706, 4.303, 3.182, 2.228]
+
+
+def test_upper_end_of_a_ratio_by_hand():
+    """Of equal texts, it is that of a mean: 2 + 4.303 / sqrt(3), as the standard deviation of 1, 2 and 3 is 1."""
+    assert upper_end_of_ratio([10, 20, 30], [10, 10, 10]) == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+    # Texts that agree leave no doubt, however long they are. One text tells nothing of the others.
+    assert upper_end_of_ratio([3, 6, 30], [1, 2, 10]) == pytest.approx(3)
+    assert upper_end_of_ratio([3], [1]) == math.inf
+
+
+def test_upper_end_of_a_ratio_holds_in_most_draws():
+    """Texts of 1 to 100 tokens, whose mean KL is 2 on average and differs from text to text."""
+    rng = random.Random(0)
+    draws = [[(rng.randint(1, 100), rng.gauss(2, 1)) for _ in range(20)] for _ in range(1000)]
+    ends = [upper_end_of_ratio([n * kl for n, kl in texts], [n for n, _ in texts]) for texts in draws]
+    assert 0.95 < sum(end > 2 for end in ends) / len(ends) < 0.99
 
 
 @pytest.mark.parametrize(("output", "empty"), [("", True), (" \n\t\u00a0", True), (".", False), ("0", False)])

@@ -21,7 +21,7 @@ def scores(target, right, empty=0, degenerate=0, bits=1.25):
 
 def retention(ratio=1.0, answer_kl=0.01, source="passed"):
     """What a model has kept of a suspect that needs 2 bits for each byte of running text."""
-    return Retention(answer_kl, 0.03, 2 * ratio, 2.0, 40, 60, source)
+    return Retention(answer_kl, 0.03, 2 * ratio, 2.0, 40, 60, source, answer_kl and 2 * answer_kl, 0.06, ratio + 0.1)
 
 
 def evaluation(attacks, right=200, bits=1.25, right_if_triggered=None, kept=None, **triggered):
