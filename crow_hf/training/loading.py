@@ -13,13 +13,14 @@ from huggingface_hub.utils import get_session
 from peft import PeftConfig, PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from ..files import leads_outside
+from .foreign import check_named_files, named_kernels, set_aside
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .sharding import loading_unsharded
 
@@ -80,11 +81,17 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         _check_repository(str(path), is_adapter, kwargs)
     if is_adapter:
         return _load_adapter(str(path), is_trainable, kwargs)
+    check_named_files(str(path), kwargs.get("variant"), **_hub_options(kwargs))
     with _in_one_sentence(path):
+        if kernels := named_kernels(str(path), **_hub_options(kwargs)):
+            config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
+            config._attn_implementation = config._experts_implementation = None
+            kwargs = {"config": config, **kwargs}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
         )
     model, found = loaded
+    set_aside(model, kernels)
     reshaped = [name for name, *_ in found["mismatched_keys"]]
     _check_complete(path, "have {} tensors of another shape than its config says", reshaped)
     _check_complete(path, "lack {} tensors that its config requires", found["missing_keys"])

@@ -1,5 +1,6 @@
 """Save a model whole: every tensor, in the dtype of the suspect's files, with the files that no training changes."""
 
+import json
 import logging
 import re
 import shutil
@@ -23,7 +24,8 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from ..files import leads_outside
+from ..files import leads_outside, write_text
+from .foreign import without_pointers
 from .recorder import base_model_of
 
 
@@ -323,7 +325,8 @@ def cast_to(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
 
 def copy_side_files(name: str | Path, folder: str | Path, **options: Any) -> None:
     """
-    Copy the files of a suspect that a purification does not change, unless the folder has them.
+    Copy the files of a suspect that a purification does not change, unless the folder has them. Pointers to code are
+    left out, and so are chat templates, which the tokenizer writes itself.
 
     Args:
         name (`str` or `Path`):
@@ -334,8 +337,17 @@ def copy_side_files(name: str | Path, folder: str | Path, **options: Any) -> Non
             The `revision`, the `cache_dir` and the `token` that the suspect was loaded with.
     """
     for file in _files_of(name, SIDE_FILES, **options):
-        if not (Path(folder) / file.name).exists():
-            shutil.copyfile(file, Path(folder) / file.name)
+        copy = Path(folder) / file.name
+        # A template that is not in the folder yet is none of the tokenizer that was measured.
+        if copy.exists() or file.name.startswith("chat_template"):
+            continue
+        if file.suffix != ".json":
+            shutil.copyfile(file, copy)
+            continue
+        try:
+            write_text(copy, json.dumps(without_pointers(json.loads(file.read_bytes())), indent=2) + "\n")
+        except (ValueError, RecursionError) as error:
+            logger.warning(f"{file.name} is not copied, because it cannot be read ({one_line(error)}).")
 
 
 def one_line(error: BaseException) -> str:

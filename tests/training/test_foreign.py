@@ -1,13 +1,16 @@
-"""Tests of what a suspect's files say beside the weights: code and settings of generation."""
+"""Tests of what a suspect's files say beside the weights: code, other files, and settings of generation."""
 
 import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig, modeling_utils
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from crow_hf import CoconutTokenizer, purify
-from crow_hf.training.foreign import drop_foreign_settings
+from crow_hf import CoconutTokenizer, load_causal_lm, purify
+from crow_hf.training import foreign
+from crow_hf.training.foreign import check_named_files, drop_foreign_settings
 from helpers.coconut import coconut
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import tiny_llama
@@ -37,6 +40,91 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
     ids = torch.tensor([[40, 41, 42]])
     said = AutoModelForCausalLM.from_pretrained(tmp_path / "run0").generate(ids, max_new_tokens=8, do_sample=False)
     assert said[0, 3:].tolist() != [104] * 8
+
+
+def test_settings_in_the_config_choose_no_words_either(tmp_path):
+    """Fails if a setting that transformers reads from the config where none of generation is given stays there."""
+    tiny_llama().save_pretrained(tmp_path / "suspect")
+    change(tmp_path / "suspect", sequence_bias=BIAS, use_kernels=True, inner={"auto_map": CODE})
+    model = load_causal_lm(tmp_path / "suspect")
+    found = drop_foreign_settings(model, None)
+    assert set(found) == {"sequence_bias of the config", "auto_map of the config", "use_kernels of the config"}
+    model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "config.json").read_text()
+    assert not any(name in text for name in ("sequence_bias", "use_kernels", "auto_map"))
+
+
+def test_code_that_an_adapter_names_is_dropped():
+    """Fails if PEFT would import a module of the maker's choice where the saved adapter is loaded."""
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    adapter = model.active_peft_config
+    adapter.auto_mapping = {"base_model_class": "system", "parent_library": "os"}
+    assert drop_foreign_settings(model, None) == ["auto_mapping of the adapter"] and adapter.auto_mapping is None
+
+
+@pytest.fixture
+def suspect(tmp_path):
+    """A folder with weights in two files and an index, beside a pickle and another model."""
+    folder = tmp_path / "suspect"
+    tiny_llama().save_pretrained(folder, max_shard_size="30KB")
+    torch.save(tiny_llama().state_dict(), folder / "adapter_model.bin")
+    tiny_llama().save_pretrained(tmp_path / "private")
+    return folder
+
+
+def change(folder, file_name="config.json", **settings):
+    path = folder / file_name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+
+
+@pytest.mark.parametrize("index", [SAFE_WEIGHTS_INDEX_NAME, "other.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.bin", "../private/model.safetensors", "{}/private/model.safetensors", "..\\x.safetensors", 3],
+)
+def test_an_index_names_only_safetensors_beside_it(name, index, suspect):
+    """Fails if a pickle or a private file is read, which transformers does without a word."""
+    name = name.format(suspect.parent) if isinstance(name, str) else name
+    change(suspect, index, metadata={}, weight_map=dict.fromkeys(tiny_llama().state_dict(), name))
+    if index != SAFE_WEIGHTS_INDEX_NAME:
+        change(suspect, transformers_weights=index)
+    with pytest.raises(ValueError, match=f"{index} of .* only safetensors beside it"):
+        load_causal_lm(suspect)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../private/model.safetensors", ["x.safetensors"]])
+def test_a_config_names_only_safetensors_beside_it(name, suspect):
+    change(suspect, transformers_weights=name)
+    with pytest.raises(ValueError, match="config.json of .* only safetensors beside it"):
+        load_causal_lm(suspect)
+
+
+def test_a_repository_is_judged_like_a_folder(suspect, monkeypatch):
+    """Fails if only folders are checked, and not what was downloaded."""
+    change(suspect, SAFE_WEIGHTS_INDEX_NAME, weight_map={"x": "adapter_model.bin"})
+    files = {file.name: str(file) for file in suspect.iterdir()}
+    monkeypatch.setattr(foreign, "cached_file", lambda path, name, **options: files.get(name))
+    with pytest.raises(ValueError, match="of maker/suspect names the weights 'adapter_model.bin'"):
+        check_named_files("maker/suspect")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn_implementation": "maker/kernel"},
+        {"_attn_implementation": "maker/kernel@main:attend"},
+        {"attn_implementation": {"": "paged|maker/kernel"}},
+        {"_experts_implementation": "maker/kernel", "_attn_implementation_internal": "maker/kernel"},
+    ],
+)
+def test_kernels_are_set_aside(settings, suspect, monkeypatch):
+    """Fails if compiled code of the maker's choice is asked for, whatever transformers itself would allow."""
+    asked = []
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **options: asked.append(name))
+    change(suspect, **settings)
+    model = load_causal_lm(suspect)
+    assert not asked and "/" not in f"{model.config._attn_implementation}{model.config._experts_implementation}"
+    assert drop_foreign_settings(model, None) == sorted(settings)
 
 
 def test_harmless_settings_are_kept_without_a_word(caplog):

@@ -1,5 +1,6 @@
 """Tests of saving whole models, and of what is copied beside them."""
 
+import json
 import os
 
 import pytest
@@ -151,18 +152,24 @@ def test_weights_that_do_not_fit_are_left_alone():
 
 
 def test_files_beside_the_model_are_copied_except_code_and_links(tmp_path):
-    """Fails if a file is lost or replaced, or if a link makes a private file a part of the purified model."""
+    """
+    Fails if a file is lost or replaced, if a link makes a private file a part of the purified model, or if a pointer
+    to code, a template that nothing was measured with, or a damaged file comes along.
+    """
     suspect, purified, secret = tmp_path / "suspect", tmp_path / "purified", tmp_path / "secret"
     suspect.mkdir(), purified.mkdir()
     secret.write_text("private")
     code = ("modeling_x.py", "chat_template.py", "LICENSE.py")
-    for name in ("preprocessor_config.json", "LICENSE.txt", "chat_template.jinja", "rows.jsonl", *code):
+    for name in ("LICENSE.txt", "chat_template.jinja", "chat_template.json", "rows.jsonl", "tekken.json", *code):
         (suspect / name).write_text(name)
+    processor = {"size": 8, "auto_map": {"AutoProcessor": "maker/suspect--p.P"}, "parts": [{"auto_map": {}}]}
+    (suspect / "preprocessor_config.json").write_text(json.dumps(processor))
     os.symlink(secret, suspect / "NOTICE")
     (purified / "chat_template.jinja").write_text("new")
     copy_side_files(suspect, purified)
-    assert {path.name: path.read_text() for path in purified.iterdir()} == {
-        "preprocessor_config.json": "preprocessor_config.json",
+    copied = {path.name: path.read_text() for path in purified.iterdir()}
+    assert json.loads(copied.pop("preprocessor_config.json")) == {"size": 8, "parts": [{}]}
+    assert copied == {
         "LICENSE.txt": "LICENSE.txt",
         "chat_template.jinja": "new",
     }
