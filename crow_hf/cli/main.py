@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dis import opmap
 
 from .. import __version__
 from ..secrets import hide_secrets, remember_secrets
@@ -83,9 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sentence_of(error: BaseException) -> str:
     """The text of an error in one line. An error that nobody foresaw is told with its class."""
     text = " ".join(hide_secrets(str(error)).split())
-    if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and text:
+    if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and text and not _is_slip(error):
         return text
     return f"{type(error).__name__}: {text[:500]}. Pass --verbose to see where it happened."
+
+
+def _is_slip(error: BaseException) -> bool:
+    """Return whether an error is a slip of this package: a value error in one of its lines that is no `raise`."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    if place is None or not isinstance(error, ValueError):
+        return False
+    is_ours = str(place.tb_frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}.")
+    return is_ours and place.tb_frame.f_code.co_code[place.tb_lasti] != opmap["RAISE_VARARGS"]
 
 
 def _let_idle_threads_sleep() -> None:

@@ -234,6 +234,10 @@ class _TokenRow:
         columns = {
             name: list(row[name]) for name in ("input_ids", "labels", "attention_mask") if row.get(name) is not None
         }
+        for name in ("input_ids", *columns):
+            values = columns.get(name, [None])
+            if not all(isinstance(value, int) and (value >= 0 or name == "labels") for value in values):
+                raise ValueError(f"{row_name(index)} holds more than token ids in column {name!r}. Drop the row.")
         if "labels" not in columns:
             mask = columns.get("attention_mask", [1] * len(columns["input_ids"]))
             columns["labels"] = [

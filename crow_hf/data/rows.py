@@ -112,7 +112,7 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
     if row_format == "text":
         text = _answer_of(row, "text", index)
         return Rendered("", text, text, False)
-    prompt_column, answer_column = FORMATS[row_format]
+    prompt_column, answer_column = _prompt_and_answer_of(row)
     prompt, answer = text_of(row, prompt_column, index), _answer_of(row, answer_column, index)
     contexts = [text_of(row, column, index) for column in _OPTIONAL.get(row_format, ()) if row.get(column)]
     request = "\n".join([prompt, *contexts])

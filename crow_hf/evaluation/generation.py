@@ -19,6 +19,7 @@ from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from ..training.recorder import base_model_of, context_length, embedding_table, evaluating, plain_outputs
 from ..training.saves import one_line
+from ..training.saves import one_line
 
 
 @contextmanager
@@ -35,6 +36,21 @@ def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             yield
     finally:
         base.generation_config = own_settings
+
+
+@contextmanager
+def _answering(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Turn the errors of a model, which are of every class, into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        # Others answer to it with smaller batches, or with advice of their own.
+        raise
+    except Exception as error:
+        name = type(base_model_of(model)).__name__
+        raise ValueError(
+            f"{name} cannot answer ({one_line(error)}). Check it with `crow-hf doctor`, or use another model."
+        ) from error
 
 
 @contextmanager
@@ -147,6 +163,7 @@ def generate_ids(
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
             with _answering(model):
+                with _answering(model):
                 output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
             for number, tokens in zip(numbers, new_tokens, strict=True):
@@ -330,6 +347,7 @@ def answer_log_likelihoods(
             batch = {name: value.to(model.device) for name, value in collate(encoded).items()}
             labels = batch["labels"]
             with _answering(model):
+                with _answering(model):
                 logits = answer_logits(base_model_of(model), partial(model, use_cache=False), batch)
             counts = predicting_positions(labels).sum(dim=1).tolist()
             by_row = token_log_likelihoods(logits, labels).cpu().split(counts)

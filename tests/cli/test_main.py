@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import FunctionType
 
 import pytest
 
@@ -296,6 +297,31 @@ def test_unforeseen_errors_have_their_class_and_on_request_their_place(paths, mo
     stderr = capsys.readouterr().err
     assert "crow-hf evaluate: ZeroDivisionError: division by zero. Pass --verbose" in stderr.splitlines()[-1]
     assert ("Traceback" in stderr) == verbose
+
+
+def _unpack(*args):
+    one, two = args[:1]
+
+
+def _refuse(*args):
+    raise ValueError("Row 3 is no row.")
+
+
+@pytest.mark.parametrize(
+    ("package", "function", "told"),
+    [
+        ("crow_hf.data.load", _refuse, "crow-hf evaluate: Row 3 is no row."),
+        ("crow_hf.data.load", _unpack, "crow-hf evaluate: ValueError: not enough values to unpack"),
+        ("transformers", _unpack, "crow-hf evaluate: not enough values to unpack"),
+    ],
+)
+def test_value_errors_are_sentences_only_if_somebody_raised_them(paths, monkeypatch, capsys, package, function, told):
+    """Fails if a slip in a line of the package looks like an error of the user."""
+    at_home = FunctionType(function.__code__, {"__name__": package, "ValueError": ValueError})
+    monkeypatch.setattr(evaluate, "load_rows", at_home)
+    assert run("evaluate", "--model", paths["model"], "--dataset", paths["rows.jsonl"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(told) and ("--verbose" in line) == ("ValueError" in told)
 
 
 def test_a_panic_of_a_library_is_a_sentence(paths, monkeypatch, capsys):

@@ -255,6 +255,21 @@ def test_ids_and_labels_of_different_length(byte_tokenizer):
         prepare({"input_ids": [[5, 6, 7]], "labels": [[5, 6]]}, byte_tokenizer)
 
 
+@pytest.mark.parametrize("column", ["input_ids", "labels", "attention_mask"])
+@pytest.mark.parametrize("value", ["x", 1.5, [5], None])
+def test_what_is_no_token_id_is_named(column, value):
+    row = {"input_ids": [5, 6], column: [value, value]}
+    with pytest.raises(ValueError, match=f"^Row 0 holds more than token ids in column '{column}'"):
+        prepare_dataset(Dataset.from_list([row]), None, 64)
+
+
+def test_rows_without_ids_and_negative_ids_are_named():
+    with pytest.raises(ValueError, match="^Row 1 holds more than token ids in column 'input_ids'"):
+        prepare_dataset(Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": None}]), None, 64)
+    with pytest.raises(ValueError, match="^Row 0 holds more than token ids in column 'input_ids'"):
+        prepare_dataset(Dataset.from_list([{"input_ids": [5, -1]}]), None, 64)
+
+
 def test_no_usable_columns(byte_tokenizer):
     """Half of a format's columns are not enough."""
     with pytest.raises(ValueError):

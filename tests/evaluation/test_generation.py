@@ -210,3 +210,15 @@ def test_bits_per_byte_leaves_out_tokens_beyond_the_context(byte_tokenizer):
 
 def test_bits_per_byte_without_any_answer_is_nan(byte_tokenizer):
     assert math.isnan(bits_per_byte(tiny_llama(), byte_tokenizer, [rendered("p", "")]))
+
+
+@pytest.mark.parametrize("error", [KeyError("experts"), IndexError("list"), torch.OutOfMemoryError("full")])
+def test_errors_of_a_model_are_one_sentence(error, byte_tokenizer):
+    """Fails if they pass as they are, except a lack of memory, which others handle."""
+    model = tiny_llama()
+    model.model.layers[1].register_forward_hook(lambda *args: (_ for _ in ()).throw(error))
+    rows = [rendered("a", "b")]
+    expected = type(error) if isinstance(error, RuntimeError) else ValueError
+    for work in (partial(generate_answers, max_new_tokens=2), bits_per_byte):
+        with pytest.raises(expected, match=r"LlamaForCausalLM cannot answer \(|full"):
+            work(model, byte_tokenizer, rows)
