@@ -85,8 +85,10 @@ def read_arguments(command: str, argv: Sequence[str]) -> dict[str, Any]:
     from_file = {} if config is None else _read_config(Path(config))
     recipe = _value_of("recipe", argv) or from_file.get("recipe")
     parser = _Parser(command, None if recipe is None else str(recipe), "--help_all" in argv)
+    lists = _lists_in(from_file, parser.options)
+    others = {name: value for name, value in from_file.items() if name not in lists}
     # They stand before the command line, because argparse takes the last of two values.
-    argv = [*_as_words(from_file, parser.options), *argv]
+    argv = [*_as_words(others, parser.options), *argv]
     if unknown := [name for name in map(str, from_file) if name not in parser.options]:
         raise ValueError(f"{config} has a mistake. {parser.about_unknown(unknown[0])}")
     given, rest = parser.parse_known_args(argv)
@@ -96,7 +98,7 @@ def read_arguments(command: str, argv: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"A word after {place} belongs to no argument: see `{parser.prog} --help`.")
     if rest:
         raise ValueError(parser.about_unknown(rest[0].partition("=")[0].removeprefix("--")))
-    values = {name: value for name, value in vars(given).items() if name != "config"}
+    values = lists | {name: value for name, value in vars(given).items() if name != "config"}
     if missing := [f"--{name}" for name in parser.needed if name not in values]:
         raise ValueError(f"{' and '.join(missing)} must be given: see `{parser.prog} --help`.")
     return values
@@ -299,6 +301,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one line `name: value` per argument.")
     return values
+
+
+def _lists_in(values: dict[str, Any], options: dict[str, Option]) -> dict[str, list[str]]:
+    """Return the lists of a YAML file for options that may also be a text, which means something else to them."""
+    return {
+        name: list(map(str, value))
+        for name, value in values.items()
+        if isinstance(value, list) and name in options and re.search(r"\blist\[", options[name].kind)
+        if not _is_list(options[name])
+    }
 
 
 def _as_words(values: dict[str, Any], options: dict[str, Option]) -> list[str]:

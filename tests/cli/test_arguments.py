@@ -234,14 +234,18 @@ def test_config_values_have_the_type_of_the_argument(tmp_path, text, option, exp
         ("arena", "attacks: [badnets, ctba]", "attacks", "badnets,ctba"),
         ("purify", "defences: [weight noise, mine]", "defences", "weight noise,mine"),
         ("purify", "label_names: [a, b]", "label_names", ["a", "b"]),
+        ("purify", "report_to: [wandb, tensorboard]", "report_to", ["wandb", "tensorboard"]),
+        ("purify", "optim_target_modules: [q_proj]", "optim_target_modules", ["q_proj"]),
     ],
 )
 def test_config_can_hold_lists(tmp_path, command, text, option, expected):
     """Fails if only the first of several names reaches an option that separates them by commas."""
     path = config_file(tmp_path, text)
     needed = NEEDED if command == "purify" else []
-    values = read_arguments(command, ["--config", str(path), *needed, "--output_dir", "o"])
-    assert values[option] == expected
+    argv = ["--config", str(path), *needed, "--output_dir", "o"]
+    assert read_arguments(command, argv)[option] == expected
+    # The command line still takes precedence.
+    assert read_arguments(command, [*argv, f"--{option}", "7"])[option] in ("7", ["7"])
 
 
 def test_flag_on_the_command_line_wins_over_the_config(tmp_path):

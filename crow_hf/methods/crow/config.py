@@ -6,7 +6,8 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ...secrets import remember_secrets, without_secrets
 from ...training.recorder import Perturb
@@ -145,6 +146,7 @@ class CrowConfig(TrainingArguments):
             raise ValueError("`ddp_find_unused_parameters` is not needed and fails with two passes. Leave it off.")
         self.ddp_find_unused_parameters = False
         super().__post_init__()
+        _check_optim_args(self)
         for kwargs in (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs):
             if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
                 raise ValueError(
@@ -163,6 +165,41 @@ class CrowConfig(TrainingArguments):
 
     # The `__repr__` of a dataclass would show the Hub token.
     __repr__ = __str__
+
+
+def _check_optim_args(args: TrainingArguments) -> None:
+    """Refuse arguments that the optimizer cannot read, and those that it does not read, which transformers ignores."""
+
+    def made_with(optim_args: str | None) -> Any:
+        trial = copy(args)
+        trial.optim_args = optim_args
+        return Trainer.get_optimizer_cls_and_kwargs(trial)
+
+    def is_unread(name: str) -> bool:
+        try:
+            # No default is a question mark.
+            return made_with(f"{name}=?") == made_with(None)
+        except Exception:
+            return False
+
+    if not args.optim_args:
+        return
+    try:
+        made_with(None)
+    # It needs the model, or is not installed. The trainer finds that out.
+    except Exception:
+        return
+    try:
+        made_with(args.optim_args)
+    except Exception as error:
+        raise ValueError(
+            f"`optim_args` must be `name=value` pairs with values that the optimizer takes ({error}): mend them."
+        ) from error
+    if unread := [name for each in args.optim_args.split(",") if is_unread(name := each.partition("=")[0].strip())]:
+        raise ValueError(
+            f"The optimizer {OptimizerNames(args.optim).value} takes no {', '.join(unread)} in `optim_args`: leave it out, or choose "
+            "another `optim`."
+        )
 
 
 def rows_in_step(args: TrainingArguments) -> int:

@@ -35,6 +35,28 @@ def test_bad_settings(settings, tmp_path):
         crow_args(tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "said"),
+    [
+        ("sgd", "momentum=abc", "could not convert"),
+        ("sgd", "momentum", "`name=value` pairs"),
+        ("adamw_torch", "beta1=abc", "takes no beta1"),
+        ("sgd", "momentum=0.9, beta1=0.5", "takes no beta1 "),
+        ("sgd", "momentum=0.0,nesterov=False", None),
+        ("galore_adamw", "rank=8", None),
+        ("adamw_torch", None, None),
+    ],
+)
+def test_arguments_that_the_optimizer_does_not_take_are_refused(optim, optim_args, said, tmp_path):
+    """Fails if an argument is ignored without a word, or if one that equals its default counts as ignored."""
+    settings = {"optim": optim, "optim_args": optim_args}
+    if said is None:
+        assert crow_args(tmp_path, **settings).optim_args == optim_args
+    else:
+        with pytest.raises(ValueError, match=f"optim_args.*{said}|{said}.*optim_args"):
+            crow_args(tmp_path, **settings)
+
+
 @pytest.mark.parametrize("kind", [CrowConfig, InvarianceConfig])
 def test_no_token_is_written_down(kind, tmp_path):
     """Trackers, logs and debuggers show no token, while the run itself still has it."""
