@@ -197,8 +197,8 @@ def _check_optim_args(args: TrainingArguments) -> None:
         ) from error
     if unread := [name for each in args.optim_args.split(",") if is_unread(name := each.partition("=")[0].strip())]:
         raise ValueError(
-            f"The optimizer {OptimizerNames(args.optim).value} takes no {', '.join(unread)} in `optim_args`: leave it out, or choose "
-            "another `optim`."
+            f"The optimizer {OptimizerNames(args.optim).value} takes no {', '.join(unread)} in `optim_args`: leave "
+            "it out, or choose another `optim`."
         )
 
 
