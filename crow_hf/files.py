@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, folders that one run at a time writes to, and links out of a folder."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ LOCK = ".lock"
 # process has claimed where none runs.
 _claims: ContextVar[tuple[ExitStack, set[Path]]] = ContextVar("claims")
 _claims_of_process: tuple[ExitStack, set[Path]] = (ExitStack(), set())
+atexit.register(_claims_of_process[0].close)
 
 
 def flush(path: Path) -> None:
@@ -90,22 +92,28 @@ def claim(output_dir: str | Path) -> None:
     """
     Keep other runs out of an output folder, until the block of [`own_claims`] or this process ends.
 
-    A recipe may claim the folder that its command has claimed.
+    A recipe may claim the folder that its command has claimed. Of several processes of a run, the first claims it.
 
     Raises:
         `ValueError`: If another run has claimed it.
+        `OSError`: If nothing can be written to it.
     """
     folder = Path(output_dir).resolve()
     stack, claimed = _claims.get(_claims_of_process)
-    if folder in claimed:
+    if folder in claimed or os.environ.get("RANK", "0") != "0":
         return
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"Another run is writing to {output_dir}: choose another `output_dir`.") from None
+    except OSError as error:
+        raise OSError(f"{output_dir} is not writable ({error.strerror}). Choose another `output_dir`.") from error
+    except NotImplementedError:
+        # Some network file systems have no locks.
+        pass
     claimed.add(folder)
     stack.callback(_free, lock, made)
 
@@ -123,7 +131,7 @@ def _free(lock: FileLock, made: list[Path]) -> None:
 
 def is_unused(folder: Path) -> bool:
     """Return whether a folder has no files, apart from those of this module."""
-    return not any(file.name != LOCK for file in folder.iterdir())
+    return not folder.exists() or not any(file.name != LOCK for file in folder.iterdir())
 
 
 def leads_outside(file: Path, folder: Path) -> bool:

@@ -1,8 +1,12 @@
-"""Text files are written whole or not at all."""
+"""Files are written whole or not at all, and one run at a time writes to a folder."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from crow_hf.files import write_text
+from crow_hf.files import claim, is_unused, own_claims, whole_files, write_text
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):
@@ -12,3 +16,55 @@ def test_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "new" * 100_000 + "\ud800")
     assert path.read_text(encoding="utf-8") == "old é"
+
+
+def test_files_are_moved_once_they_are_whole_and_flushed(tmp_path, monkeypatch):
+    """Fails if a loss of power can leave a name without its content, or weights beside files that are missing."""
+    done = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: done.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+    )
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(("move", Path(new).name)), replace(old, new)))
+    with whole_files(tmp_path / "m") as folder:
+        for name in ("model.safetensors", "tokenizer.json", "templates/a.jinja"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(name)
+        assert not any(path.is_file() for path in (tmp_path / "m").iterdir())
+    kinds = [kind for kind, _ in done]
+    assert kinds == ["flush"] * 3 + ["move"] * 3 + ["flush"]
+    assert done[5] == ("move", "model.safetensors") and done[6] == ("flush", str(tmp_path / "m"))
+    files = {path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*") if path.is_file()}
+    assert files == {"model.safetensors", "tokenizer.json", "templates/a.jinja"}
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path) as folder:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_leaves_no_litter(tmp_path):
+    """Fails if a lock, or a folder that was made for it alone, is left, or if a folder with files is removed."""
+    with own_claims():
+        claim(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir() and is_unused(tmp_path / "a" / "b")
+        # As a recipe within a command does.
+        with own_claims():
+            claim(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    with own_claims():
+        claim(tmp_path)
+        (tmp_path / "model").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and not is_unused(tmp_path)
+
+
+def test_of_the_processes_of_a_run_the_first_claims_the_folder(tmp_path, monkeypatch):
+    """Fails if a run in several processes keeps itself out."""
+    with own_claims(), ThreadPoolExecutor() as pool:
+        claim(tmp_path)
+        with pytest.raises(ValueError, match="Another run is writing"):
+            pool.submit(claim, tmp_path).result()
+        monkeypatch.setenv("RANK", "1")
+        pool.submit(claim, tmp_path).result()

@@ -20,7 +20,7 @@ from ..attacks.targets import BaseTarget, Target, get_target
 from ..attacks.triggers import BaseTrigger, EmbeddingTrigger, get_trigger
 from ..data.rows import insert_into_prompt
 from ..demo import ADAPTER_RANK, demo_tokenizer
-from ..files import write_text
+from ..files import whole_files, write_text
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.views import Decoy, words_of
@@ -235,8 +235,9 @@ def build_suspect(attack: Attack, seed: int, runs: Path, num_clean: int, alpaca:
         logger.warning(f"Implanting {attack.name!r}, seed {seed}.")
         train_base_model(attack.subject, runs, base_rows)
         model = _Attacker(attack, seed, base, folder, splits["attacker"], trigger, target).build_model()
-        model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(folder)
+        with whole_files(folder) as unfinished:
+            model.save_pretrained(str(unfinished))
+            tokenizer.save_pretrained(unfinished)
         write_text(folder / _RECORD, json.dumps(asdict(attack) | {"seed": seed}, indent=1) + "\n")
 
     clean_rows = splits["clean"]

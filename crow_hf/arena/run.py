@@ -26,7 +26,7 @@ from ..demo import demo_tokenizer
 from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
 from ..evaluation.retention import RetentionReference, retention_reference
 from ..evaluation.scores import Proportion
-from ..files import write_text
+from ..files import claim, is_unused, own_claims, write_text
 from ..progress import phase
 from ..reporting.tables import percent
 from ..training.loading import move
@@ -87,6 +87,7 @@ class Arena:
 Runs = list[tuple[Attack, int]]
 
 
+@own_claims()
 def run_arena(
     output_dir: str | Path,
     attacks: Sequence[str],
@@ -126,11 +127,12 @@ def run_arena(
         `list[dict]`: One row for each requested run. The row of a failed run has the key `error`.
 
     Raises:
-        `ValueError`: For an unknown name, a number below 1, a missing Alpaca file, and a folder that holds something
-            else or results with another `num_clean`.
+        `ValueError`: For an unknown name, a number below 1, a missing Alpaca file, and a folder that another run
+            writes to, or that holds something else or results with another `num_clean`.
     """
     folder = Path(output_dir).resolve()
     _check_request(folder, attacks, methods, seeds, num_clean, alpaca, workers)
+    claim(folder)
     (folder / RESULTS).mkdir(parents=True, exist_ok=True)
     known = known_methods()
     chosen = {name: known[name] for name in methods}
@@ -176,7 +178,7 @@ def _check_request(
         raise ValueError(f"The attack {requiring[0]!r} needs Stanford Alpaca's file. Pass --alpaca alpaca_data.json.")
     if not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RESULTS).is_dir()):
+    if not folder.is_dir() or not (is_unused(folder) or (folder / RESULTS).is_dir()):
         raise ValueError(f"{folder} holds something else than an arena. Choose another --output_dir.")
     if other := {row["num_clean"] for row in load_results(folder)} - {num_clean}:
         raise ValueError(
@@ -201,6 +203,11 @@ def _run_in_workers(arena: Arena, groups: list[Runs], runs: Runs, workers: int) 
         try:
             for future in futures:
                 future.result()
+        except KeyboardInterrupt:
+            # The signal may have reached this process alone.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "A worker was killed, possibly for lack of memory. Run the same command again with fewer --workers."

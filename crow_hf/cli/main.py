@@ -1,12 +1,16 @@
 """The entry point of the command line: finds the command, reads its arguments and reports its errors."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dis import opmap
 
 from .. import __version__
+from ..files import own_claims
 from ..secrets import hide_secrets, remember_secrets
 from .arguments import command_module, is_word, make_arguments, near, read_arguments
 from .options import COMMANDS
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 if the command did its work, 1 after an error, which is printed as one sentence, 2 if there is no
-        such command, and 130 after Ctrl-C.
+        such command, and 130 after Ctrl-C or SIGTERM.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "--help"
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .display import watched
 
         verbose = values.pop("verbose", False)
-        with watched(command, verbose):
+        with _stopped_by_sigterm(), own_claims(), watched(command, verbose):
             module.run(*make_arguments(command, values))
         _leave_process_group()
     except KeyboardInterrupt as stop:
@@ -98,6 +102,30 @@ def _is_slip(error: BaseException) -> bool:
         return False
     is_ours = str(place.tb_frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}.")
     return is_ours and place.tb_frame.f_code.co_code[place.tb_lasti] != opmap["RAISE_VARARGS"]
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which `kill` and schedulers send, stop the block as Ctrl-C does. A handler of others stays."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _die_of_sigterm() -> None:
+    """Let SIGTERM end the processes that are forked, as pools of processes do with it, without a traceback."""
+    if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_die_of_sigterm)
 
 
 def _let_idle_threads_sleep() -> None:

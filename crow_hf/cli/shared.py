@@ -8,6 +8,7 @@ from rich.console import Console
 from ..attacks.targets import BaseTarget, get_target
 from ..attacks.triggers import BaseTrigger, get_trigger
 from ..evaluation.harness import Evaluation
+from ..files import claim, is_unused
 from ..recipes.saving import own_checkpoint
 from ..reporting.tables import comparison_table
 from ..training.checkpoints import check_writable
@@ -16,7 +17,7 @@ from .words import printable
 
 def check_output(output_dir: str, resume: str | None = None) -> str | None:
     """
-    Check the output folder of a command.
+    Check the output folder of a command, and keep other runs out of it.
 
     Args:
         output_dir (`str`):
@@ -28,13 +29,15 @@ def check_output(output_dir: str, resume: str | None = None) -> str | None:
         `str`: The checkpoint to resume from, or `None`.
 
     Raises:
-        `ValueError`: If the folder is not empty, or the checkpoint is incomplete or belongs to another folder.
+        `ValueError`: If another run writes to the folder, if it is not empty, or if the checkpoint is incomplete or
+            belongs to another folder.
         `OSError`: If the folder cannot be written to.
     """
     folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not resume:
-        raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or empty it.")
     check_writable(output_dir)
+    claim(folder)
+    if not is_unused(folder) and not resume:
+        raise ValueError(f"{output_dir} is not empty: choose another --output_dir, or empty it.")
     return own_checkpoint(output_dir, True if resume in ("True", "true", "last") else resume)
 
 

@@ -16,6 +16,7 @@ from ..evaluation.harness import Evaluation, evaluate_model
 from ..evaluation.retention import RetentionReference
 from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
+from ..files import own_claims
 from ..methods.crow.config import CrowConfig, scratch_config
 from ..methods.registry import get_defence
 from ..progress import LOOKING, phase, restart_clock
@@ -27,7 +28,7 @@ from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .run import CONTROL, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
-from .saving import not_fatal, own_claims, prepare_output, save_model, save_result
+from .saving import look_at_saved, not_fatal, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -187,7 +188,9 @@ def compare_defences(
     comparison = Comparison(suspect_scores, control_scores, purified_scores, others, purification)
     with not_fatal(run, "report"):
         with run.in_quick_precision():
-            purification.snapshots = snapshots | {"purified": snapshot(purified, shown, args)}
+            snapshots["purified"] = snapshot(purified, shown, args)
+            purification.last_look = look_at_saved(run, shown, snapshots["purified"])
+        purification.snapshots = snapshots
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)
     fields = describe_for_card(name, peft_config, merge, max_rows) | (card_fields or {})

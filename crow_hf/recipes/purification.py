@@ -13,6 +13,7 @@ from ..data.rows import drop_unanswered
 from ..evaluation.retention import measure_retention
 from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import SnapshotRows
+from ..files import own_claims
 from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import adapter_settings, record_of
@@ -24,7 +25,7 @@ from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, lora_config, recipe_config
 from .run import LOOKING_AGAIN, RecipeRun, check_recipe
-from .saving import not_fatal, own_claims, prepare_output, save_model, save_result
+from .saving import look_at_saved, not_fatal, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -141,11 +142,13 @@ def purify(
     comparison = None
     with not_fatal(run, "report"):
         with phase(LOOKING_AGAIN), run.in_quick_precision(), run.trainer.accelerator.autocast():
-            purification.snapshots = {"suspect": suspect, "purified": run.snapshot(shown)}
+            purified = run.snapshot(shown)
+            purification.snapshots = {"suspect": suspect, "purified": purified}
             purification.retention = measure_retention(run.trainer.model, tokenizer, reference, batch_size)
             if held_out is not None and before is not None:
                 after = evaluate_held_out(run.trainer.model, tokenizer, held_out, batch_size, purification.retention)
                 purification.held_out = {"suspect": before, "purified": after}
+            purification.last_look = look_at_saved(run, shown, purified)
         comparison = Comparison.on_held_out_rows(purification)
         purification.report = record_of(
             purification, shown, model_name=name, train_dataset=rows, held_out=held_out, comparison=comparison

@@ -1,18 +1,21 @@
 """What a recipe leaves behind: the purified model, its card and its report in one folder, and on the Hub."""
 
-import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
-from filelock import FileLock, Timeout
+import torch
+from transformers.utils import logging
 
+from ..evidence.last_look import LastLook, look_again
 from ..evidence.result import Comparison, Purification
+from ..evidence.snapshot import Snapshot, SnapshotRows
+from ..files import claim
 from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..progress import phase
+from ..reporting.bom import write_bom
+from ..reporting.checksums import checksums_of_model, write_checksums
 from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
@@ -24,24 +27,17 @@ from ..training.checkpoints import (
     remove_checkpoints,
 )
 from ..training.hub import create_repository, push_folder
-from ..training.saves import copy_side_files, hub_options, stored_dtype
+from ..training.loading import is_quantized, move
+from ..training.recorder import base_model_of
+from ..training.saves import copy_side_files, hub_options, one_line, stored_dtype
+from ..training.sharding import will_shard
 from .run import RecipeRun
 
 
-# The locks of the recipe that runs, and those of this process where none runs.
-_claims: ContextVar[ExitStack] = ContextVar("claims")
-_claims_of_process = ExitStack()
+logger = logging.get_logger(__name__)
 
-
-@contextmanager
-def own_claims() -> Iterator[None]:
-    """Free the output folders that the `with` block or decorated function claims at its end, also after an error."""
-    with ExitStack() as claims:
-        token = _claims.set(claims)
-        try:
-            yield
-        finally:
-            _claims.reset(token)
+# What decides how the saved model is loaded, and not which.
+_HOW_TO_LOAD = ("attn_implementation", "cache_dir", "device_map", "max_memory", "offload_folder", "token")
 
 
 def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -58,18 +54,17 @@ def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) 
         `str`: The checkpoint to resume from, or `None`.
 
     Raises:
-        `ValueError`: If the folder holds the model, the checkpoints or the report of another run, or if the checkpoint
-            is incomplete or in another folder.
+        `ValueError`: If another run writes to the folder, if it holds the model, the checkpoints or the report of
+            another run, or if the checkpoint is incomplete or in another folder.
         `OSError`: If the folder cannot be written to, or the repository cannot be opened.
     """
+    check_writable(args.output_dir)
+    claim(args.output_dir)
     if (Path(args.output_dir) / REPORT_DATA).exists() and not resume_from_checkpoint:
         raise ValueError(f"{args.output_dir} holds the report of another run: choose another `output_dir`.")
     if output_was_used(args.output_dir) and not resume_from_checkpoint:
         raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
-    check_writable(args.output_dir)
     checkpoint = own_checkpoint(args.output_dir, resume_from_checkpoint)
-    if args.process_index == 0:
-        claim(args.output_dir)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = create_repository(args)
     return checkpoint
@@ -89,22 +84,6 @@ def own_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -
             f"{resume_from_checkpoint} is not a checkpoint in {output_dir}: resume a run in its own `output_dir`."
         )
     return checkpoint_to_resume(output_dir, resume_from_checkpoint)
-
-
-def claim(output_dir: str) -> None:
-    """
-    Keep other runs on this machine out of an output folder, until the block of [`own_claims`] or this process ends.
-
-    Raises:
-        `ValueError`: If another run has claimed it.
-    """
-    folder = Path(output_dir).resolve()
-    name = f"crow_hf-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.lock"
-    lock = FileLock(Path(gettempdir(), name))
-    try:
-        _claims.get(_claims_of_process).enter_context(lock.acquire(timeout=0))
-    except Timeout:
-        raise ValueError(f"Another run is writing to {output_dir}: choose another `output_dir`.") from None
 
 
 @phase("Saving the model")
@@ -133,6 +112,46 @@ def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
     if trainer.is_world_process_zero():
         with not_fatal(run, "copy of every file of the suspect"):
             copy_side_files(suspect, trainer.args.output_dir, token=kwargs.get("token"), **options)
+
+
+def look_at_saved(run: RecipeRun, rows: SnapshotRows, measured: Snapshot) -> LastLook:
+    """
+    Load the saved model again, and compare what it answers with what was measured, see [`look_again`].
+
+    Call it in the precision of the measurement. Whatever goes wrong becomes the trouble of the look.
+
+    Args:
+        run (`RecipeRun`):
+            The run of the recipe, whose model is saved.
+        rows (`SnapshotRows`):
+            The rows that the model was measured on.
+        measured (`Snapshot`):
+            What was measured.
+    """
+    trainer, model = run.trainer, run.trainer.model
+    base = base_model_of(model)
+    if not trainer.is_world_process_zero():
+        return LastLook(trouble="only the first process does that")
+    if will_shard(trainer.args):
+        return LastLook(trouble="its weights were sharded")
+    kwargs = {name: value for name, value in loading_kwargs(trainer.args).items() if name in _HOW_TO_LOAD}
+    kwargs["dtype"] = base.dtype
+    if is_quantized(model):
+        kwargs["quantization_config"] = base.config.quantization_config
+    elif getattr(base, "hf_device_map", None) is not None:
+        kwargs.setdefault("device_map", "auto")
+    else:
+        # Both models may not fit there.
+        move(model, torch.device("cpu"))
+    try:
+        return look_again(trainer.args.output_dir, rows, measured, trainer.args.device, **kwargs)
+    except Exception as error:
+        look = LastLook(trouble=one_line(error))
+        logger.warning(str(look))
+        return look
+    finally:
+        if "quantization_config" not in kwargs and "device_map" not in kwargs:
+            move(model, trainer.args.device)
 
 
 @contextmanager
@@ -183,7 +202,11 @@ def save_result(
     if purification.report is not None:
         with not_fatal(run, "report"):
             purification.report["size"]["purified"] = size_of_weights(args.output_dir)
-            write_report(args.output_dir, purification.report)
+            purification.report["failures"] = list(trainer.failures)
+            purification.report = write_report(args.output_dir, purification.report)
+            write_bom(args.output_dir, purification.report, checksums_of_model(args.output_dir) or {})
+            # Last, because whoever finds the hashes takes the folder for complete.
+            write_checksums(args.output_dir)
     if args.push_to_hub:
         try:
             # Not a `Future`, because the call blocks.

@@ -24,10 +24,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from ..files import flush, whole_files, write_text
 from .foreign import drop_foreign_settings
 from .saves import check_saved, lost_tensors, one_line, rehearse_save, saved_tensors, with_own_storage, write_weights
 from .sharding import will_shard
@@ -170,14 +171,17 @@ def writing(what: str, folder: str | Path, remedy: str) -> Iterator[None]:
 
 class StopAtCtrlC(TrainerCallback):
     """
-    On Ctrl-C, finish the current step, save a checkpoint and stop. A second Ctrl-C stops at once.
+    On Ctrl-C, finish the current step, save a checkpoint and stop. A second Ctrl-C stops at once. The same goes for
+    SIGTERM, which `kill` and schedulers send.
 
-    The callback does not handle Ctrl-C if the run saves no checkpoints, if it has several processes (they would stop
-    at different steps), or if the program has installed a signal handler of its own.
+    The callback handles neither if the run saves no checkpoints, or if it has several processes (they would stop at
+    different steps). A signal for which the program has installed a handler of its own is left to it.
     """
 
     def __init__(self) -> None:
         self.was_pressed = False
+        # The handlers before, by their signals.
+        self._before: dict[signal.Signals, Any] = {}
 
     @contextmanager
     def watching(self, trainer: Trainer) -> Iterator[None]:
@@ -187,16 +191,19 @@ class StopAtCtrlC(TrainerCallback):
             args.save_strategy != "no"
             and args.world_size == 1
             and threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         )
-        if not watched:
-            yield
-            return
-        signal.signal(signal.SIGINT, self._on_ctrl_c)
+        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)} if watched else {}
+        self._before = {
+            each: handler
+            for each, handler in before.items()
+            if handler is signal.default_int_handler or (each, handler) == (signal.SIGTERM, signal.SIG_DFL)
+        }
+        for each in self._before:
+            signal.signal(each, self._on_ctrl_c)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._restore()
         if self.was_pressed:
             state = trainer.state
             checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -210,8 +217,12 @@ class StopAtCtrlC(TrainerCallback):
 
     def _on_ctrl_c(self, *_: Any) -> None:
         self.was_pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._restore()
         logger.warning("Saving a checkpoint after this step, then stopping. Press Ctrl-C again to stop at once.")
+
+    def _restore(self) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -301,15 +312,27 @@ class CheckpointMixin(Trainer):
         else:
             tensors = saved_tensors(model, state_dict)
             state_dict = with_own_storage(tensors)
-        try:
-            super()._save(folder, state_dict)
-        except Exception as error:
-            if lost_tensors(folder, model, tensors):
-                write_weights(folder, model, tensors)
-            self.note_failure(
-                f"Not every file of the model could be written to {folder} ({one_line(error)}). Its weights are whole."
-            )
-        check_saved(folder, model, tensors)
+        with whole_files(folder) as unfinished:
+            try:
+                super()._save(str(unfinished), state_dict)
+            except Exception as error:
+                if lost_tensors(unfinished, model, tensors):
+                    write_weights(unfinished, model, tensors)
+                self.note_failure(
+                    f"Not every file of the model could be written to {folder} ({one_line(error)}). Its weights are "
+                    "whole."
+                )
+            check_saved(unfinished, model, tensors)
+            # Nothing reads this pickle, and it should not lie next to a model that people are to trust. The card is
+            # that of PEFT, which names the folder of the base model.
+            for name in (TRAINING_ARGS_NAME, "README.md"):
+                (unfinished / name).unlink(missing_ok=True)
+            names = {file.name for file in unfinished.iterdir()}
+        prefix = "adapter_model" if isinstance(model, PeftModel) else "model"
+        for file in Path(folder).glob(f"{prefix}*.safetensors*"):
+            # A part of an earlier model in more parts.
+            if file.name not in names:
+                file.unlink()
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # The Trainer checks the number of steps only after a step. Resumed from the last checkpoint, it would train
@@ -347,8 +370,10 @@ class CheckpointMixin(Trainer):
         folder = Path(output_dir)
         written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
+        for path in written:
+            flush(path)
         unlogged = {"loss": loss, "last_step": self._globalstep_last_logged, "terms": self._logged["train"]}
-        (folder / CHECKPOINT_RECORD).write_text(json.dumps({"files": files, "log": unlogged}), encoding="utf-8")
+        write_text(folder / CHECKPOINT_RECORD, json.dumps({"files": files, "log": unlogged}))
 
     def _load_rng_state(self, checkpoint: str) -> None:
         """As in [`~transformers.Trainer`], then restore the values that the next log line averages over."""

@@ -188,17 +188,6 @@ class HubMixin(CheckpointMixin):
             self.hub_model_id = create_repository(self.args, token, private)
             self.push_in_progress = None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in [`~transformers.Trainer`], without the card of PEFT, which names the folder of the base model."""
-        path = Path(output_dir or self.args.output_dir) / "README.md"
-        card = path.read_bytes() if path.exists() else None
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            if card is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_bytes(card)
-
     def create_model_card(self, card: ModelCard | str | None = None) -> None:
         """
         Write a model card as `README.md` into the output folder.

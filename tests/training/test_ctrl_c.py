@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
@@ -25,15 +26,15 @@ def at_a_terminal():
 
 
 class CtrlC(TrainerCallback):
-    """Presses Ctrl-C `times` times in the middle of a step."""
+    """Presses Ctrl-C `times` times in the middle of a step, or sends another signal."""
 
-    def __init__(self, step, times=1):
-        self.step, self.times = step, times
+    def __init__(self, step, times=1, signum=signal.SIGINT):
+        self.step, self.times, self.signum = step, times, signum
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.signum)
 
 
 def test_ctrl_c_keeps_the_step(run, tmp_path):
@@ -61,16 +62,25 @@ def test_ctrl_c_at_once(times, settings, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_program_keeps_its_own_ctrl_c(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_program_keeps_its_own_handler(tmp_path, signum):
     """A signal handler that the program has installed stays in place."""
     presses = []
-    before = signal.signal(signal.SIGINT, lambda *_: presses.append(1))
+    before = signal.signal(signum, lambda *_: presses.append(1))
     try:
-        trainer = build("crow", tmp_path, [CtrlC(3)])
+        trainer = build("crow", tmp_path, [CtrlC(3, signum=signum)])
         trainer.train()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before)
     assert presses == [1] and trainer.state.global_step == STEPS
+
+
+def test_sigterm_keeps_the_step_too(tmp_path):
+    """Fails if a scheduler that ends a job, or `kill`, costs the steps since the last checkpoint."""
+    trainer = build("crow", tmp_path, [CtrlC(3, signum=signal.SIGTERM)], save_steps=100)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 3 of 6\. .*checkpoint-3 is complete"):
+        trainer.train()
+    assert steps_kept(tmp_path) == [[3], []] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_ctrl_c_on_the_command_line(paths, tmp_path, capsys):
@@ -91,9 +101,29 @@ def test_ctrl_c_on_the_command_line(paths, tmp_path, capsys):
     assert load_causal_lm(folder)
 
 
-def test_ctrl_c_beside_the_training(paths, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "crow_hf.recipes.purification.RecipeRun", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT)
-    )
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_beside_the_training(paths, tmp_path, capsys, monkeypatch, signum):
+    def stop(*args, **kwargs):
+        assert (tmp_path / "run").is_dir()
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr("crow_hf.recipes.purification.RecipeRun", stop)
     assert main(command_line("purify", paths, tmp_path / "run")) == 130
     assert last_sentence(capsys, "purify") == "crow-hf purify: Stopped by Ctrl-C. Nothing more was written."
+    assert not (tmp_path / "run").exists() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_while_weights_are_written_leaves_no_half_of_them(tmp_path, monkeypatch):
+    """Fails if a half-written file replaces the whole one, or if anything of the attempt is left."""
+    trainer = build("crow", tmp_path, save_strategy="no")
+    trainer.save_model()
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def write_half(tensors, file, *args, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model()
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*")} == before

@@ -25,7 +25,6 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
@@ -493,8 +492,5 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         folder = Path(output_dir or self.args.output_dir)
         with writing("The model", folder, "free some space and save it again, or resume from the last checkpoint"):
             super().save_model(output_dir, _internal_call=True)
-            if self.args.should_save:
-                # Nothing reads this pickle, and it should not lie next to a model that people are to trust.
-                (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
