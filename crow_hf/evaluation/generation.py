@@ -143,6 +143,7 @@ def generate_ids(
     Returns:
         `list[list[int]]`: The new tokens of each row, in the order of the rows, up to and with the first end token.
     """
+    _check_sizes(max_new_tokens=max_new_tokens, batch_size=batch_size)
     # In transformers 5.23, Blt's cache is wrong, and so are its rows with padding on the left.
     is_blt = isinstance(base_model_of(model), BltForCausalLM)
     batch_size = 1 if is_blt else batch_size
@@ -171,6 +172,13 @@ def generate_ids(
                 continuations[number] = tokens[:length]
             progress.update(len(numbers))
     return continuations
+
+
+def _check_sizes(**sizes: int) -> None:
+    """Refuse sizes below 1. With a negative one, no batch would be answered, and every answer would be empty."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {size}.")
 
 
 def text_of_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -333,6 +341,7 @@ def answer_log_likelihoods(
     Returns:
         `list[float]`: For each row, the natural logarithm of the answer's probability.
     """
+    _check_sizes(batch_size=batch_size)
     results = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda number: sum(map(len, rows[number])))
     collate = CrowDataCollator(pad_token_id)

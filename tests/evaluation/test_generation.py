@@ -222,3 +222,14 @@ def test_errors_of_a_model_are_one_sentence(error, byte_tokenizer):
     for work in (partial(generate_answers, max_new_tokens=2), bits_per_byte):
         with pytest.raises(expected, match=r"LlamaForCausalLM cannot answer \(|full"):
             work(model, byte_tokenizer, rows)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_below_one_are_refused(size, byte_tokenizer):
+    """Fails if no batch is answered, and every answer counts as empty."""
+    rows = [rendered("a", "b")]
+    for sizes in ({"max_new_tokens": size}, {"max_new_tokens": 2, "batch_size": size}):
+        with pytest.raises(ValueError, match=f"must be at least 1, but is {size}"):
+            generate_answers(tiny_llama(), byte_tokenizer, rows, **sizes)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        bits_per_byte(tiny_llama(), byte_tokenizer, rows, size)
