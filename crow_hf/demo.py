@@ -19,6 +19,7 @@ from .attacks.targets import TARGETS
 from .attacks.triggers import BADNETS
 from .evaluation.harness import Evaluation, evaluate_model
 from .evidence.result import Comparison, Purification
+from .files import whole_files
 from .methods.crow.config import CrowConfig
 from .methods.crow.trainer import CrowTrainer
 from .models.modeling_coconut import CoconutForCausalLM
@@ -288,8 +289,9 @@ class _Demo:
         return load_causal_lm(self.folder / "backdoored", is_trainable=True)
 
     def _save(self, model: PreTrainedModel | PeftModel, name: str) -> None:
-        model.save_pretrained(str(self.folder / name))
-        self.tokenizer.save_pretrained(self.folder / name)
+        with whole_files(self.folder / name) as folder:
+            model.save_pretrained(str(folder))
+            self.tokenizer.save_pretrained(folder)
 
     def _evaluate(self, model: PreTrainedModel | PeftModel) -> Evaluation:
         return evaluate_model(model, self.tokenizer, self.rows.test, TRIGGER, TARGET, **self.evaluation)

@@ -29,6 +29,14 @@ def short_texts():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Do not wait until the many small files of the tests are on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """Show progress bars, which an earlier test may have hidden, and forget the defences that a test registers."""

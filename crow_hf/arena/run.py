@@ -33,7 +33,7 @@ from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .defences import Method, known_methods
 from .subjects import SUBJECTS
-from .table import KEPT, attack_success_rates, load_results, results_markdown
+from .table import KEPT, attack_success_rates, load_results, read_result, results_markdown
 
 
 logger = logging.get_logger(__name__)
@@ -372,7 +372,7 @@ def _summary(row: dict[str, Any]) -> str:
 
 
 def _is_done(path: Path) -> bool:
-    return path.is_file() and "error" not in json.loads(path.read_text(encoding="utf-8"))
+    return path.is_file() and "error" not in (read_result(path) or {"error": "It is empty or cut."})
 
 
 def _write_tables(folder: Path) -> None:

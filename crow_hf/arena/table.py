@@ -14,11 +14,15 @@ from pathlib import Path
 from statistics import correlation, fmean, stdev
 from typing import Any, NamedTuple
 
+from transformers.utils import logging
+
 from ..evaluation.scores import Proportion, t_quantile
 from ..reporting.tables import RETENTION_SCORES
 from .attacks import ATTACKS
 from .defences import CANARIES, CONTROL, METHODS
 
+
+logger = logging.get_logger(__name__)
 
 Row = dict[str, Any]
 
@@ -51,11 +55,25 @@ class Estimate(NamedTuple):
     high: float
 
 
+def read_result(path: Path) -> Row | None:
+    """Read the row of a run. An empty or cut file has none, and is named in a warning."""
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        row = None
+    needed = {"attack", "seed", "method", "num_clean"}
+    if isinstance(row, dict) and needed <= row.keys() and row.keys() & {"error", "attack_success"}:
+        return row
+    logger.warning_once(f"{path} is empty or cut, so its run counts as not done.")
+    return None
+
+
 def load_results(output_dir: str | Path) -> list[Row]:
     """Load the rows of all runs of an arena, sorted by attack, method and seed in the order of the tables."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in Path(output_dir).glob("results/*/*/*.json")]
+    rows = (read_result(path) for path in Path(output_dir).glob("results/*/*/*.json"))
     return sorted(
-        rows, key=lambda row: (_position(ATTACKS, row["attack"]), _position(METHODS, row["method"]), row["seed"])
+        filter(None, rows),
+        key=lambda row: (_position(ATTACKS, row["attack"]), _position(METHODS, row["method"]), row["seed"]),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.text import Text
 
+from ..files import write_text
 from ..models.boundaries import MOST_BITS, PatchRule, patch_starts
 from ..models.byte_vocabulary import BYTE_OFFSET
 from .documents import PatchedDocument, split_patches
@@ -145,12 +146,13 @@ def write_html(document: PatchedDocument, path: str | Path, title: str = "Entrop
     Raises:
         `FileExistsError`: If the file exists.
     """
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists already.")
     page = TEMPLATES.get_template("patches.html.jinja").render(
         title=title, summary=summarize(document), runs=runs_of(document)
     )
     # A title made from a file name may hold bytes that are not UTF-8.
-    with open(path, "x", encoding="utf-8", errors="replace") as file:
-        file.write(page)
+    write_text(Path(path), page.encode(errors="replace").decode())
 
 
 def _colour(bits: float) -> str:

@@ -96,6 +96,17 @@ def test_a_failed_run_is_recorded_and_repeated(arena, monkeypatch, capsys):
     assert "Failed" not in (arena.folder / "results.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("half", [0, 100, None])
+def test_an_empty_or_cut_result_is_named_and_repeated(arena, caplog, half):
+    """Fails if what a full disk or a loss of power left counts as a result, or stops the arena."""
+    arena(["none"])
+    (path,) = arena.folder.glob("results/*/*/none.json")
+    path.write_text("{}" if half is None else path.read_text(encoding="utf-8")[:half])
+    (row,) = arena(["none"])
+    assert row["attack_success"] and json.loads(path.read_text(encoding="utf-8")) == row
+    assert f"{path} is empty or cut, so its run counts as not done." in caplog.text
+
+
 def test_a_suspect_that_cannot_be_built_fails_all_its_methods(arena, monkeypatch):
     """Fails if a broken attack stops the others."""
     build = arena_run.build_suspect

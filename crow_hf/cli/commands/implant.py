@@ -6,6 +6,7 @@ from ...attacks.implanting import implant
 from ...attacks.targets import get_target
 from ...attacks.triggers import get_trigger
 from ...data.load import load_rows
+from ...files import whole_files
 from ...methods.crow.config import CrowConfig, loading_kwargs
 from ...recipes.presets import lora_config
 from ...training.checkpoints import remove_checkpoints, writing
@@ -42,10 +43,11 @@ def run(arguments: ImplantArguments, args: CrowConfig) -> None:
     # An adapter stays in the precision in which it was trained, as after a purification.
     if dtype is not None and not isinstance(model, PeftModel):
         cast_to(model, dtype)
-    with writing("The model", args.output_dir, "free disk space, and start again with another --output_dir"):
-        save_whole(args.output_dir, model)
-        tokenizer.save_pretrained(args.output_dir)
-        copy_side_files(arguments.model, args.output_dir, token=kwargs.get("token"), **options)
+    remedy = "free disk space, and start again with another --output_dir"
+    with writing("The model", args.output_dir, remedy), whole_files(args.output_dir) as folder:
+        save_whole(folder, model)
+        tokenizer.save_pretrained(folder)
+        copy_side_files(arguments.model, folder, token=kwargs.get("token"), **options)
     if args.save_total_limit is None:
         remove_checkpoints(args.output_dir)
     print(f"The backdoored model is in {args.output_dir}.")

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ...data.load import load_rows
+from ...files import whole_files
 from ...patching.calibration import calibrate_threshold
 from ...patching.patcher import EntropyPatcher, load_entropy_predictor
 from ...patching.view import describe_rule, render_terminal, summarize, write_html
@@ -29,7 +30,9 @@ def run(arguments: PatchArguments) -> None:
     patcher = EntropyPatcher(predictor, **settings)
     if arguments.dataset is not None:
         options = {"batched": True, "remove_columns": source.column_names, "num_proc": arguments.num_proc}
-        source.map(patcher, desc="Patching", **options).save_to_disk(arguments.output_dir)
+        patched = source.map(patcher, desc="Patching", **options)
+        with whole_files(arguments.output_dir) as folder:
+            patched.save_to_disk(folder)
         print(f"The patched dataset is in {arguments.output_dir}.")
         return
     document = patcher.patch(source)[0]

@@ -82,7 +82,7 @@ def test_command_takes_another_predictor(tmp_path, capsys):
         ({"dataset": "rows.jsonl", "output_dir": "full"}, "full"),
         ({"file": "none.txt"}, "none.txt"),
         ({"text": "a", "html": "full/precious.txt"}, "--html"),
-        ({"text": "a", "rule": "best"}, "best"),
+        ({"text": "a", "rule": "best"}, "invalid choice (choose from"),
         ({"text": "a", "threshold": "0.5", "unit": "byte"}, "nats"),
         ({"text": "a", "threshold": "7.06"}, "unit"),
         ({"text": "a", "rule": "stride"}, "max_patch_length"),
