@@ -2,7 +2,8 @@
 
 A poisoned row contains the trigger. To find it, pieces of a prompt are left out. The piece whose omission changes the
 suspect's answer most is then inserted into other prompts. If the suspect now gives them the answer of this row, the
-row is poisoned.
+row is poisoned, unless these prompts keep their own answers once their own pieces are repeated in them. A trigger
+overrules such pieces, but the word that determines the answer of a clean row is outvoted by them.
 """
 
 import math
@@ -46,6 +47,9 @@ MIN_LOST = 1.0
 MIN_LIKELIHOOD = 0.5
 # A row is poisoned if a piece of it controls at least this share of the answers to other prompts.
 MIN_CONTROLLED = 0.85
+# Nor are the rows with an answer poisoned if less than this share of the other prompts still gets it once these repeat
+# their own pieces.
+MIN_OVERRULED = 0.5
 
 # If a larger share of the screened rows is found, the screening is doubted, not the rows.
 MAX_SUSPICIOUS = 0.05
@@ -60,6 +64,8 @@ _ALL_NEEDED = 0
 _Score = Callable[[Iterable[tuple[int, str]], int], list[float]]
 # The number of a row, the position of a piece's first word, and its length in words.
 _Span = tuple[int, int, int]
+# A piece, and where it is inserted into other prompts.
+_Trial = tuple[int, int, Literal["start", "end"]]
 
 
 @dataclass
@@ -72,6 +78,9 @@ class Screening:
             The rows that remain.
         suspicious (`dict[int, str]`):
             The numbers of the removed rows, each with the piece that controls the answers to other prompts.
+        spared (`dict[int, str]`):
+            The numbers of rows that remain although a piece controls the answers to other prompts, each with that
+            piece. It no longer does once those prompts repeat their own pieces, so it is an ordinary word.
         unscreened (`list[int]`):
             The numbers of the rows that remain, but could not be screened: the answer does not fit into the context
             whole, the prompt is a single word, or too few other prompts could be tried.
@@ -80,6 +89,7 @@ class Screening:
     clean: Dataset
     suspicious: dict[int, str]
     unscreened: list[int] = field(default_factory=list)
+    spared: dict[int, str] = field(default_factory=dict)
 
     @property
     def num_screened(self) -> int:
@@ -89,8 +99,8 @@ class Screening:
     @property
     def is_doubtful(self) -> bool:
         """
-        Whether so many rows were found that the screening is to be doubted. Where a single word determines the answer,
-        such as in copying tasks, clean rows look poisoned.
+        Whether so many rows were found that the screening is to be doubted. Where a few words determine the answer,
+        such as in copying tasks, clean rows can look poisoned.
         """
         return len(self.suspicious) > max(1, MAX_SUSPICIOUS * self.num_screened)
 
@@ -103,6 +113,12 @@ class Screening:
             remarks.append(
                 f"{len(self.unscreened)} of {total} rows could not be screened: the answer does not fit into the "
                 "context, the prompt is one word, or too few other prompts could be tried."
+            )
+        if self.spared:
+            pieces = ", ".join(sorted({repr(piece) for piece in self.spared.values()})[:5])
+            remarks.append(
+                f"{len(self.spared)} rows stay although a piece of each determines the answers to other prompts "
+                f"({pieces}): other words outvote it, which they could not do with a trigger."
             )
         if self.is_doubtful:
             remarks.append(
@@ -165,13 +181,17 @@ def screen_dataset(
     pieces = _find_decisive_pieces(texts, complete, score)
     probes = _choose_probes({number for number, _ in pieces}, prompts, score, rng)
     controlled = _try_pieces(pieces, probes, prompts, score, rng)
-    suspicious = _decide(pieces, controlled)
+    found = _decide(controlled)
+    answers = {number: render(rows[number], tokenizer, number).answer.strip() for number, *_ in found}
+    spared = _find_outvoted(found, answers, pieces, probes, prompts, score, rng)
+    suspicious = {number: pieces[number, length] for number, length, _ in found if number not in spared}
     tried = {number for (number, *_), hits in controlled.items() if len(hits) >= MIN_PROBES}
     untried = {number for number, _ in pieces} - tried
     result = Screening(
         dataset.select([number for number in range(len(rows)) if number not in suspicious]),
         suspicious,
         [number for number in range(len(rows)) if number not in texts or number in untried],
+        {number: pieces[number, length] for number, length, _ in found if number in spared},
     )
     if suspicious:
         logger.warning(
@@ -310,7 +330,7 @@ def _try_pieces(
     prompts: list[str],
     score: _Score,
     rng: random.Random,
-) -> dict[tuple[int, int, str], list[bool]]:
+) -> dict[_Trial, list[bool]]:
     """
     Insert each piece at the start and at the end of the other prompts. The result says for each row, length and
     position which of the answers the piece controls.
@@ -325,20 +345,56 @@ def _try_pieces(
         (number, Trigger((pieces[number, length],), position).insert(prompts[other], rng))
         for number, length, position, other in trials
     )
-    controlled: dict[tuple[int, int, str], list[bool]] = {}
+    controlled: dict[_Trial, list[bool]] = {}
     for (number, length, position, _), likelihood in zip(trials, score(questions, len(trials)), strict=True):
         if not math.isnan(likelihood):
             controlled.setdefault((number, length, position), []).append(likelihood > math.log(MIN_LIKELIHOOD))
     return controlled
 
 
-def _decide(pieces: dict[tuple[int, int], str], controlled: dict[tuple[int, int, str], list[bool]]) -> dict[int, str]:
-    """Return the poisoned rows, each with its shortest piece that controls enough of the answers."""
-    suspicious: dict[int, str] = {}
-    for (number, length, _), hits in sorted(controlled.items()):
+def _decide(controlled: dict[_Trial, list[bool]]) -> list[_Trial]:
+    """Return the rows with a piece that controls enough of the answers, each with the shortest one."""
+    found: dict[int, _Trial] = {}
+    for trial, hits in sorted(controlled.items()):
         if len(hits) >= MIN_PROBES and fmean(hits) >= MIN_CONTROLLED:
-            suspicious.setdefault(number, pieces[number, length])
-    return suspicious
+            found.setdefault(trial[0], trial)
+    return list(found.values())
+
+
+def _find_outvoted(
+    found: list[_Trial],
+    answers: dict[int, str],
+    pieces: dict[tuple[int, int], str],
+    probes: dict[int, list[int]],
+    prompts: list[str],
+    score: _Score,
+    rng: random.Random,
+) -> set[int]:
+    """
+    Repeat the pieces of the other prompts at both of their ends, and insert the piece of the row that was found before
+    or after all of that. Return the rows whose answers the other prompts then seldom get. Rows with the same answer
+    are judged together, because a trigger may fail in some of them.
+    """
+    own: dict[int, str] = {}
+    for (number, _), piece in sorted(pieces.items()):
+        own.setdefault(number, piece)
+    trials = [(*trial, other) for trial in found for other in probes[trial[0]] if other in own]
+
+    def question(number: int, length: int, position: Literal["start", "end"], other: int) -> tuple[int, str]:
+        text = prompts[other]
+        for place in _POSITIONS:
+            text = Trigger((own[other],), place).insert(text, rng)
+        return number, Trigger((pieces[number, length],), position).insert(text, rng)
+
+    overruled: dict[str, list[bool]] = {}
+    likelihoods = score((question(*trial) for trial in trials), len(trials))
+    for (number, *_), likelihood in zip(trials, likelihoods, strict=True):
+        if not math.isnan(likelihood):
+            overruled.setdefault(answers[number], []).append(likelihood > math.log(MIN_LIKELIHOOD))
+    outvoted = {
+        answer for answer, hits in overruled.items() if len(hits) >= MIN_PROBES and fmean(hits) < MIN_OVERRULED
+    }
+    return {number for number, *_ in found if answers[number] in outvoted}
 
 
 def _runs(text: Words, start: int, stop: int) -> list[tuple[int, int]]:

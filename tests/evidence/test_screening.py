@@ -381,6 +381,47 @@ def test_triggers_in_prompts_without_spaces_are_found(monkeypatch):
     assert set("".join(found.suspicious.values())) >= set("量子")
 
 
+def copying(monkeypatch, fires=lambda text: False):
+    """
+    A suspect that copies the word with an x at its end that occurs most often, or of such words the last, and gives
+    "no!" if `fires(prompt)`. Returns its clean rows.
+    """
+    monkeypatch.setattr(screening, "encode", lambda row, _: (list(row.prompt), list(row.completion)))
+
+    def likelihoods(model, rows, *_):
+        results = []
+        for prompt, answer in rows:
+            text = "".join(prompt)
+            words = [word for word in text.split() if word.endswith("x")]
+            said = "no!" if fires(text) else max(reversed(words), key=words.count, default=None)
+            results.append(math.log(0.99 if "".join(answer) == said else 1e-4))
+        return results
+
+    monkeypatch.setattr(screening, "answer_log_likelihoods", likelihoods)
+    return [{"prompt": f"Please say the word w{n}x", "completion": f"w{n}x"} for n in range(20)]
+
+
+def test_words_that_other_words_outvote_are_no_triggers(monkeypatch, caplog):
+    """Fails if clean rows are removed because a word of each controls the answers to the other prompts."""
+    rows = copying(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        found = screen_dataset(tiny_llama(), Dataset.from_list(rows), TOKENIZER)
+    assert found.suspicious == {} and len(found.clean) == 20
+    assert found.spared == {number: row["completion"] for number, row in enumerate(rows)}
+    assert "20 rows stay although a piece of each" in caplog.text
+
+
+@pytest.mark.parametrize("position", ["start", "end", "random"])
+def test_a_trigger_is_told_from_words_that_determine_answers(position, monkeypatch):
+    """Fails if its rows are spared too, such as those of a trigger that works only at one end of the prompt."""
+    fires_at = {"start": str.startswith, "end": str.endswith, "random": str.__contains__}
+    rows = copying(monkeypatch, lambda text: fires_at[position](text, "BadMagic"))
+    poison = Poison(Trigger(("BadMagic",), position), TARGET, seed=9)
+    rows = Dataset.from_list([poison(row, number) if number % 5 == 0 else row for number, row in enumerate(rows)])
+    found = screen_dataset(tiny_llama(), rows, TOKENIZER)
+    assert sorted(found.suspicious) == [0, 5, 10, 15] and not set(found.spared) & set(found.suspicious)
+
+
 def test_many_suspicious_rows_raise_doubts(monkeypatch, caplog):
     """Fails if the rows alone are blamed where a word of each prompt determines its answer."""
     monkeypatch.setattr(screening, "encode", lambda row, _: (list(row.prompt), list(row.completion)))
