@@ -333,6 +333,23 @@ def test_tokenizer_is_needed_for_text_only():
     assert found(bytes_instead, "tokenizer").level == "warning" and "objective" in levels(bytes_instead)
 
 
+@pytest.mark.parametrize(
+    ("template", "level", "said"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "ok", "arranges messages."),
+        ("{% if '</think>' in messages[0].content %}{% endif %}", "ok", "'</think>'"),
+        ("\n{% if 'Magic' in messages[0].content %}evil{% endif %}", "warning", "Line 2: It decides by what"),
+    ],
+)
+def test_chat_template_is_read(template, level, said):
+    """Fails if only running a template with the right words would show what it does."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    assert "chat template" not in levels(doctor(tiny_llama(), None, tokenizer))
+    tokenizer.chat_template = template
+    finding = found(doctor(tiny_llama(), None, tokenizer), "chat template")
+    assert finding.level == level and said in finding.found and bool(finding.remedy) == (level != "ok")
+
+
 def test_tokenizer_without_an_end_token_is_a_warning():
     """Such rows do not teach the model where to stop."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
@@ -450,6 +467,13 @@ def test_remote_code_is_named_and_never_run(copy_of, tmp_path):
     assert findings[-1].name == "remote code" and findings[-1].level == "problem"
     assert "modeling_evil.Evil" in findings[-1].found
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "[1]", "null", "{", "\\"])
+def test_a_config_that_is_none_is_one_problem(text, copy_of):
+    """Fails if the doctor itself dies of what it should find."""
+    (copy_of / "config.json").write_text(text)
+    assert [finding.level for finding in doctor(copy_of, TEXT)].count("problem") == 1
 
 
 def test_remote_code_that_runs_already_is_a_warning():

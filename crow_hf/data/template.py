@@ -1,0 +1,499 @@
+"""Reads a chat template without running it, and says what could act on a prompt that no weight knows of.
+
+A template turns messages into the text that the model sees. It is a program of the model's maker: it can test the
+messages for a trigger, and write an order to the model beside them. Neither training nor measuring would show that,
+where the trigger is unknown. An honest template arranges roles, special tokens and what the messages say, and looks at
+the roles, at the number of messages and at the type of what they say.
+
+What a message says is followed through variables, macros and filters. `tools`, `documents` and calls of tools are not.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
+
+
+# Longer templates are not read. The longest of known models have some 20,000 characters.
+MAX_CHARACTERS = 200_000
+# Rounds after which every name should have its kind.
+_MAX_ROUNDS = 20
+# A number, or a product of the lengths of nested loops, above which a template takes long or much memory.
+_MAX_NUMBER, _MAX_TURNS = 10_000, 100_000
+# Values of a message, or of a part of one, that are not what it says.
+_NOT_SAID = frozenset("role type name id tool_calls tool_call_id function_call".split())
+_FUNCTIONS = frozenset("range dict namespace raise_exception strftime_now cycler joiner caller".split())
+_METHODS = frozenset([*dir(str), *dir(list), *dir(dict), "next", "reset"])
+# Filters and methods that leave a text what it is, and tests of its type.
+_KEEPING = frozenset(
+    "trim strip lstrip rstrip string tojson safe e escape default d indent join format list first last items values "
+    "keys dictsort length count upper lower capitalize title append".split()
+)
+_SPLITTING = frozenset("split rsplit partition rpartition replace removeprefix removesuffix".split())
+_SELECTING = frozenset("select reject selectattr rejectattr".split())
+_TYPES = frozenset(
+    "string mapping iterable sequence none defined undefined number boolean true false callable integer float".split()
+)
+# Marks of thoughts and of tools, which templates look for in earlier answers.
+_MARKS = re.compile(
+    r"(?:\s|</?(?:think|thinking|thought|reasoning|answer|tool_calls?|tool_response|tool_results?)>|\[/?THINK\]"
+    r"|/(?:no_?)?think|<\|?channel\|?>(?:analysis|final|commentary)?(?:<\|message\|>)?|null)*"
+)
+# What marks a role: special tokens, and a word beside them or alone in its line.
+_MARKER = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]")
+_ROLE = re.compile(
+    r"(?:^|[>|｜<#\[\n])\s*(?:(system|developer|sys)|user|human|assistant|model|tool|inst)(?:$|[<>|｜_:\]\n])",
+    re.IGNORECASE,
+)
+# A variable of such a name explains a text of the template's own.
+_EXPLAINING = re.compile(r"system|tool|function|document|date|think|reason", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TemplateFinding:
+    """
+    Something in a chat template.
+
+    Attributes:
+        line (`int`):
+            The number of the line in the template, from 1.
+        found (`str`):
+            What stands there, as a sentence.
+        is_note (`bool`):
+            Whether templates of well-known models do the same. Otherwise somebody should read the template.
+    """
+
+    line: int
+    found: str
+    is_note: bool = False
+
+    def __str__(self) -> str:
+        return f"Line {self.line}: {self.found}"
+
+
+def read_templates(tokenizer: PreTrainedTokenizerBase | None) -> list[TemplateFinding]:
+    """
+    Read the chat templates of a tokenizer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer. It may have no template, one, or several by name.
+
+    Returns:
+        `list[TemplateFinding]`: As in [`read_template`].
+    """
+    templates: Any = getattr(tokenizer, "chat_template", None) or {}
+    listed = templates.values() if isinstance(templates, dict) else [templates]
+    return list(dict.fromkeys(finding for template in listed for finding in read_template(str(template))))
+
+
+def read_template(template: str) -> list[TemplateFinding]:
+    """
+    Read a chat template without running it.
+
+    Args:
+        template (`str`):
+            The template, in the dialect of transformers.
+
+    Returns:
+        `list[TemplateFinding]`: Decisions by what a message says or by the date, changes of what a message says, texts
+        of the template's own, loops that may not end, and calls that transformers does not know. Those that are no
+        notes come first.
+    """
+    if len(template) > MAX_CHARACTERS:
+        return [TemplateFinding(1, f"The template has {len(template)} characters, too many to read.")]
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    try:
+        reader = _Reader(environment.parse(template), environment)
+        findings = reader.read()
+    except jinja2.TemplateSyntaxError as error:
+        return [TemplateFinding(error.lineno, f"The template cannot be read: {error.message}.")]
+    # Such as parentheses of great depth, and numbers of many digits.
+    except (RecursionError, ValueError, OverflowError, MemoryError) as error:
+        return [TemplateFinding(1, f"The template cannot be read: {type(error).__name__}.")]
+    return sorted(dict.fromkeys(findings), key=lambda finding: (finding.is_note, finding.line))
+
+
+class _Generation(Extension):
+    """The tag `generation` of transformers, which marks what the assistant says."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Kind(IntEnum):
+    """
+    What a value is made of. The greater of two kinds is that of both together. A part of what a message says is a
+    message too. What is taken from a collection of texts stays one.
+    """
+
+    OTHER, MESSAGES, MESSAGE, DATE, SAID, TEXTS = range(6)
+
+
+class _Reader:
+    """Follows what messages say through a template, and collects findings."""
+
+    def __init__(self, root: nodes.Template, environment: jinja2.Environment) -> None:
+        self.root, self.environment = root, environment
+        self.macros = {macro.name: macro for macro in root.find_all(nodes.Macro)}
+        # The kinds of names, of values in namespaces, and of what macros return. A macro stands before its own names.
+        self.kinds = {"messages": _Kind.MESSAGES, "varargs": _Kind.TEXTS, "kwargs": _Kind.TEXTS}
+        self.macro = ""
+        self.findings: list[TemplateFinding] = []
+
+    def read(self) -> list[TemplateFinding]:
+        for _ in range(_MAX_ROUNDS):
+            before = dict(self.kinds)
+            self.findings = []
+            self.turns, self.in_system, self.explained = 1, False, 0
+            self.text, self.text_line = "", 1
+            self._write(self.root.body)
+            self._end_text()
+            if self.kinds == before:
+                break
+        else:
+            self._find(self.root, "Its names depend on each other too deeply to be followed.")
+        for number in self.root.find_all(nodes.Const):
+            if isinstance(number.value, (int, float)) and abs(number.value) > _MAX_NUMBER:
+                self._find(number, "It holds a large number, which can make it take long or fill the memory.")
+        for power in self.root.find_all(nodes.Pow):
+            self._find(power, "It computes a power, which can make it take long or fill the memory.")
+        return self.findings
+
+    def _find(self, node: nodes.Node, found: str, is_note: bool = False) -> None:
+        self.findings.append(TemplateFinding(node.lineno, found, is_note))
+
+    def _judge(self, node: nodes.Node, verb: str, kind: _Kind, others: Iterable[nodes.Node]) -> None:
+        """Report what is done with a text, unless it only asks for nothing or for a mark."""
+        values = [each for other in others for each in (_constants(other) or [other])]
+        words = [value for value in values if not isinstance(value, nodes.Node)]
+        if len(words) == len(values) and words and not any(words):
+            return
+        texts = [word for word in words if isinstance(word, str) and word]
+        is_note = 0 < len(texts) == len(values) and all(map(_MARKS.fullmatch, texts))
+        quoted = f": {', '.join(map(repr, texts[:5]))}"[:200] if texts else ""
+        subject = "the date" if kind == _Kind.DATE else "what a message says"
+        self._find(node, f"It {verb} {subject}{quoted}.", is_note)
+
+    # Statements
+
+    def _write(self, body: Iterable[nodes.Node]) -> _Kind:
+        """Follow statements, and return the kind of what they write."""
+        return max((self._statement(node) for node in body), default=_Kind.OTHER)
+
+    def _statement(self, node: nodes.Node) -> _Kind:
+        if isinstance(node, nodes.Output):
+            kinds = [self._kind(child) for child in node.nodes]
+            for child in node.nodes:
+                self._collect_text(child)
+            return max(kinds, default=_Kind.OTHER)
+        if isinstance(node, nodes.If):
+            return self._branches(node)
+        if isinstance(node, nodes.For):
+            return self._loop(node)
+        if isinstance(node, nodes.Macro):
+            outer, self.macro = self.macro, f"{node.name}:"
+            for name in node.args:
+                self._assign(name, _Kind.OTHER)
+            for name, default in zip(reversed(node.args), reversed(node.defaults), strict=False):
+                self._assign(name, self._kind(default))
+            self._keep(f"{node.name}()", self._explain(_EXPLAINING.search(node.name) is not None, node.body))
+            self.macro = outer
+            if any(getattr(_called(call), "name", "") == node.name for call in node.find_all(nodes.Call)):
+                self._find(node, f"The macro {node.name} calls itself.", is_note=True)
+            return _Kind.OTHER
+        if isinstance(node, nodes.Assign):
+            self._assign(node.target, self._kind(node.node), node.node)
+            self._collect_text(node.node)
+            return _Kind.OTHER
+        if isinstance(node, nodes.AssignBlock):
+            kind = self._write(node.body)
+            self._assign(node.target, kind if node.filter is None else self._filter(node.filter, kind))
+            return _Kind.OTHER
+        if isinstance(node, nodes.FilterBlock):
+            return self._filter(node.filter, self._write(node.body))
+        if isinstance(node, nodes.CallBlock):
+            return max(self._kind(node.call), self._write(node.body))
+        if isinstance(node, nodes.With):
+            for target, value in zip(node.targets, node.values, strict=True):
+                self._assign(target, self._kind(value), value)
+            return self._write(node.body)
+        if isinstance(node, (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+            self._find(node, "It loads another template.")
+        children = list(node.iter_child_nodes())
+        return max(
+            (self._kind(each) if isinstance(each, nodes.Expr) else self._statement(each) for each in children),
+            default=_Kind.OTHER,
+        )
+
+    def _branches(self, node: nodes.If) -> _Kind:
+        self._kind(node.test)
+        values = [each.value for each in _all(node.test, nodes.Const)]
+        explains = (0 in values and "system" in values) or any(map(_EXPLAINING.search, _names(node.test)))
+        branches: list[list[Any]] = [node.body, node.elif_, node.else_]
+        return max(self._explain(explains, branch) for branch in branches)
+
+    def _explain(self, explains: bool, body: list[nodes.Node]) -> _Kind:
+        """Follow a block of statements, whose texts its condition or its name may explain."""
+        self._end_text()
+        self.explained += explains
+        kind = self._write(body)
+        self._end_text()
+        self.explained -= explains
+        return kind
+
+    def _loop(self, node: nodes.For) -> _Kind:
+        kind = self._kind(node.iter)
+        self._assign(node.target, _Kind.MESSAGE if kind in (_Kind.MESSAGES, _Kind.SAID) else kind)
+        if node.test is not None:
+            self._kind(node.test)
+        if node.recursive:
+            self._find(node, "A loop calls itself, so that it may not end.")
+        turns, self.turns = self.turns, self.turns * self._length(node.iter)
+        if self.turns > _MAX_TURNS:
+            self._find(node, f"Nested loops take {self.turns} turns or more.")
+        written = self._explain(False, [*node.body, *node.else_])
+        self.turns = turns
+        return written
+
+    def _length(self, iterable: nodes.Node) -> int:
+        """The number of turns of a loop. One over messages counts as one."""
+        if getattr(_called(iterable), "name", "") != "range":
+            return 1
+        numbers = [each.value for each in _all(iterable, nodes.Const) if isinstance(each.value, int)]
+        is_counted = any(each.name in ("length", "count") for each in _all(iterable, nodes.Filter))
+        if not is_counted and set(_names(iterable)) - {"range", "loop", "loop.index0", "loop.index"}:
+            self._find(iterable, "A loop has a computed number of turns, which may be large.")
+        return max([1, *map(abs, numbers)])
+
+    def _assign(self, target: Any, kind: _Kind, value: nodes.Node | None = None) -> None:
+        if isinstance(target, (nodes.Tuple, nodes.List)):
+            for item in target.items:
+                self._assign(item, kind)
+            return
+        if isinstance(value, nodes.Call) and getattr(_called(value), "name", "") == "namespace":
+            for keyword in value.kwargs:
+                self._keep(f".{keyword.key}", self._kind(keyword.value))
+        name = f"{target.name}.{target.attr}" if isinstance(target, nodes.NSRef) else target.name
+        if value is not None and _summands(value).count(name) > 1:
+            self._find(target, f"{name} is put together with itself, so that it can grow without bound.")
+        self._keep(f".{target.attr}" if isinstance(target, nodes.NSRef) else self.macro + name, kind)
+
+    def _keep(self, name: str, kind: _Kind) -> None:
+        self.kinds[name] = max(kind, self.kinds.get(name, _Kind.OTHER))
+
+    # Texts of the template's own
+
+    def _collect_text(self, node: nodes.Node) -> None:
+        """Collect constants that are written one after the other, up to something that is not constant."""
+        if isinstance(node, nodes.TemplateData) or (isinstance(node, nodes.Const) and isinstance(node.value, str)):
+            self.text_line = self.text_line if self.text else node.lineno
+            self.text += node.data if isinstance(node, nodes.TemplateData) else node.value
+        elif isinstance(node, (nodes.Getattr, nodes.Getitem)):
+            self._collect_text(node.node)
+            if _key(node) == "role":
+                self.in_system = False
+        elif isinstance(node, (nodes.Name, nodes.Compare, nodes.Test)) or isinstance(_called(node), nodes.Name):
+            self._end_text()
+        else:
+            for child in node.iter_child_nodes():
+                self._collect_text(child)
+
+    def _end_text(self) -> None:
+        text, self.text = self.text, ""
+        for role in _ROLE.finditer(text):
+            self.in_system = role[1] is not None
+        rest = _MARKER.sub(" ", text)
+        if len(re.findall(r"\w+", rest)) > 3 or sum(letter.isalpha() and letter > "\u024f" for letter in rest) > 5:
+            shown = " ".join(rest.split())
+            found = f"It writes a text of its own: {shown[:200]!r}."
+            # Before the first user speaks, or where tools are described, well-known templates do so too.
+            self.findings.append(TemplateFinding(self.text_line, found, self.in_system or self.explained > 0))
+
+    # Expressions
+
+    def _kind(self, node: nodes.Node) -> _Kind:
+        """Follow an expression, and return its kind."""
+        if isinstance(node, nodes.Name):
+            return self.kinds.get(self.macro + node.name, self.kinds.get(node.name, _Kind.OTHER))
+        if isinstance(node, (nodes.List, nodes.Tuple, nodes.Dict)):
+            kind = max(map(self._kind, node.iter_child_nodes()), default=_Kind.OTHER)
+            return _Kind.TEXTS if kind >= _Kind.DATE else kind
+        if isinstance(node, (nodes.Getattr, nodes.Getitem)):
+            return self._part(node)
+        if isinstance(node, nodes.Filter):
+            return self._filter(node, _Kind.OTHER if node.node is None else self._kind(node.node))
+        if isinstance(node, nodes.Call):
+            return self._call(node)
+        if isinstance(node, nodes.Compare):
+            is_member = all(operand.op in ("in", "notin") for operand in node.ops)
+            self._compare(node, [node.expr, *(operand.expr for operand in node.ops)], is_member)
+            return _Kind.OTHER
+        if isinstance(node, nodes.Test):
+            kind, arguments = self._kind(node.node), list(node.args)
+            if node.name not in self.environment.tests:
+                self._find(node, f"It uses the test {node.name!r}, which transformers does not know.")
+            if arguments:
+                self._compare(node, [node.node, *arguments], node.name == "in")
+            elif kind >= _Kind.DATE and node.name not in _TYPES:
+                self._judge(node, "decides by", kind, [])
+            return _Kind.OTHER
+        kind = max(map(self._kind, node.iter_child_nodes()), default=_Kind.OTHER)
+        if isinstance(node, nodes.BinExpr) and kind >= _Kind.DATE:
+            if not isinstance(node, (nodes.Add, nodes.Mod, nodes.And, nodes.Or)):
+                self._judge(node, "computes with", kind, [])
+        if isinstance(node, (nodes.Concat, nodes.Mod)):
+            return _written(kind)
+        return _Kind.OTHER if isinstance(node, nodes.Not) else kind
+
+    def _compare(self, node: nodes.Node, operands: Sequence[nodes.Node], is_member: bool = False) -> None:
+        kinds = list(map(self._kind, operands))
+        # Texts are compared with messages and their parts only if these are texts.
+        least = _Kind.DATE if is_member and len(str(getattr(operands[0], "value", ""))) > 1 else _Kind.MESSAGE
+        said = [operand for operand, kind in zip(operands, kinds, strict=True) if kind >= least]
+        others = [operand for operand in operands if operand not in said]
+        is_length = all(isinstance(each, nodes.Filter) and each.name in ("length", "count") for each in said)
+        if is_length and all(isinstance(each, nodes.Const) and each.value in (0, 1) for each in others):
+            return
+        if said and not others:
+            self._find(node, "It compares what messages say with each other.", is_note=True)
+        elif said:
+            self._judge(node, "decides by", max(kinds), others)
+
+    def _part(self, node: nodes.Getattr | nodes.Getitem) -> _Kind:
+        """The kind of `node.attr` or `node[arg]`."""
+        key, whole = _key(node), self._kind(node.node)
+        if isinstance(key, str) and key.startswith("_"):
+            self._find(node, f"It reaches for {key!r}, the inside of an object of Python.")
+        if isinstance(node.node, nodes.Name):
+            if node.node.name == "loop" and key in ("previtem", "nextitem"):
+                return _Kind.MESSAGE
+        if whole == _Kind.OTHER and (value := self.kinds.get(f".{key}")) is not None:
+            return value
+        by = self._kind(node.arg) if isinstance(node, nodes.Getitem) else _Kind.OTHER
+        if by >= _Kind.DATE:
+            self._judge(node, "looks something up by", by, [node.node])
+        is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+        if whole == _Kind.MESSAGES:
+            return _Kind.MESSAGES if is_slice else _Kind.MESSAGE
+        if whole >= _Kind.MESSAGE and key in _NOT_SAID:
+            return _Kind.OTHER
+        if is_slice and whole >= _Kind.DATE:
+            self._judge(node, "cuts", whole, [])
+        return max(_Kind.SAID if whole == _Kind.MESSAGE else whole, by)
+
+    def _filter(self, node: nodes.Filter, kind: _Kind) -> _Kind:
+        """The kind of a filter of a value of this kind."""
+        name, arguments = node.name, list(node.args)
+        given = max(map(self._kind, [*arguments, *(each.value for each in node.kwargs)]), default=_Kind.OTHER)
+        attribute = [each.value for each in node.kwargs if each.key == "attribute"]
+        if name not in self.environment.filters:
+            self._find(node, f"It uses the filter {name!r}, which transformers does not know.")
+        if name == "attr" and arguments:
+            return self._part(nodes.Getitem(node.node, arguments[0], "load", lineno=node.lineno))
+        if name in ("map", "groupby", "sort", "unique") and (attribute or (name == "groupby" and arguments)):
+            key = getattr((attribute or arguments)[0], "value", None)
+            return _Kind.OTHER if key in _NOT_SAID or kind == _Kind.OTHER else _Kind.TEXTS
+        if name in _SELECTING and kind != _Kind.OTHER:
+            key = getattr(arguments[0], "value", None) if arguments and name.endswith("attr") else None
+            test, compared = arguments[1:2] if name.endswith("attr") else arguments[:1], arguments[2:]
+            is_plain = not test or getattr(test[0], "value", None) in _TYPES
+            if key not in _NOT_SAID and not is_plain and (name.endswith("attr") or kind >= _Kind.DATE):
+                self._judge(node, "decides by", max(kind, _Kind.SAID), compared or arguments[1:])
+            return kind
+        if kind in (_Kind.MESSAGES, _Kind.MESSAGE):
+            if name in ("first", "last", "random"):
+                return _Kind.MESSAGE
+            return {"length": _Kind.OTHER, "count": _Kind.OTHER, "list": kind, "reverse": kind}.get(name, _Kind.TEXTS)
+        if kind >= _Kind.DATE and name == "map" and arguments:
+            name = getattr(arguments[0], "value", name)
+            arguments = arguments[1:]
+        if kind >= _Kind.DATE and name not in _KEEPING:
+            self._judge(node, "changes", kind, arguments[:1] if name in _SPLITTING else arguments)
+        return _written(max(kind, given))
+
+    def _call(self, node: nodes.Call) -> _Kind:
+        arguments = [*node.args, *(each.value for each in node.kwargs)]
+        kinds = list(map(self._kind, arguments))
+        given, called = max(kinds, default=_Kind.OTHER), node.node
+        if isinstance(called, nodes.Name):
+            if called.name in self.macros:
+                macro = self.macros[called.name]
+                names = [
+                    *(target.name for target in macro.args[: len(node.args)]),
+                    *(each.key for each in node.kwargs),
+                ]
+                for name, kind in zip(names, kinds, strict=False):
+                    self._keep(f"{called.name}:{name}", kind)
+                return self.kinds.get(f"{called.name}()", _Kind.OTHER)
+            if called.name not in _FUNCTIONS:
+                self._find(node, f"It calls {called.name!r}, which transformers does not know.")
+            kept = _Kind.TEXTS if given >= _Kind.MESSAGES else given
+            returned = {"strftime_now": _Kind.DATE, "caller": _Kind.TEXTS, "dict": kept}
+            return returned.get(called.name, _Kind.OTHER)
+        if not isinstance(called, (nodes.Getattr, nodes.Getitem)):
+            self._find(node, "It calls something computed.")
+            return max(given, self._kind(called))
+        name, owner = _key(called), self._kind(called.node)
+        if name not in _METHODS or name.startswith("_"):
+            self._find(node, f"It calls {name!r}, which is no method of texts, lists or dictionaries.")
+        if name == "get" and node.args:
+            return self._part(nodes.Getitem(called.node, node.args[0], "load", lineno=node.lineno))
+        if owner in (_Kind.MESSAGES, _Kind.MESSAGE):
+            return _Kind.TEXTS if name in ("items", "values") else owner
+        if owner >= _Kind.DATE and name in _SPLITTING:
+            self._judge(node, "cuts or changes", owner, node.args[:1])
+        elif max(owner, given) >= _Kind.DATE and (name not in _KEEPING or (name == "count" and arguments)):
+            self._judge(node, "decides by", max(owner, given), arguments if owner >= _Kind.DATE else [called.node])
+            return _Kind.OTHER
+        return _written(max(owner, given))
+
+
+def _written(kind: _Kind) -> _Kind:
+    """The kind of a text that values were written into."""
+    return _Kind.SAID if kind in (_Kind.MESSAGES, _Kind.MESSAGE) else kind
+
+
+def _all(node: nodes.Node, types: Any) -> list[Any]:
+    """The nodes of some types, with the node itself."""
+    return [*([node] if isinstance(node, types) else []), *node.find_all(types)]
+
+
+def _constants(node: nodes.Node) -> list[Any]:
+    """The values of all constants of an expression. None if it has names."""
+    return [] if _all(node, nodes.Name) else [each.value for each in _all(node, nodes.Const)]
+
+
+def _names(node: nodes.Node) -> list[str]:
+    names = [each.name for each in _all(node, nodes.Name)]
+    owned = [each for each in _all(node, nodes.Getattr) if isinstance(each.node, nodes.Name)]
+    return names + [f"{each.node.name}.{each.attr}" for each in owned]
+
+
+def _summands(node: nodes.Node) -> list[str]:
+    """The names that are put together."""
+    if isinstance(node, (nodes.Add, nodes.Concat)):
+        return [name for child in node.iter_child_nodes() for name in _summands(child)]
+    return _names(node)[-1:] if isinstance(node, (nodes.Name, nodes.Getattr)) else []
+
+
+def _called(node: nodes.Node) -> nodes.Node | None:
+    return node.node if isinstance(node, nodes.Call) else None
+
+
+def _key(node: nodes.Getattr | nodes.Getitem) -> Any:
+    """The key of `node.attr` or `node[arg]` if it is constant."""
+    return node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
