@@ -79,7 +79,7 @@ def without_secrets(value: Any) -> Any:
     if re.match(r"\W*\{", value):
         try:
             return json.dumps(without_secrets(json.loads(value)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return HIDDEN
     return hide_secrets(value)
 

@@ -30,7 +30,7 @@ def check_integer(args: TrainingArguments, name: str, least: int) -> None:
 def _read_json_object(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         # It can hold a token, so it is not shown.

@@ -24,6 +24,7 @@ from helpers.tiny import crow_args
         {"gradient_accumulation_steps": 0},
         {"model_init_kwargs": "dtype=bfloat16"},
         {"model_init_kwargs": "[1]"},
+        {"model_init_kwargs": '{"a":' * 50_000},
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
     ],
     ids=str,
