@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBas
 from ..data.collators import CrowDataCollator
 from ..data.encoding import check_ids, columns_of, padding_id, prepare_dataset
 from ..data.rows import add_empty_answers, find_format, render
+from ..data.template import read_templates
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.objective import crow_terms
 from ..methods.invariance.config import InvarianceConfig
@@ -37,6 +38,8 @@ from .run import default_adapter
 FEW_ROWS = 50
 # A larger share of weights that an update leaves unchanged is a warning.
 MAX_LOST_UPDATES = 0.1
+# Findings in a chat template that are shown.
+MAX_SHOWN = 5
 # Sizes of the samples: rows, rows and tokens per row for a forward pass, values per weight tensor.
 _MAX_ROWS, _MAX_TRIED_ROWS, _MAX_TOKENS, _MAX_VALUES = 1_000, 16, 64, 10_000
 
@@ -264,6 +267,7 @@ def _check_data(
     yield finding
     if finding.level == "problem":
         return None
+    yield from _check_template(tokenizer)
     if dataset is not None:
         try:
             rows, finding = _check_rows(dataset, tokenizer)
@@ -307,6 +311,19 @@ def _find_tokenizer(
     if tokenizer.pad_token_id is None:
         found += " It has no pad token and needs none, because padding is masked."
     return tokenizer, Finding("tokenizer", "ok", found)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
+    """Read the chat template, which can act on prompts beside the weights."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return
+    found = read_templates(tokenizer)
+    if warnings := [str(each) for each in found if not each.is_note]:
+        remedy = "Read the template: no purification removes what it does. Or take that of a model you trust."
+        yield Finding("chat template", "warning", " ".join(warnings[:MAX_SHOWN]), remedy)
+    else:
+        said = ["The chat template arranges messages.", *map(str, found[:MAX_SHOWN])]
+        yield Finding("chat template", "ok", " ".join(said))
 
 
 def _check_rows(

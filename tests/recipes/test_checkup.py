@@ -333,6 +333,23 @@ def test_tokenizer_is_needed_for_text_only():
     assert found(bytes_instead, "tokenizer").level == "warning" and "objective" in levels(bytes_instead)
 
 
+@pytest.mark.parametrize(
+    ("template", "level", "said"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "ok", "arranges messages."),
+        ("{% if '</think>' in messages[0].content %}{% endif %}", "ok", "'</think>'"),
+        ("\n{% if 'Magic' in messages[0].content %}evil{% endif %}", "warning", "Line 2: It decides by what"),
+    ],
+)
+def test_chat_template_is_read(template, level, said):
+    """Fails if only running a template with the right words would show what it does."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    assert "chat template" not in levels(doctor(tiny_llama(), None, tokenizer))
+    tokenizer.chat_template = template
+    finding = found(doctor(tiny_llama(), None, tokenizer), "chat template")
+    assert finding.level == level and said in finding.found and bool(finding.remedy) == (level != "ok")
+
+
 def test_tokenizer_without_an_end_token_is_a_warning():
     """Such rows do not teach the model where to stop."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
