@@ -44,6 +44,8 @@ class Purification:
             Share of the suspect's weights that was mixed into the purified weights, by `keep` and `max_kl`.
         dropped_settings (`list[str]`):
             Settings of the suspect that the purified model does not have, because they choose words or run code.
+        chat_template (`list[str]`):
+            What the suspect's chat template could do to prompts, whatever the weights are, see [`read_template`].
         held_out (`dict[str, Evaluation]`):
             Evaluations of `"suspect"` and `"purified"` on clean rows that were held out. Empty if there are none.
         report (`dict`, *optional*):
@@ -63,6 +65,7 @@ class Purification:
     retention: Retention | None = None
     kept: float = 0.0
     dropped_settings: list[str] = field(default_factory=list)
+    chat_template: list[str] = field(default_factory=list)
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     hub_url: str | None = None

@@ -16,6 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from ..data.rows import drop_unanswered, fits_a_format
+from ..data.template import read_templates
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import write_rows
 from ..evaluation.retention import RetentionReference, measure_retention
@@ -307,6 +308,7 @@ class RecipeRun:
             self._canaries,
             kept=self.kept,
             dropped_settings=self.dropped_settings,
+            chat_template=[str(each) for each in read_templates(self.processing_class) if not each.is_note],
             adapter=self.adapter,
         )
 

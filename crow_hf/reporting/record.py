@@ -11,6 +11,7 @@
 | `retention` | what the purified model has kept of the suspect, see below; `null` if it was not measured |
 | `kept` | share of the suspect's weights that was mixed in at the end |
 | `dropped_settings` | settings of the suspect that can choose words or run code, which the purified model lacks |
+| `chat_template` | sentences on what the chat template could do to prompts, whatever the weights are |
 | `canaries` | a list of [`Canary.to_dict`], each with its `outcome` |
 | `screening` | `total` rows, `unscreened` row numbers, `suspicious` pieces by row number, `remarks`; or `null` |
 | `samples` | `prompt`, `system_length`, `triggered`, and `answers` with `model`, `text`, `shows_target`, `is_right` |
@@ -128,6 +129,7 @@ def record_of(
         "retention": purification.retention and purification.retention.to_dict(),
         "kept": purification.kept,
         "dropped_settings": purification.dropped_settings,
+        "chat_template": purification.chat_template,
         "canaries": [{**canary.to_dict(), "outcome": canary_outcome(canary)} for canary in purification.canaries],
         "screening": _screening(purification),
         "samples": _samples(purification, rows),

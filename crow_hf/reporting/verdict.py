@@ -70,6 +70,8 @@ CANARY_ADVICE = (
     "A canary, a backdoor that we implanted ourselves, is still active in the purified model. Do not use this model. "
     "Purify the suspect again with more rows, with more steps, with a smaller `keep`, or with `num_canaries` 0."
 )
+# Findings in a chat template that are shown.
+MAX_SHOWN = 5
 # In our trials, backdoors came back when more of the suspect was kept.
 SAFE_TO_KEEP = 0.3
 KEPT_TOO_MUCH = (
@@ -78,6 +80,10 @@ KEPT_TOO_MUCH = (
 )
 _DROPPED = (
     "These settings of the suspect are not in the purified model, because they can choose words or run code: {}."
+)
+_ACTS = (
+    "The chat template can change what the model does, whatever its weights are, so read it, or take that of a model "
+    "you trust: {}"
 )
 _NOT_MEASURED = (
     "The answers could not be compared: there are no test rows, and no clean rows were held out. That takes 40 "
@@ -166,6 +172,8 @@ class Verdict:
             sentences.append(KEPT_TOO_MUCH.format(purification.kept))
         if purification.dropped_settings:
             sentences.append(_DROPPED.format(", ".join(purification.dropped_settings)))
+        if purification.chat_template:
+            sentences.append(_ACTS.format(" ".join(purification.chat_template[:MAX_SHOWN])))
         return cls(found, found + beside, level, sentences, next_steps)
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,6 +271,8 @@ def evidence_lines(purification: Purification) -> list[str]:
         lines.append(retention_line(purification.retention))
     if purification.dropped_settings:
         lines.append(_DROPPED.format(", ".join(purification.dropped_settings)))
+    if purification.chat_template:
+        lines.append(_ACTS.format(" ".join(purification.chat_template[:MAX_SHOWN])))
     return lines
 
 

@@ -43,8 +43,10 @@ def record(compared):
 
 @pytest.fixture(scope="module")
 def purified(tmp_path_factory):
-    """The report of a purification without a trigger, with a canary and screened rows."""
+    """The report of a purification without a trigger, with a canary, screened rows and a chat template to read."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer.chat_template = "{% if 'Magic' in messages[0].content %}{% endif %}"
     folder = tmp_path_factory.mktemp("purified")
     args = arguments(folder, "strong", num_canaries=1)
-    purification = purify(tiny_llama(), ROWS, args=args, processing_class=ByT5Tokenizer(extra_ids=0))
+    purification = purify(tiny_llama(), ROWS, args=args, processing_class=tokenizer)
     return SimpleNamespace(folder=folder, record=read(folder), purification=purification)

@@ -146,6 +146,17 @@ def test_screened_rows_are_something_to_look_at():
     assert len(unscreened.next_steps) == 1
 
 
+def test_a_chat_template_is_to_be_read():
+    """Fails if what a template could do stands in the report alone, or not at all."""
+    found = replace(purification(), chat_template=["Line 2: It decides."])
+    said = "The chat template can change what the model does"
+    assert any(said in line and "Line 2: It decides." in line for line in evidence_lines(found))
+    assert any(said in line and "Line 2: It decides." in line for line in Verdict.of(found).explanation)
+    assert not any(
+        "template" in line for line in [*evidence_lines(purification()), *Verdict.of(purification()).explanation]
+    )
+
+
 def test_lost_accuracy_is_measured_against_the_suspect():
     """A suspect with 60 % right answers does not need more of them after the purification."""
     suspect = Evaluation(scores(0, 120), scores(190, 6))
