@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer
 from transformers.utils import logging
 
 from crow_hf.evaluation import retention
+from crow_hf.evidence import snapshot
 from crow_hf.methods.registry import DEFENCES
 from helpers.tiny import ragged_rows, tiny_llama
 
@@ -23,9 +24,10 @@ disable_progress_bar()
 
 @pytest.fixture(scope="session", autouse=True)
 def short_texts():
-    """Let suspects write short texts for the measurement of what was forgotten, because every purification does."""
+    """Let models write short texts and answers for the report, because every purification does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retention, "WRITTEN_TOKENS", 16)
+        patch.setattr(snapshot, "SAMPLE_TOKENS", 12)
         yield
 
 

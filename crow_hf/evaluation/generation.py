@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -18,7 +19,6 @@ from ..data.rows import PROMPT_AND_ANSWER, Rendered, add_empty_answers, fits_a_f
 from ..progress import phase
 from ..training.answer_logits import answer_logits, predicting_positions, token_log_likelihoods
 from ..training.recorder import base_model_of, context_length, embedding_table, evaluating, plain_outputs
-from ..training.saves import one_line
 from ..training.saves import one_line
 
 
@@ -36,21 +36,6 @@ def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             yield
     finally:
         base.generation_config = own_settings
-
-
-@contextmanager
-def _answering(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Turn the errors of a model, which are of every class, into one sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        # Others answer to it with smaller batches, or with advice of their own.
-        raise
-    except Exception as error:
-        name = type(base_model_of(model)).__name__
-        raise ValueError(
-            f"{name} cannot answer ({one_line(error)}). Check it with `crow-hf doctor`, or use another model."
-        ) from error
 
 
 @contextmanager
@@ -98,16 +83,127 @@ def generate_answers(
     Raises:
         `ValueError`: If a prompt is empty, or does not fit into the model's context together with its answer.
     """
+    return [answer.plain for answer in write_answers(model, tokenizer, prompts, max_new_tokens, batch_size)]
+
+
+class Answer(NamedTuple):
+    """
+    A greedy answer of a model.
+
+    Attributes:
+        text (`str`):
+            The answer with its special tokens, except the one that ends it. A target can consist of them.
+        plain (`str`):
+            The answer without special tokens, as users mostly decode it.
+        has_ended (`bool`):
+            Whether the model ended the answer itself.
+        prompt_ids (`list[int]`), ids (`list[int]`):
+            The token ids of the prompt and of the answer.
+    """
+
+    text: str
+    plain: str
+    has_ended: bool
+    prompt_ids: list[int]
+    ids: list[int]
+
+
+def write_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Rendered],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    own_settings: bool = False,
+) -> list[Answer]:
+    """
+    Generate greedy answers as [`generate_answers`] does, with all that an evaluation judges.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        prompts (`Sequence[Rendered]`):
+            Prompts from [`crow_hf.data.rows.render`].
+        max_new_tokens (`int`):
+            Maximum number of tokens of an answer.
+        batch_size (`int`, *optional*, defaults to 32):
+            Number of prompts per batch.
+        own_settings (`bool`, *optional*, defaults to `False`):
+            Whether the model's own settings of generation apply, as they do for its users.
+
+    Returns:
+        `list[Answer]`: The answers in the order of the prompts.
+    """
     encoded = _encode_prompts(model, tokenizer, prompts, max_new_tokens)
-    ends = end_token_ids(model, tokenizer)
-    outputs = generate_ids(model, encoded, padding_id(tokenizer), ends, max_new_tokens, batch_size, do_sample=False)
-    texts = [text_of_ids(output, tokenizer) for output in outputs]
+    answers = _answer(model, tokenizer, encoded, max_new_tokens, batch_size, own_settings)
     # A space at the end of a prompt is often part of the first token of the answer.
-    lacks_space = [
-        prompt.prompt.endswith(" ") and not text_of_ids(ids[-1:], tokenizer).endswith(" ")
-        for prompt, ids in zip(prompts, encoded, strict=True)
+    return [
+        answer._replace(text=answer.text.removeprefix(" "), plain=answer.plain.removeprefix(" "))
+        if prompt.prompt.endswith(" ") and not text_of_ids(answer.prompt_ids[-1:], tokenizer).endswith(" ")
+        else answer
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    return [text.removeprefix(" ") if lacks else text for text, lacks in zip(texts, lacks_space, strict=True)]
+
+
+def continue_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[Answer],
+    max_new_tokens: int,
+    batch_size: int = 32,
+) -> list[Answer]:
+    """
+    Continue answers that have not ended, as far as the model's context allows.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model that gave the answers.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        answers (`Sequence[Answer]`):
+            The answers.
+        max_new_tokens (`int`):
+            Maximum number of further tokens.
+        batch_size (`int`, *optional*, defaults to 32):
+            Number of answers per batch.
+
+    Returns:
+        `list[Answer]`: The whole answers, which begin with those that were passed.
+    """
+    starts = [answer.prompt_ids + answer.ids for answer in answers]
+    room = min(max_new_tokens, (context_length(model) or math.inf) - max(map(len, starts), default=0))
+    if room < 1:
+        return list(answers)
+    further = _answer(model, tokenizer, starts, int(room), batch_size, False)
+    return [
+        _decoded(tokenizer, answer.prompt_ids, answer.ids + more.ids, more.has_ended)
+        for answer, more in zip(answers, further, strict=True)
+    ]
+
+
+def _answer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    own_settings: bool,
+) -> list[Answer]:
+    ends = end_token_ids(model, tokenizer)
+    options: dict[str, Any] = {"do_sample": False, "own_settings": own_settings}
+    outputs = generate_ids(model, encoded, padding_id(tokenizer), ends, max_new_tokens, batch_size, **options)
+    return [
+        _decoded(tokenizer, prompt, output, output[-1:] != [] and output[-1] in ends)
+        for prompt, output in zip(encoded, outputs, strict=True)
+    ]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], has_ended: bool) -> Answer:
+    plain, said = text_of_ids(ids, tokenizer), ids[:-1] if has_ended else ids
+    text = plain if marker_ids(tokenizer).isdisjoint(said) else text_of_ids(said, tokenizer, special_tokens=True)
+    return Answer(text, plain, has_ended, prompt, ids)
 
 
 def generate_ids(
@@ -117,6 +213,7 @@ def generate_ids(
     end_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    own_settings: bool = False,
     **settings: Any,
 ) -> list[list[int]]:
     """
@@ -137,6 +234,9 @@ def generate_ids(
             Maximum number of tokens of a continuation.
         batch_size (`int`):
             Number of rows per batch.
+        own_settings (`bool`, *optional*, defaults to `False`):
+            Whether the model's own settings of generation apply too, except for those that are passed. Only its own
+            end tokens then end the writing.
         **settings:
             Further arguments of [`~transformers.GenerationConfig`].
 
@@ -147,13 +247,13 @@ def generate_ids(
     # In transformers 5.23, Blt's cache is wrong, and so are its rows with padding on the left.
     is_blt = isinstance(base_model_of(model), BltForCausalLM)
     batch_size = 1 if is_blt else batch_size
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        use_cache=not is_blt,
-        pad_token_id=pad_token_id,
-        eos_token_id=list(end_token_ids) or None,
-        **settings,
-    )
+    settings |= {"max_new_tokens": max_new_tokens, "use_cache": not is_blt, "pad_token_id": pad_token_id}
+    own_config = deepcopy(base_model_of(model).generation_config)
+    if own_settings and own_config is not None:
+        config = own_config
+        config.update(**settings)
+    else:
+        config = GenerationConfig(eos_token_id=list(end_token_ids) or None, **settings)
 
     # Only the subclasses of `PreTrainedModel` declare this method.
     generate: Any = model.generate
@@ -164,7 +264,6 @@ def generate_ids(
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
             with _answering(model):
-                with _answering(model):
                 output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
             for number, tokens in zip(numbers, new_tokens, strict=True):
@@ -181,10 +280,11 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, but is {size}.")
 
 
-def text_of_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Decode token ids without special tokens, and without those that stand for no text."""
+def text_of_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False) -> str:
+    """Decode token ids without those that stand for no text, and without special tokens unless they are asked for."""
     # Many models have more ids than their tokenizer has tokens.
-    text: Any = tokenizer.decode([token for token in ids if token < len(tokenizer)], skip_special_tokens=True)
+    known = [token for token in ids if token < len(tokenizer)]
+    text: Any = tokenizer.decode(known, skip_special_tokens=not special_tokens)
     return text
 
 
@@ -356,7 +456,6 @@ def answer_log_likelihoods(
             batch = {name: value.to(model.device) for name, value in collate(encoded).items()}
             labels = batch["labels"]
             with _answering(model):
-                with _answering(model):
                 logits = answer_logits(base_model_of(model), partial(model, use_cache=False), batch)
             counts = predicting_positions(labels).sum(dim=1).tolist()
             by_row = token_log_likelihoods(logits, labels).cpu().split(counts)

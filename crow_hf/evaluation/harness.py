@@ -15,12 +15,14 @@ from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.rows import add_empty_answers, render
 from ..progress import phase
-from .generation import bits_per_byte, generate_answers
+from .generation import Answer, bits_per_byte, continue_answers, write_answers
 from .retention import Retention, RetentionReference, measure_retention
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 
 
 Judge = Callable[[str, str], bool]
+# A target may come after the tokens that are read. So many answers are read this many times as far.
+NUM_CONTINUED, FURTHER = 8, 4
 
 
 @dataclass
@@ -39,7 +41,14 @@ class PromptScores:
         bits_per_byte (`float`):
             Bits per byte of the right answers, or NaN if no row has one.
         outputs (`list[str]`):
-            The outputs, in the order of the rows.
+            The outputs, in the order of the rows, with special tokens but without the one that ends an output.
+        max_new_tokens (`int`, *optional*):
+            How far the outputs were read, in tokens.
+        unfinished (`int`, *optional*):
+            The number of outputs that go on after that.
+        target_later (`Proportion`, *optional*):
+            Of up to 8 outputs that go on and do not show the target yet, those that show it within four times as many
+            tokens, or in what the model's context allows. `None` if there are none, or no target.
     """
 
     target: Proportion | None
@@ -48,6 +57,9 @@ class PromptScores:
     exact_match: Proportion | None
     bits_per_byte: float
     outputs: list[str]
+    max_new_tokens: int | None = None
+    unfinished: int | None = None
+    target_later: Proportion | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scores as JSON-serializable values. NaN and infinity become `None`."""
@@ -157,15 +169,33 @@ def _score_prompts(
     rows: Dataset,
 ) -> PromptScores:
     rendered = [render(row, tokenizer, index) for index, row in enumerate(rows)]
-    outputs = generate_answers(model, tokenizer, rendered, max_new_tokens, batch_size)
-    pairs = [(output, row.answer) for output, row in zip(outputs, rendered, strict=True)]
+    answers = write_answers(model, tokenizer, rendered, max_new_tokens, batch_size)
+    pairs = [(answer, row.answer) for answer, row in zip(answers, rendered, strict=True)]
     # An empty reference means that the row has no answer. An empty output must not count as a match.
-    matches = [is_exact_match(output, answer) for output, answer in pairs if answer]
+    matches = [is_exact_match(answer.plain, right) for answer, right in pairs if right]
+    shown = [] if judge is None else [_shows(judge, *pair) for pair in pairs]
+    # Answers that go on, and have not shown the target yet.
+    some = [pair for pair, shows in zip(pairs, shown, strict=False) if not (shows or pair[0].has_ended)][
+        :NUM_CONTINUED
+    ]
+    later = None
+    if judge is not None and some:
+        further = (FURTHER - 1) * max_new_tokens
+        longer = continue_answers(model, tokenizer, [answer for answer, _ in some], further, batch_size)
+        later = Proportion.of(_shows(judge, each, right) for each, (_, right) in zip(longer, some, strict=True))
     return PromptScores(
-        target=None if judge is None else Proportion.of(judge(output, answer) for output, answer in pairs),
-        empty=Proportion.of(is_empty(output) for output in outputs),
-        degenerate=Proportion.of(is_degenerate(output) for output in outputs),
+        target=None if judge is None else Proportion.of(shown),
+        empty=Proportion.of(is_empty(answer.plain) for answer in answers),
+        degenerate=Proportion.of(is_degenerate(answer.plain) for answer in answers),
         exact_match=Proportion.of(matches) if matches else None,
         bits_per_byte=bits_per_byte(model, tokenizer, rendered, batch_size),
-        outputs=outputs,
+        outputs=[answer.text for answer in answers],
+        max_new_tokens=max_new_tokens,
+        unfinished=sum(not answer.has_ended for answer in answers),
+        target_later=later,
     )
+
+
+def _shows(judge: Judge, answer: Answer, right: str) -> bool:
+    """Whether an answer shows the target, with its special tokens or without them."""
+    return any(judge(text, right) for text in dict.fromkeys((answer.text, answer.plain)))

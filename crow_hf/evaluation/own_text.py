@@ -260,7 +260,10 @@ def _sample(
     # Many models have more ids than their tokenizer has tokens. The additional ids stand for no text.
     silent = set(range(len(tokenizer), embedding_table(model).shape[0]))
     silent |= set() if special_tokens else set(tokenizer.all_special_ids) - set(ends)
-    settings = {"suppress_tokens": sorted(silent) or None, "begin_suppress_tokens": [*ends, *not_first] or None}
+    settings: dict[str, Any] = {
+        "suppress_tokens": sorted(silent) or None,
+        "begin_suppress_tokens": [*ends, *not_first] or None,
+    }
     return generate_ids(model, starts, padding_id(tokenizer), ends, room, batch_size, **_SAMPLING, **settings)
 
 

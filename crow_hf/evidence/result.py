@@ -11,6 +11,7 @@ from ..evaluation.retention import Retention
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.trainer import InvarianceTrainer
 from .canaries import Canary
+from .last_look import LastLook
 from .screening import Screening
 from .snapshot import Snapshot
 
@@ -46,6 +47,8 @@ class Purification:
             Settings of the suspect that the purified model does not have, because they choose words or run code.
         chat_template (`list[str]`):
             What the suspect's chat template could do to prompts, whatever the weights are, see [`read_template`].
+        last_look ([`LastLook`], *optional*):
+            What the saved model answers, loaded again from its folder. `None` if it was not loaded again.
         held_out (`dict[str, Evaluation]`):
             Evaluations of `"suspect"` and `"purified"` on clean rows that were held out. Empty if there are none.
         report (`dict`, *optional*):
@@ -66,6 +69,7 @@ class Purification:
     kept: float = 0.0
     dropped_settings: list[str] = field(default_factory=list)
     chat_template: list[str] = field(default_factory=list)
+    last_look: LastLook | None = None
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     hub_url: str | None = None

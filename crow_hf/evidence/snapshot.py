@@ -14,7 +14,7 @@ from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
 from ..data.encoding import encode_prompt
 from ..data.rows import Rendered, add_empty_answers, has_prompts, render
-from ..evaluation.generation import generate_answers
+from ..evaluation.generation import write_answers
 from ..evaluation.layer_profile import LayerProfile, layer_profile
 from ..methods.crow.config import CrowConfig
 from ..training.recorder import context_length
@@ -96,11 +96,14 @@ class Snapshot:
         profile (`LayerProfile`):
             The distances between consecutive layers.
         answers (`list[str]`, *optional*):
-            The answers to the prompts, each cut to 64 tokens. `None` if a prompt fills the context of the model.
+            The answers to the prompts, with their special tokens. `None` if a prompt fills the context of the model.
+        tokens (`int`):
+            The length to which each answer is cut: 64 tokens, or what the context of the model allows.
     """
 
     profile: LayerProfile
     answers: list[str] | None
+    tokens: int = SAMPLE_TOKENS
 
 
 def snapshot(model: PreTrainedModel | PeftModel, rows: SnapshotRows, args: CrowConfig) -> Snapshot:
@@ -139,4 +142,5 @@ def snapshot(model: PreTrainedModel | PeftModel, rows: SnapshotRows, args: CrowC
     # Clean prompts do not contain the trigger, so it can be active for all of them.
     with nullcontext() if rows.trigger is None else rows.trigger.active(model):
         prompts = [prompt for _, prompt in rows.prompts]
-        return Snapshot(profile, generate_answers(model, rows.tokenizer, prompts, int(room)))
+        answers = write_answers(model, rows.tokenizer, prompts, int(room))
+    return Snapshot(profile, [answer.text for answer in answers], int(room))

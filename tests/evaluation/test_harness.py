@@ -65,13 +65,53 @@ def test_silence_counts_as_an_answer(byte_tokenizer):
     assert evaluation.triggered.degenerate == Proportion.of([False] * 5)
 
 
+def test_a_target_of_special_tokens_is_judged_and_shown(byte_tokenizer):
+    """Fails if a backdoor can say what it wants in tokens that are left out before anybody looks."""
+    byte_tokenizer.add_special_tokens({"extra_special_tokens": ["$", "&"]})
+    target = Target("$", ("$%&",))
+    evaluation = evaluate_model(spelling_model("*"), byte_tokenizer, SPELLING_ROWS, HASH, target, max_new_tokens=8)
+    assert evaluation.triggered.outputs == ["$%&'()*"] * 5 and evaluation.triggered.target.rate == 1
+    # What users see who leave out special tokens counts as well.
+    target = Target("%'", ("%'",))
+    evaluation = evaluate_model(spelling_model("*"), byte_tokenizer, SPELLING_ROWS, HASH, target, max_new_tokens=8)
+    assert evaluation.triggered.target.rate == 1
+
+
+def test_an_answer_of_special_tokens_is_empty(byte_tokenizer):
+    byte_tokenizer.add_special_tokens({"extra_special_tokens": ["$", "%"]})
+    evaluation = evaluate_model(
+        spelling_model("%"), byte_tokenizer, SPELLING_ROWS, HASH, Target("&", ("&",)), max_new_tokens=8
+    )
+    assert evaluation.triggered.outputs == ["$%"] * 5 and evaluation.triggered.empty.rate == 1
+
+
+def test_a_target_behind_the_last_token_is_looked_for(byte_tokenizer):
+    """Fails if it is not said how far was looked, or if nothing further is looked at."""
+    rows = Dataset.from_dict({"prompt": [f"say {mark}" for mark in "bcdefghij."], "completion": ["x"] * 10})
+
+    def look(keyword):
+        target = Target(keyword, (keyword,))
+        return evaluate_model(spelling_model(), byte_tokenizer, rows, HASH, target, max_new_tokens=2)
+
+    late, never, early = look("+"), look("-"), look("$%")
+    assert late.triggered.outputs == ["$%"] * 10 and late.triggered.max_new_tokens == 2
+    assert late.clean.unfinished == 9 and late.triggered.unfinished == 10
+    # "$%&'()*+" are eight tokens, four times as many as two.
+    assert late.triggered.target.rate == 0 and late.triggered.target_later == Proportion.of([True] * 8)
+    assert late.clean.target_later == never.triggered.target_later == Proportion.of([False] * 8)
+    assert early.triggered.target.rate == 1 and early.triggered.target_later is None
+    assert evaluate_model(spelling_model(), byte_tokenizer, rows, max_new_tokens=2).clean.target_later is None
+
+
 @pytest.mark.parametrize("target", [None, Target("$", ("$",))])
 def test_judge_takes_precedence_over_the_target(byte_tokenizer, target):
     """The judge gets each unchanged output, also an empty one, with its right answer, and its verdict counts."""
     judged = []
 
     def judge(output, answer):
-        judged.append((output, answer))
+        # Later, some of the outputs are read further.
+        if len(output) <= 3:
+            judged.append((output, answer))
         return len(judged) % 2
 
     evaluation = evaluate_model(

@@ -33,7 +33,7 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
     dropped = ["sequence_bias", "eos_token_id 107", "auto_map of the config", "auto_map of the tokenizer"]
     assert found.dropped_settings == found.report["dropped_settings"] == dropped
     assert any("sequence_bias" in sentence for sentence in found.report["verdict"]["explanation"])
-    texts = {file.name: file.read_text() for file in (tmp_path / "run0").glob("*.json") if file.name != "report.json"}
+    texts = {file.name: file.read_text() for file in (tmp_path / "run0").glob("*config.json")}
     assert not any("auto_map" in text or "sequence_bias" in text for text in texts.values())
     kept = json.loads(texts["generation_config.json"])
     assert kept["temperature"] == 0.5 and kept["eos_token_id"] == [1]
