@@ -12,6 +12,7 @@
 | `kept` | share of the suspect's weights that was mixed in at the end |
 | `dropped_settings` | settings of the suspect that can choose words or run code, which the purified model lacks |
 | `chat_template` | sentences on what the chat template could do to prompts, whatever the weights are |
+| `last_look` | the saved model: numbers of `prompts` and of `tokens`, `different` answers, `trouble`; may be `null` |
 | `canaries` | a list of [`Canary.to_dict`], each with its `outcome` |
 | `screening` | `total` rows, `unscreened` row numbers, `suspicious` pieces by row number, `remarks`; or `null` |
 | `samples` | `prompt`, `system_length`, `triggered`, and `answers` with `model`, `text`, `shows_target`, `is_right` |
@@ -130,6 +131,7 @@ def record_of(
         "kept": purification.kept,
         "dropped_settings": purification.dropped_settings,
         "chat_template": purification.chat_template,
+        "last_look": purification.last_look and purification.last_look.to_dict(),
         "canaries": [{**canary.to_dict(), "outcome": canary_outcome(canary)} for canary in purification.canaries],
         "screening": _screening(purification),
         "samples": _samples(purification, rows),
