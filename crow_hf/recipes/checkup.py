@@ -16,12 +16,14 @@ from ..data.collators import CrowDataCollator
 from ..data.encoding import check_ids, columns_of, padding_id, prepare_dataset
 from ..data.rows import add_empty_answers, find_format, render
 from ..data.template import read_templates
+from ..evaluation.generation import text_of_ids
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.objective import crow_terms
 from ..methods.invariance.config import InvarianceConfig
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
+from ..training.foreign import foreign_generation
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
 from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, evaluating, recorder_of
 from ..training.saves import one_line
@@ -268,6 +270,7 @@ def _check_data(
     if finding.level == "problem":
         return None
     yield from _check_template(tokenizer)
+    yield from _check_generation(model, tokenizer)
     if dataset is not None:
         try:
             rows, finding = _check_rows(dataset, tokenizer)
@@ -283,6 +286,20 @@ def _check_data(
     finding = _check_ids(rows, len(embedding_table(base)))
     yield finding
     return None if finding.level == "problem" else (rows, tokenizer)
+
+
+def _check_generation(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Finding]:
+    settings = foreign_generation(model, tokenizer)
+    remedy = "A purification leaves them out of what it measures, and drops them. Ask why they are there."
+    if tokenizer is not None and (ends := settings.pop("eos_token_id", [])):
+        words = ", ".join(f"{token} ({text_of_ids([token], tokenizer)!r})" for token in ends)
+        found = f"Tokens that are no special tokens end answers: {words}. What follows them would never be seen."
+        yield Finding("end tokens", "warning", found, remedy)
+    if settings:
+        found = f"The settings of generation can choose the words of answers: {', '.join(settings)}."
+        yield Finding("generation", "warning", found, remedy)
 
 
 def _find_tokenizer(

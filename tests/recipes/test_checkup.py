@@ -350,6 +350,18 @@ def test_chat_template_is_read(template, level, said):
     assert finding.level == level and said in finding.found and bool(finding.remedy) == (level != "ok")
 
 
+def test_settings_that_choose_words_or_end_answers_at_words_are_warnings():
+    """Fails if a suspect that hides its target behind its first word looks healthy, or if it is changed."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id, model.generation_config.sequence_bias = [1, 107], [[[5], 9.0]]
+    findings = doctor(model, processing_class=BYTES)
+    assert found(findings, "end tokens").level == found(findings, "generation").level == "warning"
+    assert (
+        "107 ('h')" in found(findings, "end tokens").found and "sequence_bias" in found(findings, "generation").found
+    )
+    assert model.generation_config.eos_token_id == [1, 107] and model.generation_config.sequence_bias
+
+
 def test_tokenizer_without_an_end_token_is_a_warning():
     """Such rows do not teach the model where to stop."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
