@@ -30,6 +30,12 @@ def documented_keys():
     return re.findall(r"^\| `(\w+)` \|", record_module.__doc__, flags=re.MULTILINE)
 
 
+def test_what_the_chat_template_could_do_is_recorded(compared, purified):
+    (said,) = purified.record["chat_template"]
+    assert said == "Line 1: It decides by what a message says: 'Magic'." and compared.record["chat_template"] == []
+    assert said in purified.record["verdict"]["explanation"][-1]
+
+
 def test_keys_are_documented(compared, purified):
     """Fails if a documented key is missing, or if a key is not documented."""
     assert len(purified.record["canaries"]) == 1 and purified.record["screening"]["total"] == 12
