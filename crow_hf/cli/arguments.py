@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -240,7 +242,7 @@ def _add(group: Any, option: Option, hidden: bool) -> None:
         settings |= {"type": _truth_or_text if "str" in kinds else _truth, "nargs": "?", "const": True}
         settings |= {"metavar": "true|false"}
     elif kinds & {"int", "float"}:
-        settings |= {"type": int if "int" in kinds else float, "metavar": "NUMBER"}
+        settings |= {"type": _whole_number if "int" in kinds else _finite_number, "metavar": "NUMBER"}
     elif _is_list(option):
         settings |= {"nargs": "+"}
     if option.choices:
@@ -269,6 +271,21 @@ def _truth(word: str) -> bool:
 
 def _truth_or_text(word: str) -> bool | str:
     return word.lower() in _TRUE if word.lower() in _TRUE + _FALSE else word
+
+
+def _whole_number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected a whole number") from None
+
+
+def _finite_number(word: str) -> float:
+    """Read a number. NaN and infinity pass comparisons of later checks, and fail in the middle of the work."""
+    with suppress(ValueError):
+        if math.isfinite(number := float(word)):
+            return number
+    raise argparse.ArgumentTypeError("expected a finite number")
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:

@@ -255,6 +255,14 @@ def test_flag_on_the_command_line_wins_over_the_config(tmp_path):
     assert parse_arguments("implant", argv[:-2])[0].merge is False
 
 
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf", "1e309", "x", ""])
+@pytest.mark.parametrize("option", ["learning_rate", "logging_steps", "num_train_epochs", "max_rows", "seed"])
+def test_numbers_are_finite(option, word):
+    """Fails if NaN or infinity reaches the training. Every comparison with NaN is false, so no later check sees it."""
+    with pytest.raises(ValueError, match=f"--{option}: expected a (finite|whole) number"):
+        read_arguments("purify", [*NEEDED, "--output_dir", "o", f"--{option}={word}"])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
