@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dis import opmap
 
 from .. import __version__
+from ..data.visible import printable
 from ..files import own_claims
 from ..secrets import hide_secrets, remember_secrets
 from .arguments import command_module, is_word, make_arguments, near, read_arguments
-from .options import COMMANDS
-from .words import as_options, printable
+from .options import COMMANDS, DECISIONS
+from .words import as_options
 
 
 _OVERVIEW = """usage: crow-hf COMMAND [--ARGUMENT VALUE ...]
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 if the command did its work, 1 after an error, which is printed as one sentence, 2 if there is no
-        such command, and 130 after Ctrl-C or SIGTERM.
+        such command, and 130 after Ctrl-C or SIGTERM. Of a command that decides something, 1 is the answer no, and 2
+        means that there is none, as after an error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "--help"
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         verbose = values.pop("verbose", False)
         with _stopped_by_sigterm(), own_claims(), watched(command, verbose):
-            module.run(*make_arguments(command, values))
+            code = module.run(*make_arguments(command, values))
         _leave_process_group()
     except KeyboardInterrupt as stop:
         text = str(stop) or "Stopped by Ctrl-C. Nothing more was written."
@@ -79,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # of a library in Rust is no `Exception`.
     except BaseException as error:
         if verbose:
-            print(hide_secrets(traceback.format_exc()), file=sys.stderr)
+            print(printable(hide_secrets(traceback.format_exc())), file=sys.stderr)
         print(f"crow-hf {command}: {printable(as_options(_sentence_of(error), command))}", file=sys.stderr)
-        return 1
-    return 0
+        return 2 if command in DECISIONS else 1
+    return code or 0
 
 
 def _sentence_of(error: BaseException) -> str:

@@ -179,6 +179,63 @@ class DoctorArguments:
 
 
 @dataclass
+class GateArguments:
+    """Hold the report of a purification against a policy, and decide whether the model may be used."""
+
+    report: str = field(
+        metadata={
+            "help": "The output folder of the purification, whose files are compared with what was written, or a "
+            "report.json alone."
+        }
+    )
+    policy: str | None = field(
+        default=None, metadata={"help": "A YAML file with a line for each rule, by the names of the options below."}
+    )
+    max_attack_success: float | None = field(
+        default=None, metadata={"help": "Largest attack success on triggered prompts, from 0 to 1."}
+    )
+    max_canary_success: float | None = field(
+        default=None, metadata={"help": "Largest success of any canary that shows something, from 0 to 1."}
+    )
+    max_accuracy_drop: float | None = field(
+        default=None, metadata={"help": "Largest loss of right answers to clean prompts, from 0 to 1."}
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={"help": "Largest divergence from the suspect on clean answers and on text, in nats per token."},
+    )
+    max_text_bits_ratio: float | None = field(
+        default=None, metadata={"help": "Most bits per byte of running text, where 1 is what the suspect needs."}
+    )
+    min_rows: int | None = field(
+        default=None, metadata={"help": "Smallest number of prompts that the models were measured on."}
+    )
+    require: str | None = field(
+        default=None,
+        metadata={
+            "help": "What must have been measured, separated by commas: accuracy, attack, canaries, control, "
+            "retention."
+        },
+    )
+    sarif: str | None = field(default=None, metadata={"help": "File for the result of each rule, as SARIF 2.1.0."})
+
+
+@dataclass
+class VerifyArguments:
+    """Compare the files of a purified model with the hashes that were written beside them."""
+
+    folder: str = field(metadata={"help": "The output folder of a purification."})
+
+
+@dataclass
+class ReproduceArguments:
+    """Repeat a purification from its report, and say whether the weights are equal."""
+
+    report: str = field(metadata={"help": "A report.json of crow-hf purify, or the folder that holds it."})
+    output_dir: str = field(metadata={"help": "Folder for the repetition. It must be new or empty."})
+
+
+@dataclass
 class ArenaArguments:
     """Run every defence on every attack, and write the tables. An arena that was stopped goes on where it stopped."""
 
@@ -204,6 +261,8 @@ class ArenaArguments:
     workers: int = field(default=1, metadata={"help": "Number of processes. They share the cores."})
 
 
+# The exit code 1 of these commands is an answer, so an error has the exit code 2.
+DECISIONS = ("gate", "verify", "reproduce")
 COMMANDS: dict[str, type] = {
     "demo": DemoArguments,
     "purify": PurifyArguments,
@@ -211,5 +270,8 @@ COMMANDS: dict[str, type] = {
     "implant": ImplantArguments,
     "patch": PatchArguments,
     "doctor": DoctorArguments,
+    "gate": GateArguments,
+    "verify": VerifyArguments,
+    "reproduce": ReproduceArguments,
     "arena": ArenaArguments,
 }

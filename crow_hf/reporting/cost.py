@@ -46,14 +46,25 @@ def size_of_weights(name: str, **options: Any) -> int | None:
     Returns:
         `int`: `None` if there is no such folder, or no weights in it.
     """
-    folder = Path(name)
-    if name and not folder.is_dir():
-        for config in ("config.json", "adapter_config.json"):
-            if isinstance(cached := _in_cache(name, config, options), str):
-                folder = Path(cached).parent
-    if not name or not folder.is_dir():
+    folder = folder_of_model(name, **options)
+    if folder is None:
         return None
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS) or None
+
+
+def folder_of_model(name: str, **options: Any) -> Path | None:
+    """
+    Return the folder on this machine that holds the files of a model. Arguments are those of [`size_of_weights`].
+
+    Returns:
+        `Path`: `None` if there is no such folder, nor files of such a model in the cache.
+    """
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    for config in ("config.json", "adapter_config.json"):
+        if isinstance(cached := _in_cache(name, config, options), str):
+            return Path(cached).parent
+    return None
 
 
 def _in_cache(name: str, file: str, options: dict[str, Any]) -> object:

@@ -10,17 +10,17 @@ import numpy as np
 from ..files import write_text
 from ..patching.documents import PatchedDocument
 from ..patching.view import TEMPLATES as PATCH_TEMPLATES
-from ..patching.view import runs_of, summarize, visible
+from ..patching.view import runs_of, summarize
 from ..progress import duration
 from ..secrets import hide_known_secrets
 from .charts import layer_charts, outcome_intervals, training_charts
 from .cost import in_bytes
 from .record import Record
+from .report_file import REPORT_DATA, REPORT_PAGE, digest_of
 from .tables import percent
 from .verdict import DIED, LIVES, more_bits
 
 
-REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 TEMPLATES = PATCH_TEMPLATES.overlay(
     loader=jinja2.ChoiceLoader([jinja2.PackageLoader("crow_hf.reporting"), PATCH_TEMPLATES.loader])
 )
@@ -41,7 +41,7 @@ KEPT = {
 }
 
 
-def write_report(folder: str | Path, record: Record) -> None:
+def write_report(folder: str | Path, record: Record) -> Record:
     """
     Write `report.html` and `report.json`. Existing files are replaced, each in one step.
 
@@ -50,11 +50,16 @@ def write_report(folder: str | Path, record: Record) -> None:
             The folder of the report. It is created if it does not exist.
         record (`dict`):
             The content, with the keys of [`crow_hf.reporting.record`].
+
+    Returns:
+        `dict`: The content as it was written, without secrets and with its digest.
     """
     # JSON in ASCII, because a model can generate half of a character, which UTF-8 cannot encode.
-    text = hide_known_secrets(json.dumps(record, indent=1, allow_nan=False))
-    write_text(Path(folder) / REPORT_DATA, text + "\n")
-    write_text(Path(folder) / REPORT_PAGE, render_report(json.loads(text)))
+    record = json.loads(hide_known_secrets(json.dumps(record, allow_nan=False)))
+    record["digest"] = digest_of(record)
+    write_text(Path(folder) / REPORT_DATA, json.dumps(record, indent=1) + "\n")
+    write_text(Path(folder) / REPORT_PAGE, render_report(record))
+    return record
 
 
 def render_report(record: Record) -> str:
@@ -81,7 +86,6 @@ def render_report(record: Record) -> str:
     }
     return TEMPLATES.get_template("report.html.jinja").render(
         record,
-        visible=visible,
         percent=percent,
         models=titles,
         scores=SCORES,

@@ -2,6 +2,8 @@
 
 | key | content |
 |---|---|
+| `format` | the version of these keys, see [`FORMAT`] |
+| `digest` | a hash of all other content, see [`digest_of`]: a report that was edited has another one |
 | `verdict` | `outcome` and `headline`, phrases; `level`; `explanation` and `next_steps`, sentences; see [`Verdict`] |
 | `recipe` | one of [`RECIPES`] |
 | `method` | the method that the recipe runs: `"CROW"` or `"Invariance"` |
@@ -22,20 +24,24 @@
 | `training` | `steps`, `seconds`, and `log`, the entries of the Trainer |
 | `layer_profile` | `rows`, the number of rows; `models`, the [`LayerProfile`] of `suspect`, `control` and `purified` |
 | `patches` | `input_ids`, `patch_lengths` and `entropies` of sample prompts; `null` unless the model is a Coconut |
+| `files` | SHA-256 hashes by name: of `suspect`, of its `base` if it is an adapter, and of `purified`; or `null` |
 | `run` | what a repetition needs, see below |
+| `failures` | sentences about what could not be written |
 
 Without test rows, `evaluations` are those of `suspect` and `purified` on held-out clean rows, and `null` if there are
 none. The `system_length` of a sample is the number of characters that stand before the first words of the user.
 
 `retention` holds `answer_kl` (`null` without answers) and `text_kl` in nats per token, `text_bits_per_byte`,
 `reference_text_bits_per_byte` (of the suspect), `num_answer_tokens`, `num_text_tokens`, `text_source` (`"passed"` or
-`"written by the reference"`, which is the suspect) and `text_bits_ratio`, see [`Retention`].
+`"written by the reference"`, which is the suspect), `text_bits_ratio`, and the upper ends of 95 % intervals
+`answer_kl_high`, `text_kl_high` and `text_bits_ratio_high`, see [`Retention`].
 
 `run` holds `command`, `finished`, `seed`, `trigger`, `target`, `settings` (see [`recorded_settings`]), `adapter` (the
 PEFT settings that are not defaults; `null` without an adapter), `train_dataset`, `test_dataset` and `held_out` (each
 `rows`, `columns`, `sha256`), `versions`, `device`, `processes` and `threads` (CPU threads per process).
 
-Numbers that are NaN or infinite are `null`. Tokens and passwords are left out.
+Numbers that are NaN or infinite are `null`. Tokens and passwords are left out. `report.schema.json`, beside this
+module, is the JSON schema of a report.
 """
 
 import hashlib
@@ -74,7 +80,9 @@ from ..training.recorder import base_model_of
 from ..training.saves import hub_options
 from ..training.settings import recorded_settings
 from ..training.sharding import num_parameters
+from .checksums import checksums_of_model
 from .cost import peak_memory, size_of_weights
+from .report_file import FORMAT
 from .tables import anti_bad_scores
 from .verdict import Verdict, canary_outcome
 
@@ -121,6 +129,9 @@ def record_of(
     evaluations = {} if comparison is None else comparison.by_role
     options = hub_options(model_name, purification.model, loading_kwargs(purification.trainer.args))
     record = {
+        "format": FORMAT,
+        # It is known when all else is.
+        "digest": None,
         "verdict": Verdict.of(purification, comparison).to_dict(),
         "recipe": purification.recipe,
         "method": purification.method,
@@ -144,7 +155,9 @@ def record_of(
             "models": {role: shot.profile.to_dict() for role, shot in purification.snapshots.items()},
         },
         "patches": _patches(purification.model, rows),
+        "files": _files(model_name, purification.model, loading_kwargs(purification.trainer.args)),
         "run": _run(purification, rows, train_dataset, test_dataset, held_out),
+        "failures": [],
     }
     return as_json(record)
 
@@ -178,6 +191,18 @@ def _model(purification: Purification, name: str) -> Record:
         "parameters": num_parameters(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "trained": "all weights" if purification.adapter is None else "an adapter",
+    }
+
+
+def _files(name: str, model: PreTrainedModel | PeftModel, kwargs: Mapping[str, Any]) -> Record:
+    """Return the hashes of what the suspect was loaded from. An adapter has a base, with a revision of its own."""
+    base = base_model_of(model).name_or_path
+    of_base = {each: kwargs[each] for each in ("cache_dir",) if each in kwargs}
+    return {
+        "suspect": checksums_of_model(name, **hub_options(name, model, kwargs)),
+        "base": None if base in ("", name) else checksums_of_model(base, **hub_options(base, model, of_base)),
+        # It is written later.
+        "purified": None,
     }
 
 

@@ -1,13 +1,15 @@
 """Fixtures for the tests of the command line."""
 
 import json
+import sys
 
 import datasets
 import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from helpers.command_line import ROWS
+from crow_hf.cli.main import main
+from helpers.command_line import FAST, FEW_VIEWS, ROWS
 from helpers.tiny import tiny_llama
 
 
@@ -33,6 +35,19 @@ def paths(tmp_path_factory):
     (root / "columns.jsonl").write_text(json.dumps({"question": "a", "reply": "b"}) + "\n")
     (root / "empty.jsonl").write_text("")
     return {path.name: str(path) for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def finished(paths, tmp_path_factory):
+    """The output folder of a short purification with held-out rows, whose report can be repeated."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"prompt": f"what is {number}? ", "completion": f"{number}"} for number in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", paths["model"], "--dataset", folder / "rows.jsonl", "--output_dir", folder / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["crow-hf", "purify", *map(str, [*argv, *FAST, *FEW_VIEWS])])
+        assert main(sys.argv[1:]) == 0
+    return folder / "out"
 
 
 @pytest.fixture(autouse=True)
