@@ -22,12 +22,13 @@ from ..methods.registry import get_defence
 from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
-from ..training.loading import move
+from ..training.loading import is_quantized, move
 from .forecast import announce_forecast
 from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
-from .run import CONTROL, LOOKING_AGAIN, RecipeRun, check_recipe, default_adapter, rehearse, run_recipe
+from .rehearsal import check_recipe, merge_before, rehearse
+from .run import CONTROL, LOOKING_AGAIN, RecipeRun, default_adapter, run_recipe
 from .saving import look_at_saved, not_fatal, prepare_output, save_model, save_result
 
 
@@ -130,11 +131,13 @@ def compare_defences(
     suspect = move(load_model(), args.device)
     check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
+    name = suspect.name_or_path
+    suspect = merge_before(suspect, peft_config)
     adapter = peft_config or default_adapter(recipe, suspect, args)
-    rehearse(suspect, rows, args, processing_class, adapter)
+    rehearse(suspect, rows, args, processing_class, adapter, merge and not is_quantized(suspect))
     announce_forecast(suspect, rows, args, processing_class, adapter, num_test_rows=len(test_dataset))
     with phase(LOOKING):
-        name, suspect_scores = suspect.name_or_path, measure(suspect)
+        suspect_scores = measure(suspect)
         snapshots = {"suspect": snapshot(suspect, shown, args)}
         batch_size = evaluation.get("batch_size", 32)
         reference = reference_of(suspect, processing_class, shown.rows, text, args.seed, batch_size)
@@ -173,12 +176,12 @@ def compare_defences(
         del control, control_model
 
     # Implant, train
-    run = RecipeRun(load_model(), rows, recipe, args, processing_class, peft_config)
+    run = RecipeRun(load_model(), rows, recipe, args, processing_class, peft_config, merge=merge)
     run.prepare()
     run.implant_canaries()
     run.train(checkpoint)
     run.stay_within_budget(reference, batch_size)
-    save_model(run, name, merge=merge)
+    save_model(run, name)
 
     # Look, report
     purification, purified = run.result(), _in_loaded_precision(run.trainer)

@@ -24,7 +24,8 @@ from ..training.sharding import will_shard
 from .forecast import announce_forecast
 from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, lora_config, recipe_config
-from .run import LOOKING_AGAIN, RecipeRun, check_recipe
+from .rehearsal import check_recipe
+from .run import LOOKING_AGAIN, RecipeRun
 from .saving import look_at_saved, not_fatal, prepare_output, save_model, save_result
 
 
@@ -116,7 +117,7 @@ def purify(
         model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
     check_base(model, peft_config, merge)
     check_writable(args.output_dir, model)
-    run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config)
+    run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config, merge=merge)
     announce_forecast(run.model, rows, args, tokenizer, run.peft_config)
     run.prepare()
 
@@ -135,7 +136,7 @@ def purify(
     run.train(checkpoint)
     with run.trainer.accelerator.autocast():
         run.stay_within_budget(reference, batch_size)
-    save_model(run, name, merge=merge)
+    save_model(run, name)
     purification = run.result()
 
     # Look, report

@@ -4,28 +4,26 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
-from ..data.rows import drop_unanswered, fits_a_format
+from ..data.rows import drop_unanswered
 from ..data.template import read_templates
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import write_rows
 from ..evaluation.retention import RetentionReference, measure_retention
-from ..evidence.canaries import Canary, canary_success, check_canaries, check_silence, draw_canaries, implant_canaries
+from ..evidence.canaries import canary_success, check_silence, implant_canaries
 from ..evidence.leaks import find_leaked_tokens
 from ..evidence.result import Purification
 from ..evidence.screening import Screening, screen_dataset
 from ..evidence.snapshot import Snapshot, SnapshotRows, snapshot
-from ..methods.crow.config import CrowConfig, scratch_config
+from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
@@ -33,11 +31,11 @@ from ..progress import phase
 from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
 from ..training.foreign import drop_foreign_settings
 from ..training.loading import is_quantized, merged, move
-from ..training.recorder import recorder_of
-from ..training.saves import cast_to, hollow_copy, one_line, quietly, rehearse_save, write_weights
-from ..training.sharding import are_finite, will_shard
-from ..training.trial import place, try_out
-from .presets import LORA_RANKS, RECIPES, lora_config
+from ..training.saves import cast_to, write_weights
+from ..training.sharding import will_shard
+from ..training.trial import place
+from .presets import LORA_RANKS, lora_config
+from .rehearsal import check_recipe, merge_before, rehearse
 
 
 logger = logging.get_logger(__name__)
@@ -119,6 +117,9 @@ class RecipeRun:
             The fresh adapter to train. The recipes `"strong"` and `"paper"` have one of their own.
         all_weights (`bool`, *optional*, defaults to `False`):
             Whether to do without the recipe's own adapter.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether [`RecipeRun.finish`] merges a fresh adapter into the weights. It stays an adapter on quantized
+            weights, because rounding them again would lose most of what was learned.
 
     Attributes:
         rows (`Dataset` or `IterableDataset`):
@@ -151,12 +152,11 @@ class RecipeRun:
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
         all_weights: bool = False,
+        merge: bool = False,
     ) -> None:
         check_recipe(recipe, args)
         place(model, args)
-        if peft_config is not None and isinstance(model, PeftModel):
-            _check_mergeable(model)
-            model = merged(model)
+        model = merge_before(model, peft_config)
         if peft_config is None and not all_weights:
             peft_config = default_adapter(recipe, model, args)
         self.model, self.args, self.recipe, self.peft_config = model, args, recipe, peft_config
@@ -167,7 +167,8 @@ class RecipeRun:
         self.adapter: PeftConfig | None = None
         self.kept = 0.0
         self.dropped_settings = drop_foreign_settings(model, processing_class)
-        self._canaries = rehearse(model, dataset, args, processing_class, peft_config)
+        self.merge = merge and not is_quantized(model)
+        self._canaries = rehearse(model, dataset, args, processing_class, peft_config, self.merge)
 
     def prepare(self) -> None:
         """Prepare the rows, with the suspect where the recipe uses it, and build the trainer."""
@@ -237,14 +238,11 @@ class RecipeRun:
         if self.kept > SAFE_TO_KEEP:
             logger.warning(KEPT_TOO_MUCH.format(self.kept))
 
-    def finish(self, merge: bool, dtype: torch.dtype | None) -> None:
+    def finish(self, dtype: torch.dtype | None) -> None:
         """
         Turn the trained model into the one that is saved. Everything is measured on that one.
 
         Args:
-            merge (`bool`):
-                Whether to merge a fresh adapter into the weights. It stays an adapter on quantized weights, because
-                rounding them again would lose most of what was learned.
             dtype (`torch.dtype`, *optional*):
                 The dtype of the suspect's files. Weights that do not fit into it, and those of an adapter that did
                 not come with the suspect, stay as they were trained.
@@ -257,7 +255,7 @@ class RecipeRun:
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         self.adapter = model.active_peft_config if isinstance(model, PeftModel) else None
         if self.trains_fresh_adapter and isinstance(model, PeftModel):
-            if not merge or is_quantized(model):
+            if not self.merge:
                 return
             trained = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
             try:
@@ -362,115 +360,6 @@ class RecipeRun:
         self._canaries = [replace(canary, **{when: rate}) for canary, rate in zip(canaries, rates, strict=True)]
 
 
-def check_recipe(recipe: str, args: CrowConfig) -> None:
-    """
-    Refuse arguments that a recipe cannot run with, before any work.
-
-    Raises:
-        `ValueError`: If the arguments belong to another recipe, if weights are sharded that must be whole, or if a
-            tracker is not installed.
-    """
-    if recipe not in RECIPES or (recipe == "strong") != isinstance(args, InvarianceConfig):
-        raise ValueError(
-            f"The recipe {recipe!r} does not go with {type(args).__name__}: make the arguments with "
-            "recipe_config(recipe, ...)."
-        )
-    if will_shard(args):
-        if isinstance(args, InvarianceConfig) and args.num_canaries:
-            raise ValueError(
-                "Canaries cannot be implanted in sharded weights (FSDP, ZeRO-3): set `num_canaries` to 0."
-            )
-        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-            raise ValueError(
-                "Every process uses the model before it is sharded: set `fsdp_cpu_ram_efficient_loading: false` in "
-                "the configuration of accelerate."
-            )
-    # The Trainer, which is built last, would find out only then.
-    if missing := set(args.report_to) - set(get_available_reporting_integrations()):
-        raise ValueError(
-            f"`report_to` names a tracker that is not installed ({', '.join(sorted(missing))}): install it, or leave "
-            "it out."
-        )
-
-
-@phase("Checking model and rows")
-def rehearse(
-    model: PreTrainedModel | PeftModel,
-    dataset: Dataset | IterableDataset,
-    args: CrowConfig,
-    processing_class: PreTrainedTokenizerBase,
-    peft_config: PeftConfig | None,
-) -> list[Canary]:
-    """
-    Try the suspect on a few tokens, build the trainer with its adapter, optimizer and schedule on a copy without
-    weights, and save the suspect without its weights. What would fail after hours of work fails here.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The suspect, on the device of the run. Only settings that could not be saved are changed.
-        dataset (`Dataset` or `IterableDataset`):
-            The clean rows.
-        args (`CrowConfig`):
-            The arguments of the run.
-        processing_class (`PreTrainedTokenizerBase`):
-            The tokenizer.
-        peft_config (`PeftConfig`, *optional*):
-            The fresh adapter.
-
-    Returns:
-        `list[Canary]`: The canaries of the run, which fit into the rows.
-
-    Raises:
-        `ValueError`: For everything that the objective, the trainer, the adapter, the optimizer or the saving refuses,
-            and if there is no room for the canaries.
-    """
-    if peft_config is not None and isinstance(model, PeftModel):
-        _check_mergeable(model)
-    # Keeps 4-bit weights from being packed by the first use of the model, too.
-    recorder = recorder_of(model, args.perturb)
-    if not are_finite(model):
-        raise ValueError("Weights of the suspect are NaN or infinite: download it again, or take another checkpoint.")
-    rehearse_save(model, processing_class)
-    if will_shard(args):
-        # The processes shard a model together, and only once.
-        return []
-    canaries: list[Canary] = []
-    if isinstance(args, InvarianceConfig) and args.num_canaries and isinstance(dataset, Dataset) and len(dataset):
-        canaries = draw_canaries(model, processing_class, args.num_canaries, args.seed)
-        canaries = check_canaries(model, dataset, canaries, args.max_length, processing_class)
-    # Before the trainer patches kernels.
-    try_out(recorder)
-    if is_quantized(model):
-        # The layers of quantized weights are not made of plain tensors.
-        return canaries
-    trainer_type: Any = InvarianceTrainer if isinstance(args, InvarianceConfig) else CrowTrainer
-
-    class Rehearsal(trainer_type):
-        def _move_model_to_device(self, *args: Any) -> None:
-            """Stay without memory."""
-
-        def _copy_suspect(self, model: Any) -> Any:
-            return hollow_copy(model)
-
-        def _prepare_suspect(self, suspect: Any) -> Any:
-            return suspect
-
-    if isinstance(args, InvarianceConfig) and isinstance(dataset, Dataset) and not fits_a_format(dataset.column_names):
-        # The suspect will answer. Any answer shows whether the prompts can be trained on.
-        dataset = Dataset.from_list([{"prompt": "prompt", "completion": "answer"}])
-    with TemporaryDirectory() as folder, quietly():
-        try:
-            hollow = hollow_copy(model)
-            if peft_config is not None and isinstance(hollow, PeftModel):
-                # The adapter of the suspect is merged first.
-                hollow = hollow.unload()
-            options: dict[str, Any] = {"processing_class": processing_class, "peft_config": peft_config}
-            Rehearsal(hollow, scratch_config(args, folder), dataset, **options).check_optimizer()
-        except (ImportError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"This model cannot be trained with these arguments ({one_line(error)}).") from error
-    return canaries
-
-
 def default_adapter(recipe: str, model: PreTrainedModel | PeftModel, args: CrowConfig) -> PeftConfig | None:
     """
     Return the fresh adapter that a recipe trains if none is asked for.
@@ -489,10 +378,3 @@ def default_adapter(recipe: str, model: PreTrainedModel | PeftModel, args: CrowC
     if recipe == "guide" or isinstance(model, PeftModel) or will_shard(args):
         return None
     return lora_config(LORA_RANKS[recipe])
-
-
-def _check_mergeable(model: PeftModel) -> None:
-    if is_quantized(model):
-        raise ValueError(
-            "An adapter is not merged into quantized weights: leave out the fresh adapter to train the existing one."
-        )

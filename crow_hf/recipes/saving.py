@@ -87,7 +87,7 @@ def own_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -
 
 
 @phase("Saving the model")
-def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
+def save_model(run: RecipeRun, suspect: str) -> None:
     """
     Merge, round and save the purified model, before anything else is done with it.
 
@@ -97,8 +97,6 @@ def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
         suspect (`str`):
             The folder of the suspect, or its name on the Hub. Its other files are copied, and its dtype is restored
             unless `model_init_kwargs` names another.
-        merge (`bool`):
-            Whether to merge a fresh adapter, see [`RecipeRun.finish`].
 
     Raises:
         `OSError`: If the weights cannot be written.
@@ -106,7 +104,7 @@ def save_model(run: RecipeRun, suspect: str, *, merge: bool) -> None:
     trainer = run.trainer
     kwargs = loading_kwargs(trainer.args)
     options = hub_options(suspect, trainer.model, kwargs)
-    run.finish(merge, None if "dtype" in kwargs else stored_dtype(suspect, **options))
+    run.finish(None if "dtype" in kwargs else stored_dtype(suspect, **options))
     # The trainer does not push here: the card and the report are written first.
     trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
@@ -202,9 +200,10 @@ def save_result(
     if purification.report is not None:
         with not_fatal(run, "report"):
             purification.report["size"]["purified"] = size_of_weights(args.output_dir)
+            purification.report["files"]["purified"] = checksums_of_model(args.output_dir)
             purification.report["failures"] = list(trainer.failures)
             purification.report = write_report(args.output_dir, purification.report)
-            write_bom(args.output_dir, purification.report, checksums_of_model(args.output_dir) or {})
+            write_bom(args.output_dir, purification.report)
             # Last, because whoever finds the hashes takes the folder for complete.
             write_checksums(args.output_dir)
     if args.push_to_hub:

@@ -12,6 +12,7 @@ from crow_hf.evaluation.retention import measure_retention, retention_reference
 from crow_hf.evidence.result import Comparison
 from crow_hf.methods import registry
 from crow_hf.recipes import comparison as comparison_module
+from crow_hf.recipes import rehearsal as rehearsal_module
 from crow_hf.recipes import run as run_module
 from crow_hf.recipes import saving
 from crow_hf.recipes.run import run_recipe
@@ -204,13 +205,13 @@ def test_what_cannot_be_trained_is_refused_before_the_suspect_is_measured(tmp_pa
     def refuse(recorder):
         raise ValueError("It cannot be tried.")
 
-    monkeypatch.setattr(run_module, "try_out", refuse)
+    monkeypatch.setattr(rehearsal_module, "try_out", refuse)
     with pytest.raises(ValueError, match="tried"):
         compare(settings(tmp_path), byte_tokenizer)
-    adapted = get_peft_model(suspect(), LORA["peft_config"])
-    adapted.config.quantization_config = {}
+    # An adapter of a kind that cannot be merged, which the fresh adapter takes for granted.
+    adapted = get_peft_model(suspect(), LoraConfig(target_modules=["q_proj"], lora_bias=True))
     options = {"processing_class": byte_tokenizer, "recipe": "guide", "peft_config": LORA["peft_config"]}
-    with pytest.raises(ValueError, match="merged into quantized weights"):
+    with pytest.raises(ValueError, match="cannot be merged .*lora_bias"):
         compare_defences(lambda: adapted, settings(tmp_path), TRAIN, TEST, **options)
 
 

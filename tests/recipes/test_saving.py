@@ -14,7 +14,7 @@ from crow_hf.evaluation.retention import measure_retention
 from crow_hf.files import claim, own_claims
 from crow_hf.recipes import comparison as comparison_module
 from crow_hf.recipes import purification as purification_module
-from crow_hf.recipes import run as run_module
+from crow_hf.recipes import rehearsal as rehearsal_module
 from crow_hf.recipes.comparison import compare_defences
 from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.purification import purify
@@ -30,7 +30,7 @@ REPORT = {"report.html", "report.json"}
 
 def test_a_used_output_folder_is_refused_before_the_work(tmp_path, byte_tokenizer, monkeypatch):
     tried = []
-    monkeypatch.setattr(run_module, "draw_canaries", lambda *args: tried.append(1) or [])
+    monkeypatch.setattr(rehearsal_module, "draw_canaries", lambda *args: tried.append(1) or [])
     args = arguments(tmp_path, num_canaries=1)
     Path(args.output_dir).mkdir()
     for name in ("model.safetensors", "report.json"):
@@ -106,7 +106,7 @@ def test_a_repository_that_cannot_be_opened_is_reported_before_the_work(tmp_path
         raise OSError("The repository cannot be opened.")
 
     monkeypatch.setattr("crow_hf.recipes.saving.create_repository", refuse)
-    monkeypatch.setattr(run_module, "recorder_of", lambda *args: pytest.fail("The model is used."))
+    monkeypatch.setattr(rehearsal_module, "recorder_of", lambda *args: pytest.fail("The model is used."))
     with pytest.raises(OSError, match="cannot be opened"):
         purify(
             tiny_llama(),
