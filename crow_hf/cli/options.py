@@ -176,6 +176,7 @@ class DoctorArguments:
         default=None, metadata={"help": "Learning rate of the purification. Default: that of the recipe."}
     )
     max_length: int = field(default=1024, metadata={"help": "Longest row of the purification, in tokens."})
+    sarif: str | None = field(default=None, metadata={"help": "File for the findings, as SARIF 2.1.0."})
 
 
 @dataclass
