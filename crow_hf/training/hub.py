@@ -38,6 +38,9 @@ REPLACED = [
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*"),
     *("adapter_model.*", "adapter_config.json"),
 ]
+# The repositories that this process has opened, by their full names, each with its token. A run that has begun does
+# not ask for its repository again until the push.
+_OPEN: set[tuple[str, str | None]] = set()
 # For a model that is pushed without a card of its own.
 PLAIN_CARD = """\
 ---
@@ -82,13 +85,17 @@ def create_repository(args: TrainingArguments, token: str | None = None, private
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     token = args.hub_token if token is None else token
     private = args.hub_private_repo if private is None else private
+    if (name, token) in _OPEN:
+        return name
     try:
-        return create_repo(name, token=token, private=private, exist_ok=True).repo_id
+        full_name = create_repo(name, token=token, private=private, exist_ok=True).repo_id
     except Exception as error:
         raise OSError(
             f"The repository {name} cannot be opened on the Hub ({_reason(error)}): check the connection, the token "
             "of `hf auth login` and `hub_model_id`, or leave out `push_to_hub`."
         ) from error
+    _OPEN.add((full_name, token))
+    return full_name
 
 
 def push_folder(

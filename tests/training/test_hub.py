@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ from transformers import ByT5Tokenizer
 from crow_hf import CrowConfig, CrowTrainer, load_causal_lm
 from crow_hf.cli.main import main
 from crow_hf.reporting.model_card import build_model_card
+from crow_hf.training import hub
 from crow_hf.training.hub import push_folder
 from crow_hf.training.loading import load_tokenizer
+from crow_hf.training.saves import SIDE_FILES
 from helpers.coconut import TOKENIZER, coconut, ids_of
 from helpers.loopback_hub import TOKEN, LoopbackHub, Repository
 from helpers.tiny import ragged_rows, tiny_llama
@@ -472,6 +475,36 @@ def test_code_of_a_suspect_is_refused_and_the_safe_way_named(world, suspect, way
     assert re.search(way, message) and "\n" not in message
     assert not world.trap.exists()
     assert not [path for method, path in world.hub.requests if path.endswith((".bin", "evil.py"))]
+
+
+def test_a_repository_is_opened_once(tmp_path, monkeypatch):
+    """Fails if a run that has begun asks for its repository again, or takes another's token for a good one."""
+    asked = []
+
+    def create_repo(name, token, **kwargs):
+        asked.append((name, token))
+        return SimpleNamespace(repo_id=f"me/{name.split('/')[-1]}")
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "_OPEN", set())
+    args = CrowConfig(str(tmp_path / "once"), push_to_hub=True, hub_token="hf_one", **QUIET)
+    args.hub_model_id = hub.create_repository(args)
+    trainer = CrowTrainer(tiny_llama(), args, Dataset.from_list(ragged_rows(8)))
+    assert trainer.hub_model_id == "me/once" and asked == [("once", "hf_one")]
+    hub.create_repository(args, token="hf_other")
+    assert asked[1:] == [("me/once", "hf_other")]
+
+
+def test_files_beside_the_model_are_pushed(tmp_path, monkeypatch):
+    """Fails if a file that is copied from the suspect stays behind, or if a private file of the folder does not."""
+    kept = {pattern.replace("*", "base") for pattern in SIDE_FILES}
+    for name in {*kept, "rows.jsonl", "report.html", "training_args.bin"}:
+        (tmp_path / name).touch()
+    pushed = []
+    monkeypatch.setattr(hub, "create_repo", lambda name, **kwargs: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(hub, "upload_folder", lambda **kwargs: pushed.extend(kwargs["allow_patterns"]))
+    push_folder(tmp_path, "me/side")
+    assert set(pushed) == kept
 
 
 # The plain card of a trainer
