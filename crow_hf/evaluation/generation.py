@@ -39,8 +39,8 @@ def inference_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Turn the errors of a model, which are of every class, into one sentence."""
+def naming_errors(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Turn any error of a model that runs in the `with` block into one sentence. A lack of memory stays what it is."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -49,7 +49,7 @@ def _answering(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     except Exception as error:
         name = type(base_model_of(model)).__name__
         raise ValueError(
-            f"{name} cannot answer ({one_line(error)}). Check it with `crow-hf doctor`, or use another model."
+            f"{name} fails on a batch of rows ({one_line(error)}). Check it with `crow-hf doctor`, or use another model."
         ) from error
 
 
@@ -263,7 +263,7 @@ def generate_ids(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
-            with _answering(model):
+            with naming_errors(model):
                 output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
             for number, tokens in zip(numbers, new_tokens, strict=True):
@@ -455,7 +455,7 @@ def answer_log_likelihoods(
             ]
             batch = {name: value.to(model.device) for name, value in collate(encoded).items()}
             labels = batch["labels"]
-            with _answering(model):
+            with naming_errors(model):
                 logits = answer_logits(base_model_of(model), partial(model, use_cache=False), batch)
             counts = predicting_positions(labels).sum(dim=1).tolist()
             by_row = token_log_likelihoods(logits, labels).cpu().split(counts)

@@ -466,8 +466,6 @@ def _check_cost(
         found = forecast(model, drawn, args, tokenizer, adapter=default_adapter(recipe, model, args))
     except ValueError as error:
         yield Finding("cost", "problem", str(error), "Mend this first, or use a machine with more memory.")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-        return
     else:
         remedy = "" if found.fits else "Lower `per_device_train_batch_size`, or free memory or disk."
         yield Finding("cost", "ok" if found.fits else "warning", str(found), remedy)

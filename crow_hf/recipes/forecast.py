@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..data.collators import CrowDataCollator
 from ..data.encoding import encode, padding_id, prepare_dataset
 from ..data.rows import add_empty_answers, has_prompts, render
-from ..evaluation.generation import generate_ids
+from ..evaluation.generation import generate_ids, naming_errors
 from ..evaluation.retention import WRITTEN_TOKENS
 from ..evidence.canaries import implant_steps
 from ..evidence.screening import num_variants
@@ -233,7 +233,7 @@ def _measured(
         batch = collate([{"input_ids": ids, "labels": ids} for ids in rows])
         inputs = recorder.prepare({name: value.to(args.device) for name, value in batch.items()})
         before, start = _memory(args.device)[0], _now(args.device)
-        with precision:
+        with precision, naming_errors(model):
             loss = model(**inputs, use_cache=False).loss
         middle, kept = _now(args.device), _memory(args.device)[0] - before
         weights = [each for each in model.parameters() if each.requires_grad]

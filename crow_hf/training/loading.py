@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIG
 from ..files import leads_outside
 from .foreign import check_named_files, named_kernels, set_aside
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
+from .saves import one_line
 from .sharding import loading_unsharded
 
 
@@ -194,7 +195,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             with _base_of(path):
                 return load_tokenizer(base)
         raise ValueError(
-            f"There is no readable tokenizer in {path} ({_in_one_line(error)}). Save one next to the model or, in "
+            f"There is no readable tokenizer in {path} ({one_line(error)}). Save one next to the model or, in "
             "Python, pass `processing_class`."
         ) from error
 
@@ -266,7 +267,7 @@ def _in_one_sentence(what: str | Path, done: str = "be loaded") -> Iterator[None
         yield
     except SafetensorError as error:
         raise ValueError(
-            f"The weights of {what} cannot be read ({_in_one_line(error)}). Download or save the model again."
+            f"The weights of {what} cannot be read ({one_line(error)}). Download or save the model again."
         ) from error
     # Libraries raise errors of every class for files that they do not understand.
     except Exception as error:
@@ -275,7 +276,7 @@ def _in_one_sentence(what: str | Path, done: str = "be loaded") -> Iterator[None
         if isinstance(error, ImportError):
             raise ValueError(f"{what} cannot {done}: {' '.join(str(error).split())}") from error
         raise ValueError(
-            f"{what} cannot {done} ({_in_one_line(error)}). Check `model_init_kwargs`, and that the config belongs to "
+            f"{what} cannot {done} ({one_line(error)}). Check `model_init_kwargs`, and that the config belongs to "
             "the weights."
         ) from error
 
@@ -286,12 +287,6 @@ def _check_complete(path: str | Path, trouble: str, names: Collection[str]) -> N
             f"The weights of {path} {trouble.format(len(names))}, such as {', '.join(sorted(names)[:3])}. Download or "
             "save the model again."
         )
-
-
-def _in_one_line(error: Exception) -> str:
-    """The text of an error, without the long lists that transformers appends, and with its class if it says little."""
-    text = " ".join(str(error).partition("Model type should be one of")[0].split())[:300]
-    return text if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
 
 
 def _without_retries(kwargs: dict[str, Any]) -> dict[str, Any]:

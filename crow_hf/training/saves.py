@@ -351,8 +351,11 @@ def copy_side_files(name: str | Path, folder: str | Path, **options: Any) -> Non
 
 
 def one_line(error: BaseException) -> str:
-    """Return the beginning of an error's message, in one line."""
-    return " ".join(str(error).split())[:300].rstrip(".:") or type(error).__name__
+    """Return the beginning of an error's message, in one line, and with the error's class if it says little."""
+    # A long list of models follows these words.
+    text = " ".join(str(error).partition("Model type should be one of")[0].split())[:300].rstrip(".:")
+    says_enough = text and isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+    return text if says_enough else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _files_of(name: str | Path, patterns: Iterable[str], **options: Any) -> list[Path]:

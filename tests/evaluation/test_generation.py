@@ -220,7 +220,7 @@ def test_errors_of_a_model_are_one_sentence(error, byte_tokenizer):
     rows = [rendered("a", "b")]
     expected = type(error) if isinstance(error, RuntimeError) else ValueError
     for work in (partial(generate_answers, max_new_tokens=2), bits_per_byte):
-        with pytest.raises(expected, match=r"LlamaForCausalLM cannot answer \(|full"):
+        with pytest.raises(expected, match=r"LlamaForCausalLM fails on a batch of rows \(|full"):
             work(model, byte_tokenizer, rows)
 
 

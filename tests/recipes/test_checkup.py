@@ -13,7 +13,8 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config,
 from crow_hf import ByteEntropyPredictor, CrowTrainer, doctor, recipe_config
 from crow_hf.cli.main import main
 from crow_hf.cli.words import as_options
-from crow_hf.recipes import forecast, patch_checkup
+from crow_hf.evaluation import generation
+from crow_hf.recipes import checkup, forecast, patch_checkup
 from helpers.coconut import DEEP, LOCAL, TOKENIZER, coconut
 from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
 
@@ -134,6 +135,19 @@ def test_precision_is_the_share_of_weights_that_adam_leaves_unchanged():
     assert int(re.search(r"(\d+)%", said.found)[1]) == pytest.approx(100 * share, abs=3)
     assert found(doctor(model, ROWS, learning_rate=1.0), "precision").level == "ok"
     assert found(doctor(tiny_llama(), ROWS), "precision").level == "ok"
+
+
+@pytest.mark.parametrize("work", ["crow_terms", "forecast"])
+def test_a_model_that_fails_on_rows_is_a_problem(work, monkeypatch):
+    """Fails if an error of a class of its own ends the doctor, or is not told at all."""
+
+    def fail(*args, **kwargs):
+        with generation.naming_errors(args[1] if work == "crow_terms" else args[0]):
+            raise KeyError("experts")
+
+    monkeypatch.setattr(checkup, work, fail)
+    (problem,) = [each for each in doctor(tiny_llama(), TEXT, BYTES) if each.level == "problem"]
+    assert "KeyError: 'experts'" in problem.found
 
 
 def test_weights_that_are_not_finite_are_named():
