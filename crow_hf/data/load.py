@@ -5,7 +5,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,9 +15,17 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import parquet
 
+from .bounds import check_regular, check_unpacked, most_bytes
+
 
 # Rows are converted to a table so many at a time.
 _BATCH = 1_000
+# Compressed files are read in parts of so many bytes.
+_PART = 2**20
+# The first bytes of files that are compressed with gzip, zstd, xz, bzip2 or zip.
+_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh", b"PK\x03\x04")
+# Each column is filled up for all rows.
+_MAX_COLUMNS = 1_000
 # The end of the name of a file of the Hub, which holds a part of a split.
 _SHARD = re.compile(r"-\d+-of-(\d+)(-[0-9a-f]+)?$")
 # The errors of the libraries that read broken files. The JSON of a file can be nested more deeply than Python reads.
@@ -50,6 +58,7 @@ def load_rows(path: str, split: str = "train") -> Dataset:
         return _load_file(location)
     if location.is_dir():
         return _load_folder(location, split)
+    check_regular(location)
     if _reader(location):
         raise ValueError(f"There is no file {path} here.")
     try:
@@ -82,6 +91,8 @@ def _load_folder(path: Path, split: str) -> Dataset:
         if file.is_file() and _reader(file):
             files.setdefault(_SHARD.sub("", _stem(file)), []).append(file)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        for file in path.rglob("*"):
+            check_regular(file)
         # In memory, so that nothing is written into the folder.
         try:
             saved: Any = load_from_disk(str(path), keep_in_memory=True)
@@ -127,6 +138,17 @@ def _reader(path: Path) -> Callable[[Path], pyarrow.Table] | None:
 def _open(path: Path) -> TextIO:
     """Open a text, which may be compressed and may begin with a byte order mark."""
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    most, size = most_bytes(path), path.stat().st_size
+    with opener(path, "rb") as stream:
+        if opener is open:
+            if stream.peek(4).startswith(_PACKED):
+                raise ValueError("it is compressed: unpack it, or put .gz at the end of its name if it is a gzip")
+            check_unpacked(size, most)
+        else:
+            for number in count(1):
+                check_unpacked(number * _PART, most)
+                if len(stream.read(_PART)) < _PART:
+                    break
     return opener(path, "rt", encoding="utf-8-sig")
 
 
@@ -182,10 +204,14 @@ def _rows_of_document(text: str) -> list:
 def _table(rows: Iterable[Any]) -> pyarrow.Table:
     """Make a table of rows, in which numbers are text unless they are inside of lists, such as token ids."""
     tables = []
+    names: set[str] = set()
     rows = iter(rows)
     while batch := list(islice(rows, _BATCH)):
         examples = [row if isinstance(row, dict) else {"text": row} for row in batch]
         columns = dict.fromkeys(name for row in examples for name in row)
+        names |= columns.keys()
+        if len(names) > _MAX_COLUMNS:
+            raise ValueError(f"its rows have over {_MAX_COLUMNS} columns")
         tables.append(pyarrow.table({name: [_text_of_number(row.get(name)) for row in examples] for name in columns}))
     return pyarrow.concat_tables(tables, promote_options="permissive") if tables else pyarrow.table({})
 
@@ -221,12 +247,26 @@ def _read_text(path: Path) -> pyarrow.Table:
         return pyarrow.table({"text": [line.removesuffix("\n") for line in file]})
 
 
+def _read_parquet(path: Path) -> pyarrow.Table:
+    """Read a table in parts, because its few bytes can stand for many rows or for a long text."""
+    most = most_bytes(path)
+    with parquet.ParquetFile(path) as file:
+        groups = range(file.num_row_groups)
+        check_unpacked(sum(file.metadata.row_group(group).total_byte_size for group in groups), most)
+        batches, size = [], 0
+        for batch in file.iter_batches(_BATCH):
+            batches.append(batch)
+            size += batch.nbytes
+            check_unpacked(size, most)
+        return pyarrow.Table.from_batches(batches, file.schema_arrow)
+
+
 _READERS: dict[str, Callable[[Path], pyarrow.Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
-    ".parquet": parquet.read_table,
+    ".parquet": _read_parquet,
     ".txt": _read_text,
 }

@@ -9,8 +9,11 @@ from typing import Any
 
 import fsspec
 
+from ..data.bounds import FREE_BYTES, MAX_RATIO, check_regular
 
-_CHUNK = 2**16
+
+# Of a compressed file, a piece of the first size can unpack to some 30 MiB. A line of the second size is no document.
+_CHUNK, _MAX_LINE = 2**10, 2**26
 
 
 class RedPajamaReader:
@@ -30,7 +33,8 @@ class RedPajamaReader:
             `"truncated"` files, which end too early or are corrupt. The rows before the damage are read.
 
     Raises:
-        `ValueError`: If a file has an unsupported compression, or if a `.zst` file is read without `zstandard`.
+        `ValueError`: If a file has an unsupported compression, if a `.zst` file is read without `zstandard`, or, while
+            reading, if a file is a pipe or a device, has a line without end, or unpacks to many times its size.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -60,17 +64,24 @@ class RedPajamaReader:
 
     def _lines(self, file: str) -> Iterator[bytes]:
         open_line: list[bytes] = []
+        length = 0
+        if "://" not in file:
+            check_regular(file)
         # `fsspec.open` would interpret special characters in a local file name.
         with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as stream:
             chunks = iter(lambda: stream.read(_CHUNK), b"")
             try:
-                for chunk in _decoded(chunks, self._decoders[file]):
+                for chunk in _decoded(chunks, self._decoders[file], file):
                     first, *others = chunk.split(b"\n")
                     open_line.append(first)
+                    length += len(first)
                     if others:
                         lines = [b"".join(open_line), *others[:-1]]
                         open_line = [others[-1]]
+                        length = len(others[-1])
                         yield from filter(bytes.strip, lines)
+                    elif length > _MAX_LINE:
+                        raise ValueError(f"{file} has a line of over {_MAX_LINE // 2**20} MiB: it is no shard.")
             except _DecodingError:
                 self.counts["truncated"] += 1
         if (rest := b"".join(open_line)).strip():
@@ -97,21 +108,29 @@ def _decoder_of(file: str) -> Callable[[], Any] | None:
     return lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
-def _decoded(chunks: Iterable[bytes], new_decoder: Callable[[], Any] | None) -> Iterator[bytes]:
+def _decoded(chunks: Iterable[bytes], new_decoder: Callable[[], Any] | None, file: str) -> Iterator[bytes]:
     """Decompress chunks. Raise an error if the end is missing, which the readers of fsspec do not for zstd files."""
     if new_decoder is None:
         yield from chunks
         return
-    decoder = new_decoder()
+    decoder, packed, size = new_decoder(), 0, 0
     for chunk in chunks:
+        packed += len(chunk)
         while chunk:
             if decoder.eof:
                 decoder = new_decoder()
             try:
-                yield decoder.decompress(chunk)
+                piece = decoder.decompress(chunk)
             # The only common base class of zlib.error and ZstdError.
             except Exception as error:
                 raise _DecodingError from error
+            size += len(piece)
+            if size > FREE_BYTES + MAX_RATIO * packed:
+                raise ValueError(
+                    f"{file} unpacks to over {size // 2**20} MiB, many times its size: if you trust it, unpack it and "
+                    "pass that."
+                )
+            yield piece
             # Some archivers fill the last block with zeros.
             chunk = decoder.unused_data.lstrip(b"\0") if decoder.eof else b""
     if not decoder.eof:

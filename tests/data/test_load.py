@@ -4,8 +4,10 @@ import gzip
 import json
 import os
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
+from pyarrow import parquet
 
 from crow_hf.data.load import load_rows
 
@@ -223,3 +225,28 @@ def test_missing_files_and_folders_without_rows(tmp_path):
         load_rows(str(tmp_path / "rows.jsonl"))
     with pytest.raises(ValueError, match="is no dataset"):
         load_rows(str(tmp_path))
+
+
+def test_files_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
+    """Fails if a small file takes all memory, whatever packs it."""
+    monkeypatch.setattr("crow_hf.data.bounds.FREE_BYTES", 2**20)
+    bomb = gzip.compress(LINES.encode() * 40_000)
+    table = pyarrow.table({"text": ["a" * 1000] * 10_000})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "holes.txt").touch()
+    os.truncate(tmp_path / "holes.txt", 2**40)
+    for path in (tmp_path / "rows.parquet", tmp_path / "holes.txt"):
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read: it unpacks to over"):
+            load_rows(str(path))
+    with pytest.raises(ValueError, match="it unpacks to over"):
+        loaded(tmp_path / "rows.jsonl.gz", bomb)
+    with pytest.raises(ValueError, match="it is compressed: unpack it, or put .gz at the end of its name"):
+        loaded(tmp_path / "rows.jsonl", gzip.compress(LINES.encode()))
+    with pytest.raises(ValueError, match="its rows have over 1000 columns"):
+        loaded(tmp_path / "wide.jsonl", "".join(json.dumps({f"{n}": 1}) + "\n" for n in range(1_500)))
+
+
+def test_a_pipe_is_no_dataset(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="rows.jsonl is a pipe or a device"):
+        load_rows(str(tmp_path / "rows.jsonl"))

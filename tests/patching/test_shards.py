@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -217,3 +218,20 @@ def test_unusual_archives_are_read(tmp_path):
     reader = RedPajamaReader(sorted(tmp_path.iterdir()))
     assert [document["text"] for document in reader] == ["words"] * 4
     assert reader.counts == {"kept": 4}
+
+
+def test_a_shard_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    """Fails if a small file takes all memory: neither many lines nor one line may grow without end."""
+    monkeypatch.setattr("crow_hf.patching.shards.FREE_BYTES", 2**20)
+    monkeypatch.setattr("crow_hf.patching.shards._MAX_LINE", 2**19)
+    lines = {"a.jsonl.gz": (b'{"text": "a"}\n', "unpacks to over"), "a.jsonl.zst": (b"a", "has a line")}
+    for name, (line, said) in lines.items():
+        (tmp_path / name).write_bytes(COMPRESS[name](line * 2**20))
+        with pytest.raises(ValueError, match=f"{name} {said}"):
+            list(RedPajamaReader([str(tmp_path / name)]))
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        list(RedPajamaReader([str(tmp_path / "a.jsonl")]))

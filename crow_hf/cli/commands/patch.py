@@ -6,7 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ...data.bounds import check_regular
 from ...data.load import load_rows
+from ...data.visible import printable
 from ...files import whole_files
 from ...patching.calibration import calibrate_threshold
 from ...patching.patcher import EntropyPatcher, load_entropy_predictor
@@ -33,7 +35,7 @@ def run(arguments: PatchArguments) -> None:
         patched = source.map(patcher, desc="Patching", **options)
         with whole_files(arguments.output_dir) as folder:
             patched.save_to_disk(folder)
-        print(f"The patched dataset is in {arguments.output_dir}.")
+        print(printable(f"The patched dataset is in {arguments.output_dir}."))
         return
     document = patcher.patch(source)[0]
     Console().print(render_terminal(document))
@@ -41,7 +43,7 @@ def run(arguments: PatchArguments) -> None:
     print(describe_rule(document, patcher.rule))
     if arguments.html is not None:
         write_html(document, arguments.html, title=arguments.file or "Entropy patches")
-        print(f"The page is {arguments.html}.")
+        print(printable(f"The page is {arguments.html}."))
 
 
 def _check(arguments: PatchArguments) -> None:
@@ -68,6 +70,7 @@ def _read_source(arguments: PatchArguments) -> Any:
             raise ValueError(f"{arguments.dataset} is empty: pass at least one row.")
         return rows
     if arguments.file is not None:
+        check_regular(arguments.file)
         with open(arguments.file, "rb") as file:
             return [file.read(arguments.max_bytes)]
     return [os.fsencode(arguments.text)]

@@ -1,0 +1,100 @@
+"""Bounds on what files and programs of others may take: bytes, time and memory."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+try:
+    import resource
+except ImportError:
+    # Windows has none, and no /proc either.
+    pass
+
+# What a file may unpack to: so many bytes, and so many times its size. Text shrinks to a tenth at most.
+FREE_BYTES, MAX_RATIO = 2**27, 50
+# Seconds of the processor and bytes of memory that a program of the model's maker may take, such as a chat template.
+MAX_SECONDS, MAX_MEMORY = 5.0, 2**29
+
+
+def check_regular(path: str | Path) -> None:
+    """
+    Refuse a pipe or a device, which may never end.
+
+    Raises:
+        `ValueError`: If the path leads to something else than a file or a folder.
+    """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ValueError(f"{path} is a pipe or a device: pass a file.")
+
+
+def most_bytes(path: Path) -> int:
+    """Return how many bytes a file may unpack to. One with holes takes fewer bytes on the disk than it has."""
+    status = path.stat()
+    return FREE_BYTES + MAX_RATIO * min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
+
+
+def check_unpacked(size: int, most: int) -> None:
+    """
+    Refuse a file that unpacks to too many bytes.
+
+    Raises:
+        `ValueError`: If `size` is larger than `most`.
+    """
+    if size > most:
+        raise ValueError(
+            f"it unpacks to over {most // 2**20} MiB, many times its size on the disk; if you trust it, unpack it and "
+            "pass that"
+        )
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """
+    Stop a `with` block of Python code that takes over [`MAX_SECONDS`] of the processor or [`MAX_MEMORY`] bytes.
+
+    The operating system keeps the bounds. That of the time needs the main thread, and that of the memory needs Linux.
+
+    Raises:
+        `TimeoutError`: If the block takes too long.
+        `MemoryError`: If it takes too much memory.
+    """
+    is_timed = (
+        hasattr(signal, "setitimer")
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+    )
+    used = _address_space()
+    soft, hard = (0, 0) if used is None else resource.getrlimit(resource.RLIMIT_AS)
+    if is_timed:
+        signal.signal(signal.SIGVTALRM, _stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    if used is not None:
+        bound = used + MAX_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (bound if soft == resource.RLIM_INFINITY else min(bound, soft), hard))
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"it takes over {MAX_MEMORY // 2**20} MiB of memory") from None
+    finally:
+        if used is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if is_timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+
+
+def _stop(*_: Any) -> None:
+    raise TimeoutError(f"it takes over {MAX_SECONDS:.0f} seconds")
+
+
+def _address_space() -> int | None:
+    """Return the bytes of memory that this process has reserved, or `None` where nobody knows."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,64 @@
+"""Bounds hold against files that unpack without end, and against programs that take all time or memory."""
+
+import os
+import resource
+import signal
+import threading
+import time
+
+import pytest
+
+from crow_hf.data import bounds
+from crow_hf.data.bounds import bounded, check_regular, check_unpacked, most_bytes
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            check_regular(path)
+    check_regular(tmp_path)
+    check_regular(tmp_path / "missing")
+
+
+def test_a_file_with_holes_is_as_large_as_it_is_on_the_disk(tmp_path):
+    """Fails if a file of a terabyte of nothing may be read, or a plain file may not."""
+    (tmp_path / "holes").touch()
+    os.truncate(tmp_path / "holes", 2**40)
+    assert most_bytes(tmp_path / "holes") < 2**30
+    with pytest.raises(ValueError, match="unpacks to over"):
+        check_unpacked(2**40, most_bytes(tmp_path / "holes"))
+    (tmp_path / "plain").write_bytes(b"a" * 100_000)
+    assert most_bytes(tmp_path / "plain") >= bounds.FREE_BYTES + 100_000
+
+
+def test_time_and_memory_are_bounded_and_freed(monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_SECONDS", 0.05)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(TimeoutError), bounded():
+        while True:
+            pass
+    with pytest.raises(MemoryError, match="512 MiB"), bounded():
+        bytearray(2**30)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    assert len(bytearray(2**30)) == 2**30
+
+
+def test_other_threads_are_bounded_in_their_memory():
+    caught = []
+
+    def run():
+        try:
+            with bounded():
+                bytearray(2**30)
+        except MemoryError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(caught) == 1
