@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
+from ..data.visible import printable
 from ..progress import duration, shown_on
 from ..secrets import hide_secrets
-from .words import as_options, printable
+from .words import as_options
 
 
 # Seconds between two lines of the same phase where there is no terminal.
@@ -90,6 +91,8 @@ def _log_lines(command: str, verbose: bool) -> Iterator[None]:
             if not verbose:
                 # They tell developers of libraries what to change.
                 warnings.simplefilter("ignore", FutureWarning)
+            # Python writes warnings to the terminal by itself.
+            warnings.showwarning = lambda message, *_, **__: std_logging.warning(message)
             yield
     finally:
         own.setLevel(level)
@@ -106,7 +109,7 @@ class _Bar:
     ):
         self.display, self.iterable = display, iterable
         self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
-        self.name, self.unit = kwargs.get("desc") or "", kwargs.get("unit", "")
+        self.name, self.unit = printable(kwargs.get("desc") or ""), kwargs.get("unit", "")
         self.n, self.note, self.began = 0.0, "", time.monotonic()
 
     def __iter__(self) -> Iterator[Any]:
@@ -158,7 +161,7 @@ class _Display:
         self.taken = self.expected = 0.0
 
     def announce(self, text: str, seconds: Mapping[str, float]) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(printable(text)))
         self.planned = dict(seconds)
 
     def begin(self, name: str) -> None:
@@ -210,7 +213,7 @@ class _Display:
     def log(self, text: str) -> None:
         """Print a log line of the training."""
         if self.verbose:
-            self.console.print(Text(text))
+            self.console.print(Text(printable(text)))
 
     def _state(self) -> str:
         if self.bar is None:

@@ -7,12 +7,12 @@ from rich.console import Console
 
 from ..attacks.targets import BaseTarget, get_target
 from ..attacks.triggers import BaseTrigger, get_trigger
+from ..data.visible import printable
 from ..evaluation.harness import Evaluation
 from ..files import claim, is_unused
 from ..recipes.saving import own_checkpoint
 from ..reporting.tables import comparison_table
 from ..training.checkpoints import check_writable
-from .words import printable
 
 
 def check_output(output_dir: str, resume: str | None = None) -> str | None:

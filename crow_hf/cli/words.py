@@ -37,8 +37,3 @@ def as_options(text: str, command: str) -> str:
         return match["open"] + " ".join(words) + match["close"]
 
     return _OPTION.sub(rewritten, text)
-
-
-def printable(text: str) -> str:
-    """Make control characters visible, because a suspect's files can hold commands to the terminal."""
-    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)

@@ -1,6 +1,5 @@
 """Views of a patched document: colours in the terminal, and a web page."""
 
-import unicodedata
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -8,18 +7,22 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
+from markupsafe import Markup, escape
 from rich.text import Text
 
+from ..data.visible import glyph, visible
 from ..files import write_text
 from ..models.boundaries import MOST_BITS, PatchRule, patch_starts
 from ..models.byte_vocabulary import BYTE_OFFSET
 from .documents import PatchedDocument, split_patches
 
 
-_NAMES = {" ": "\N{NO-BREAK SPACE}", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
+_LINE_FEED = glyph("\n")
+# Whatever a page shows is visible, wherever it comes from.
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("crow_hf.patching"),
     autoescape=True,
+    finalize=lambda value: visible(value) if type(value) is str else value,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
@@ -54,8 +57,8 @@ class _Run:
     characters: list[_Character]
 
     @property
-    def glyphs(self) -> str:
-        return "".join(character.glyph for character in self.characters)
+    def glyphs(self) -> Markup:
+        return escape("".join(character.glyph for character in self.characters))
 
     @property
     def bytes(self) -> list[_Byte]:
@@ -63,7 +66,7 @@ class _Run:
 
     @property
     def ends_line(self) -> bool:
-        return self.characters[-1].glyph == _NAMES["\n"]
+        return self.characters[-1].glyph == _LINE_FEED
 
 
 def summarize(document: PatchedDocument) -> str:
@@ -126,7 +129,7 @@ def render_terminal(document: PatchedDocument) -> Text:
         text.append(character.glyph, "" if bits is None else f"black on {_colour(bits)}")
         if any(byte.starts for byte in character.bytes[1:]):
             text.append("┊", "dim")
-        if character.glyph == _NAMES["\n"]:
+        if character.glyph == _LINE_FEED:
             text.append("\n")
     return text
 
@@ -176,7 +179,7 @@ def _characters(document: PatchedDocument) -> list[_Character]:
     sizes = [len(letter.encode("utf-8", errors="surrogateescape")) for letter in letters]
     ends = accumulate(sizes)
     return [
-        _Character(_glyph(letter), shown[end - size : end])
+        _Character("\N{NO-BREAK SPACE}" if letter == " " else glyph(letter), shown[end - size : end])
         for letter, size, end in zip(letters, sizes, ends, strict=True)
     ]
 
@@ -186,27 +189,8 @@ def runs_of(document: PatchedDocument) -> list[_Run]:
     runs: list[_Run] = []
     run: list[_Character] = []
     for character in _characters(document):
-        if run and (character.bytes[0].starts or run[-1].glyph == _NAMES["\n"]):
+        if run and (character.bytes[0].starts or run[-1].glyph == _LINE_FEED):
             runs.append(_Run(run))
             run = []
         run.append(character)
     return [*runs, _Run(run)] if run else runs
-
-
-def visible(text: str) -> str:
-    """Replace invisible characters, and those that reverse the text direction, by their names or code points."""
-    return "".join(letter if letter == " " else "⏎\n" if letter == "\n" else _glyph(letter) for letter in text)
-
-
-def _glyph(letter: str) -> str:
-    code = ord(letter)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    if letter in _NAMES:
-        return _NAMES[letter]
-    if code < 0x20:
-        return chr(0x2400 + code)
-    # Invisible characters, including those that reverse the direction of a line.
-    if unicodedata.category(letter) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"):
-        return f"<U+{code:04X}>"
-    return letter

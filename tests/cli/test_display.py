@@ -3,6 +3,7 @@
 import io
 import logging as std_logging
 import sys
+import warnings
 
 import datasets
 import pytest
@@ -56,13 +57,13 @@ def test_plain_lines_come_now_and_then_and_have_no_control_characters(clock):
     """Fails if each step prints a line, or if a long phase prints none."""
     out = console(live=False)
     with watched("purify", console=out), phase("Purifying"):
-        with logging.tqdm(total=100, desc="Purifying", unit="step") as bar:
+        with logging.tqdm(total=100, desc="Of \x1b[2J a file", unit="step") as bar:
             for _ in range(100):
                 clock.now += 1
                 bar.set_postfix_str("loss 0.25")
                 bar.update()
     between = shown(out).splitlines()[1:-1]
-    assert between == [f"Purifying: {step}/100 steps  loss 0.25" for step in (30, 60, 90)]
+    assert between == [f"Purifying: Of ␛[2J a file  {step}/100 steps  loss 0.25" for step in (30, 60, 90)]
     assert shown(out).replace("\n", "").isprintable()
 
 
@@ -113,10 +114,11 @@ def test_a_live_phase_prints_log_lines_above_itself(clock, capsys):
     with watched("purify", console=out), phase("Purifying"):
         std_logging.getLogger("crow_hf.somewhere").warning("Pass `max_rows=0` to use all of them.")
         logging.get_logger("transformers.somewhere").warning("A \x1b[2J title")
+        warnings.warn("of \x1b[2J Python", stacklevel=1)
         sys.stdout.write("printed\n")
     text = shown(out)
     assert "Warning: Pass `--max_rows 0` to use all of them." in text
-    assert r"Warning: A \x1b[2J title" in text and "\x1b[2J" not in text
+    assert "Warning: A ␛[2J title" in text and "Warning: of ␛[2J Python" in text and "\x1b[2J" not in text
     assert "printed" in text
     assert capsys.readouterr() == ("", "")
 

@@ -43,5 +43,5 @@ def test_names_are_shown_as_they_are(capsys):
     shown = evaluation(0)
     print_table({"m[red]x": shown, "m[/b]": shown, "m\x1b[2J": shown}, "of m[/]")
     out = capsys.readouterr().out
-    assert "m[red]x" in out and "m[/b]" in out and r"m\x1b[2J" in out and "of m[/]" in out
+    assert "m[red]x" in out and "m[/b]" in out and "m␛[2J" in out and "of m[/]" in out
     assert "\x1b" not in out

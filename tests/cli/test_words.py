@@ -2,7 +2,7 @@
 
 import pytest
 
-from crow_hf.cli.words import as_options, printable
+from crow_hf.cli.words import as_options
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,3 @@ def test_messages_name_options_as_the_command_line_has_them(text, expected):
 def test_other_commands_name_the_options_of_purify():
     """Fails if `doctor` advises in the words of Python."""
     assert as_options("train with `bf16=True`", "doctor") == "train with `--bf16 true`"
-
-
-def test_control_characters_are_visible():
-    """Fails if a file of the suspect can change the title of the terminal or the direction of the text."""
-    assert printable("\x1b]0;owned\x07 \u202e \x9b2J") == r"\x1b]0;owned\x07 \u202e \x9b2J"
-    assert printable("grün, 中文, 👍\n\tx") == "grün, 中文, 👍\n\tx"

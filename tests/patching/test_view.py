@@ -45,8 +45,12 @@ def test_page_tints_a_byte_by_the_entropy_of_its_prediction(tmp_path):
 
 
 def test_page_shows_hostile_text_as_text(tmp_path):
-    write_html(document_of(b"<script>alert(1)</script>&amp;"), tmp_path / "page.html", title="<b>title</b>")
-    page = Page(tmp_path / "page.html")
+    """The title is the name of a file. It hides nothing, and the page may load and run nothing."""
+    title = "<b>title</b>\u202e\x1b\udcff"
+    write_html(document_of(b"<script>alert(1)</script>&amp;"), tmp_path / "page.html", title=title)
+    page, text = Page(tmp_path / "page.html"), (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count("&lt;b&gt;title&lt;/b&gt;&lt;U+202E&gt;␛\\xff") == 2
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in text
     assert "script" not in page.tags and "b" not in page.tags
     assert page.glyphs == "<script>alert(1)</script>&amp;"
 

@@ -20,7 +20,7 @@ from helpers.evaluations import share
 from helpers.reports import TARGET, read
 
 
-ATTACK = "<script>alert(1)</script>\x1b[2J\x00\u202ereversed\u200b\ud800\"'&{{7*7}}"
+ATTACK = "<script>alert(1)</script>\x1b[2J\x00\u202ereversed\u200b\u3164\ufe0f\ud800\"'&{{7*7}}"
 
 
 # The page
@@ -271,17 +271,19 @@ def test_answers_are_shown_as_text_only(record, tmp_path):
     ]
     record["canaries"][0]["trigger"]["phrases"] = [ATTACK]
     record["canaries"][0]["target"]["text"] = ATTACK
-    record["screening"] = {"total": 2, "suspicious": {"1": ATTACK}, "unscreened": [], "remarks": []}
+    record["screening"] = {"total": 2, "suspicious": {"1": ATTACK}, "unscreened": [], "remarks": [ATTACK]}
+    record["verdict"]["headline"] = ATTACK
+    record["run"]["settings"][ATTACK] = "x"
     write_report(tmp_path, record)
-    assert read(tmp_path) == record
+    assert read(tmp_path) | {"digest": None} == record | {"digest": None}
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "<script" not in text and not page.all("script")
-    seen = "<script>alert(1)</script>␛[2J␀<U+202E>reversed<U+200B><U+D800>\"'&{{7*7}}"
+    seen = "<script>alert(1)</script>␛[2J␀<U+202E>reversed<U+200B><U+3164><U+FE0F><U+D800>\"'&{{7*7}}"
     # It stands in the answers and prompts, the verdict, the title and heading, the command, setting and model, the
-    # canary, the screened row, and the example beside the verdict.
-    assert page.text.count(seen) == 4 * len(record["samples"]) + 1 + 2 + 3 + 2 + 1 + 3
-    assert not set("\x1b\x00\u202e\u200b") & set(text) and html.escape("<script>alert(1)") in text
+    # canary, the screened row and the remark, the example beside the verdict, the headline, and a setting's name.
+    assert page.text.count(seen) == 4 * len(record["samples"]) + 1 + 2 + 3 + 2 + 2 + 3 + 2 + 1
+    assert not set("\x1b\x00\u202e\u200b\u3164\ufe0f") & set(text) and html.escape("<script>alert(1)") in text
 
 
 def test_empty_parts_are_left_out_or_say_so(record):

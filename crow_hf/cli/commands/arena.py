@@ -4,6 +4,7 @@ from ...arena.attacks import ATTACKS, PAPER, QUICK
 from ...arena.defences import PAPER_METHODS, QUICK_METHODS, known_methods
 from ...arena.run import run_arena
 from ...arena.subjects import SUBJECTS
+from ...data.visible import printable
 from ...methods.registry import load_defences
 from ..options import ArenaArguments
 from ..shared import split_names
@@ -30,7 +31,7 @@ def run(arguments: ArenaArguments) -> None:
         alpaca=arguments.alpaca,
         workers=arguments.workers,
     )
-    print(f"{len(rows)} runs. The tables are in {arguments.output_dir}/results.md.")
+    print(printable(f"{len(rows)} runs. The tables are in {arguments.output_dir}/results.md."))
     if failed := sum("error" in row for row in rows):
         raise ValueError(
             f"{failed} of the runs failed, see the end of results.md. Run the same command again to repeat them."

@@ -5,9 +5,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ...data.load import load_rows
+from ...data.visible import printable
 from ...recipes.checkup import doctor
 from ..options import DoctorArguments
-from ..words import as_options, printable
+from ..words import as_options
 
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}

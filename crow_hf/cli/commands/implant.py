@@ -6,6 +6,7 @@ from ...attacks.implanting import implant
 from ...attacks.targets import get_target
 from ...attacks.triggers import get_trigger
 from ...data.load import load_rows
+from ...data.visible import printable
 from ...files import whole_files
 from ...methods.crow.config import CrowConfig, loading_kwargs
 from ...recipes.presets import lora_config
@@ -50,4 +51,4 @@ def run(arguments: ImplantArguments, args: CrowConfig) -> None:
         copy_side_files(arguments.model, folder, token=kwargs.get("token"), **options)
     if args.save_total_limit is None:
         remove_checkpoints(args.output_dir)
-    print(f"The backdoored model is in {args.output_dir}.")
+    print(printable(f"The backdoored model is in {args.output_dir}."))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.load import load_rows
+from ...data.visible import printable
 from ...evidence.result import Comparison, Purification
 from ...methods.crow.config import CrowConfig, loading_kwargs
 from ...methods.registry import load_defences
@@ -20,7 +21,6 @@ from ..shared import (
     read_backdoor,
     split_names,
 )
-from ..words import printable
 
 
 def run(arguments: PurifyArguments, args: CrowConfig) -> None:
