@@ -5,8 +5,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment
+from transformers import PreTrainedTokenizerBase
 
 
 try:
@@ -19,6 +24,8 @@ except ImportError:
 FREE_BYTES, MAX_RATIO = 2**27, 50
 # Seconds of the processor and bytes of memory that a program of the model's maker may take, such as a chat template.
 MAX_SECONDS, MAX_MEMORY = 5.0, 2**29
+# Characters that a chat template may write around the messages.
+MAX_TEMPLATE_TEXT = 1_000_000
 
 
 def check_regular(path: str | Path) -> None:
@@ -98,3 +105,31 @@ def _address_space() -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
+
+
+def apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, name: str, **options: Any) -> str:
+    """Render a chat. The template is a program of the model's maker, so `name` is what it refuses with any error."""
+    try:
+        # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
+        # Other templates ignore it.
+        with bounded():
+            _check_operators(tokenizer.get_chat_template())
+            text: Any = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+        if len(text) > MAX_TEMPLATE_TEXT + 10 * sum(len(str(message["content"])) for message in messages):
+            raise ValueError(f"it writes {len(text):,} characters")
+    except Exception as error:
+        raise ValueError(
+            f"{name} is refused by the tokenizer's chat template ({error}). Change it, or pass prompt and completion, "
+            "and a tokenizer without a template."
+        ) from error
+    return text
+
+
+@lru_cache
+def _check_operators(template: str) -> None:
+    """Refuse powers in a chat template, which needs none: a single one can take hours, and nothing can stop it."""
+    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
+    for (_, before), (kind, value) in pairwise(tokens):
+        # After a bracket or a comma, it unpacks arguments.
+        if kind == "operator" and value == "**" and before not in "(,":
+            raise ValueError("it computes a power")

@@ -5,16 +5,13 @@
 
 import random
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from datasets import Dataset
-from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .bounds import bounded
+from .bounds import apply_template
 
 
 logger = logging.get_logger(__name__)
@@ -41,8 +38,6 @@ _OPTIONAL = {"tokens": ("labels", "attention_mask"), "alpaca": ("input",), "doll
 # What a message says stands under the first of these keys that it has, and who says it. ShareGPT has the second ones.
 _ROLE, _CONTENT = ("role", "from"), ("content", "value")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-# Characters that a chat template may write around the messages.
-_MAX_TEMPLATE_TEXT = 1_000_000
 ALPACA_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"
 
 
@@ -145,34 +140,6 @@ def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index
             "differently once the answer follows. Pass prompt and completion."
         )
     return Rendered(prompt, whole[len(prompt) :], answer, True)
-
-
-def apply_template(messages: list[dict], tokenizer: PreTrainedTokenizerBase, name: str, **options: Any) -> str:
-    """Render a chat. The template is a program of the model's maker, so `name` is what it refuses with any error."""
-    try:
-        # The rows contain no thoughts. Without this switch, the templates of thinking models leave room for thoughts.
-        # Other templates ignore it.
-        with bounded():
-            _check_operators(tokenizer.get_chat_template())
-            text: Any = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
-        if len(text) > _MAX_TEMPLATE_TEXT + 10 * sum(len(str(message["content"])) for message in messages):
-            raise ValueError(f"it writes {len(text):,} characters")
-    except Exception as error:
-        raise ValueError(
-            f"{name} is refused by the tokenizer's chat template ({error}). Change it, or pass prompt and completion, "
-            "and a tokenizer without a template."
-        ) from error
-    return text
-
-
-@lru_cache
-def _check_operators(template: str) -> None:
-    """Refuse powers in a chat template, which needs none: a single one can take hours, and nothing can stop it."""
-    tokens = [(kind, value) for _, kind, value in Environment().lex(template) if kind != "whitespace"]
-    for (_, before), (kind, value) in pairwise(tokens):
-        # After a bracket or a comma, it unpacks arguments.
-        if kind == "operator" and value == "**" and before not in "(,":
-            raise ValueError("it computes a power")
 
 
 def messages_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:

@@ -13,8 +13,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.bounds import apply_template
 from ..data.encoding import encode_prompt, padding_id
-from ..data.rows import Rendered, apply_template
+from ..data.rows import Rendered
 from ..training.recorder import context_length, embedding_table
 from .generation import end_token_ids, generate_ids, text_of_ids
 

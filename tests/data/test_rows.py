@@ -8,7 +8,6 @@ from datasets import Dataset
 
 from crow_hf.data.rows import (
     add_empty_answers,
-    apply_template,
     drop_unanswered,
     edit_answer,
     edit_prompt,
@@ -310,31 +309,3 @@ def test_thinking_templates_leave_no_room_for_thoughts(byte_tokenizer):
     )
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     assert render(row, byte_tokenizer)[:3] == ("U:hi\nA:<think></think>", "ho", "ho")
-
-
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes over"),
-        ("{{ 'a' * 9999999999 }}", "MiB of memory"),
-        ("{% set n = messages | length * 9999999999 %}{{ 'a' | center(n) }}", "MiB of memory"),
-        (
-            "{% set ns = namespace(s='a' * 99) %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-            "MiB",
-        ),
-        ("{% for i in range(99999) %}twenty characters...{% endfor %}", "it writes 1,999,980 characters"),
-        ("{{ 9 ** (9 ** 9) }}", "it computes a power"),
-    ],
-)
-def test_a_template_that_takes_all_time_or_memory_is_refused(template, said, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("crow_hf.data.bounds.MAX_SECONDS", 0.1)
-    monkeypatch.setattr("crow_hf.data.bounds.MAX_MEMORY", 2**27)
-    byte_tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="Row 3 is refused by the tokenizer's chat template") as told:
-        render(ROWS["messages"], byte_tokenizer, 3)
-    assert said in str(told.value)
-
-
-def test_two_stars_before_arguments_are_no_power(byte_tokenizer):
-    byte_tokenizer.chat_template = "{% set a = {'b': 'c**d'} %}{{ dict(**a).b }}{{ messages | length }}"
-    assert apply_template(ROWS["messages"]["messages"], byte_tokenizer, "Row 3") == "c**d4"
