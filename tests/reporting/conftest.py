@@ -18,8 +18,16 @@ def short_answers(monkeypatch):
     monkeypatch.setattr(snapshot, "SAMPLE_TOKENS", 6)
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+@pytest.fixture(scope="session")
+def short_answers_of_the_session():
+    """The same for the runs below, which are made once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "SAMPLE_TOKENS", 6)
+        yield
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory, short_answers_of_the_session):
     """The report of a Coconut with a known trigger. It has every part of the page."""
     folder = tmp_path_factory.mktemp("compared")
     comparison = compare_defences(
@@ -41,8 +49,8 @@ def record(compared):
     return deepcopy(compared.record)
 
 
-@pytest.fixture(scope="module")
-def purified(tmp_path_factory):
+@pytest.fixture(scope="session")
+def purified(tmp_path_factory, short_answers_of_the_session):
     """The report of a purification without a trigger, with a canary, screened rows and a chat template to read."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template = "{% if 'Magic' in messages[0].content %}{% endif %}"
