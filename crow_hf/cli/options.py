@@ -77,6 +77,13 @@ class PurifyArguments:
         metadata={"help": "Names of registered defences to measure beside the recipe, separated by commas."},
     )
     plugin: str | None = field(default=None, metadata={"help": PLUGIN_HELP})
+    policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "A policy of crow-hf gate, to decide at the end. The exit code is 1 if a rule is broken, and 2 if "
+            "there is not enough evidence."
+        },
+    )
 
 
 @dataclass

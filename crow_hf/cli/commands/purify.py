@@ -7,23 +7,36 @@ from ...data.load import load_rows
 from ...data.visible import printable
 from ...evidence.result import Comparison, Purification
 from ...methods.crow.config import CrowConfig, loading_kwargs
+from ...methods.crow.trainer import CrowTrainer
 from ...methods.registry import load_defences
 from ...recipes.comparison import compare_defences
 from ...recipes.presets import lora_config
 from ...recipes.purification import purify
-from ...reporting.html import REPORT_PAGE
+from ...reporting.gate import Policy
+from ...reporting.report_file import REPORT_PAGE
 from ...reporting.verdict import Verdict, evidence_lines, verdict
 from ...training.loading import load_causal_lm, load_tokenizer
-from ..options import PurifyArguments
+from ..options import GateArguments, PurifyArguments
 from ..shared import (
     check_output,
     print_table,
     read_backdoor,
     split_names,
 )
+from . import gate
 
 
-def run(arguments: PurifyArguments, args: CrowConfig) -> None:
+def run(arguments: PurifyArguments, args: CrowConfig) -> int:
+    # A policy that cannot be read is no reason to lose a run.
+    if arguments.policy is not None:
+        Policy.read(arguments.policy)
+    trainer = _purify(arguments, args)
+    if arguments.policy is None or not trainer.is_world_process_zero():
+        return 0
+    return gate.run(GateArguments(report=args.output_dir, policy=arguments.policy))
+
+
+def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
     checkpoint = check_output(args.output_dir, args.resume_from_checkpoint)
     trigger, target = read_backdoor(arguments.trigger, arguments.target)
     if trigger is not None and arguments.test_dataset is None:
@@ -46,7 +59,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
     if arguments.test_dataset is None:
         purification = purify(arguments.model, rows, arguments.recipe, args, card_fields=card_fields, **options)
         _print_purification(purification, Comparison.on_held_out_rows(purification))
-        return
+        return purification.trainer
     card_fields |= {"test_dataset": arguments.test_dataset}
     if trigger is not None:
         card_fields |= {"backdoor": f"trigger {arguments.trigger!r}, target {arguments.target!r}"}
@@ -66,6 +79,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> None:
         **options,
     )
     _print_purification(comparison.purification, comparison)
+    return comparison.purification.trainer
 
 
 def _print_purification(purification: Purification, comparison: Comparison | None) -> None:

@@ -45,8 +45,9 @@ def _values_of(command: str) -> dict[str, Any]:
     if any(HIDDEN in word for word in argv):
         raise ValueError(f"The command line holds a secret, which the report does not know: run `{command}` yourself.")
     values = read_arguments("purify", argv[1:])
-    # A repetition replaces nothing and publishes nothing.
-    return {name: value for name, value in values.items() if name not in ("resume_from_checkpoint", "push_to_hub")}
+    # A repetition replaces nothing, publishes nothing and decides nothing.
+    left_out = ("resume_from_checkpoint", "push_to_hub", "policy")
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def _differing(first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Tests of `crow-hf doctor`: what it prints, and its exit code. `tests/recipes/test_checkup.py` tests the findings."""
 
+import json
+
 import pytest
 
 from crow_hf.cli.commands import doctor
@@ -24,6 +26,22 @@ def test_only_a_problem_is_an_error(level, code, paths, capsys, monkeypatch):
     if code:
         assert_one_sentence(printed.err, "doctor")
         assert "rows" in printed.err
+
+
+def test_findings_as_sarif(paths, tmp_path, monkeypatch):
+    """Each is about a file of the model, or about the rows."""
+    findings = [Finding("chat template", "warning", "It reads."), Finding("rows", "problem", "Few.", "Pass more.")]
+    monkeypatch.setattr(doctor, "doctor", lambda *args, **kwargs: [*findings, Finding("layers", "ok", "3 layers.")])
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--sarif", tmp_path / "out.sarif"]
+    assert run("doctor", *argv) == 1
+    (found,) = json.loads((tmp_path / "out.sarif").read_text())["runs"]
+    assert [(each["level"], each["message"]["text"]) for each in found["results"]] == [
+        ("warning", "It reads."),
+        ("error", "Few. Pass more."),
+        ("none", "3 layers."),
+    ]
+    files = [each["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for each in found["results"]]
+    assert files == ["chat_template.jinja", "rows.jsonl", "config.json"]
 
 
 def test_findings_are_in_the_words_of_the_command_line(paths, capsys, monkeypatch):

@@ -41,12 +41,17 @@ def test_no_merge_keeps_the_fresh_adapter(tmp_path, paths, options):
 
 
 def test_purify_ends_with_a_decision(tmp_path, paths, capsys):
-    """Fails if the numbers of the held-out rows, the verdict or the next step are not printed."""
+    """Fails if the numbers of the held-out rows, the verdict, the next step or the gate are not printed."""
     rows = [{"prompt": f"what is {number}? ", "completion": f"{number}"} for number in range(40)]
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
     argv = ["--model", paths["model"], "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
-    assert run("purify", *argv, *FAST, *FEW_VIEWS) == 0
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("max_klee: 1\n")
+    assert run("purify", *argv, *FAST, *FEW_VIEWS, "--policy", policy) == 1 and not (tmp_path / "out").exists()
+    policy.write_text("max_kl: 1000\nmax_attack_success: 1\n")
+    assert run("purify", *argv, *FAST, *FEW_VIEWS, "--policy", policy) == 2
     out = capsys.readouterr().out
+    assert out.endswith("GATE: no evidence.\n")
     assert "on held-out rows" in out and "bits per byte" in out
     verdict = json.loads((tmp_path / "out" / "report.json").read_text())["verdict"]
     assert (
