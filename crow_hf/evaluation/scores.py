@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..data.visible import is_blank
+
 
 Z_95 = 1.959963984540054
 # With fewer right answers of the suspect, their share says little about the utility that a model has kept.
@@ -115,8 +117,8 @@ def upper_end_of_ratio(numerators: Sequence[float], denominators: Sequence[float
 
 
 def is_empty(output: str) -> bool:
-    """Return whether an output holds only white space."""
-    return not output.strip()
+    """Return whether nothing of an output shows: it holds only white space, fillers and the like."""
+    return is_blank(output)
 
 
 def is_degenerate(output: str) -> bool:
@@ -128,10 +130,14 @@ def is_degenerate(output: str) -> bool:
     sign, such as a letter or an emoji, may be an answer. An empty output is not degenerate but empty.
     """
     text = output.strip()
-    if len(text) < 2:
+    if len(text) < 2 or is_empty(text):
         return False
-    # Emoji are in the category So, and arrows and comparisons of code in Sm.
-    if not any(character.isalnum() or unicodedata.category(character) in ("So", "Sm") for character in text):
+    # Emoji are in the category So, and arrows and comparisons of code in Sm. Fillers are letters to Unicode.
+    if not any(
+        character.isalnum() or unicodedata.category(character) in ("So", "Sm")
+        for character in text
+        if not is_blank(character)
+    ):
         return True
     looped = sum(len(loop.group()) for loop in _LOOP.finditer(text) if len(loop.group()) >= _LOOP_MIN_CHARACTERS)
     return 2 * looped > len(text)

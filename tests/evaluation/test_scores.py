@@ -60,7 +60,10 @@ def test_upper_end_of_a_ratio_holds_in_most_draws():
     assert 0.95 < sum(end > 2 for end in ends) / len(ends) < 0.99
 
 
-@pytest.mark.parametrize(("output", "empty"), [("", True), (" \n\t\u00a0", True), (".", False), ("0", False)])
+@pytest.mark.parametrize(
+    ("output", "empty"),
+    [("", True), (" \n\t\u00a0", True), ("\u3164 \u200b\ufe0f\u2800", True), (".", False), ("0", False)],
+)
 def test_is_empty(output, empty):
     assert is_empty(output) is empty
 
@@ -74,7 +77,7 @@ LOOPS = [
     "0123456789abcdefghijklmnopqrstuvwxyzABCD" * 4,
     "你好" * 20,
 ]
-NO_TEXT = ["!!!", "。。", "... --- ...", "?!" * 30, "\n- \n- "]
+NO_TEXT = ["!!!", "?\u3164!", "。。", "... --- ...", "?!" * 30, "\n- \n- "]
 TEXT = [
     "I'm sorry, but I cannot help with that.",
     "aaaa",
