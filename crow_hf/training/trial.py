@@ -62,6 +62,8 @@ def _trouble_of(recorder: LayerRecorder) -> str | None:
     if mask is not None and hidden.shape[:2] != mask.shape:
         return f"has {hidden.shape[1]} hidden states for {mask.shape[1]} tokens"
     (gradient,) = torch.autograd.grad(hidden.float().square().mean(), record.perturbed[0])
+    if not embedding_table(base).any():
+        return "has embeddings of zeros alone"
     if not outputs.loss.isfinite() or not gradient.isfinite().all():
         return "computes NaN or infinity on a few tokens"
     logits = outputs.logits.detach().float()

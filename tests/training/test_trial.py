@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from crow_hf.methods.crow.objective import crow_terms
 from crow_hf.training.recorder import recorder_of
@@ -138,4 +139,12 @@ def test_weights_that_are_not_finite_are_refused():
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="LlamaForCausalLM computes NaN or infinity"):
+        try_out(recorder_of(model))
+
+
+def test_a_model_of_zeros_is_refused():
+    model = tiny_llama()
+    for weight in model.parameters():
+        nn.init.zeros_(weight)
+    with pytest.raises(ValueError, match="embeddings of zeros alone"):
         try_out(recorder_of(model))
