@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 from .. import __version__
 from ..files import write_text
@@ -70,7 +71,7 @@ def write_sarif(path: str | Path, results: Iterable[SarifResult], folder: str | 
 
 
 def _result(result: SarifResult, rule: int) -> dict[str, Any]:
-    place = {"artifactLocation": {"uri": result.file, "uriBaseId": "MODEL"}}
+    place = {"artifactLocation": {"uri": quote(result.file, errors="replace"), "uriBaseId": "MODEL"}}
     return {
         "ruleId": _id(result.rule),
         "ruleIndex": rule,

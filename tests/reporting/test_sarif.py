@@ -8,7 +8,7 @@ from crow_hf.reporting.sarif import SarifResult, write_sarif
 def test_another_reader_finds_the_same(tmp_path):
     results = [
         SarifResult("chat template", "error", "It has a condition.", "chat_template.jinja"),
-        SarifResult("max_kl 0.05", "none", "At most 0.01.", "report.json"),
+        SarifResult("max_kl 0.05", "none", "At most 0.01.", "a report%.json"),
         SarifResult("chat template", "warning", "It has a \ud800 long text.", "chat_template.jinja"),
     ]
     write_sarif(tmp_path / "out.sarif", results, "a folder")
@@ -22,7 +22,7 @@ def test_another_reader_finds_the_same(tmp_path):
     assert [each.level.value for each in run.results] == ["error", "none", "warning"]
     assert [each.locations[0].physical_location.artifact_location.uri for each in run.results] == [
         "chat_template.jinja",
-        "report.json",
+        "a%20report%25.json",
         "chat_template.jinja",
     ]
     assert [each.message.text for each in run.results][::2] == ["It has a condition.", "It has a ? long text."]
