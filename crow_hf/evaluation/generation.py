@@ -49,7 +49,7 @@ def naming_errors(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     except Exception as error:
         name = type(base_model_of(model)).__name__
         raise ValueError(
-            f"{name} fails on a batch of rows ({one_line(error)}). Check it with `crow-hf doctor`, or use another model."
+            f"{name} fails on a batch of rows ({one_line(error)}). Check it with `crow-hf doctor`, or use another one."
         ) from error
 
 
@@ -321,7 +321,8 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     An end token of the model's settings that is a word does not count. It could end an answer before the target.
     """
     own = model.generation_config.eos_token_id
-    marks = marker_ids(tokenizer).intersection(own if isinstance(own, list) else [own])
+    # What a config holds may be anything, also lists in a list.
+    marks = {mark for mark in marker_ids(tokenizer) if mark in (own if isinstance(own, list) else [own])}
     return sorted(marks | ({tokenizer.eos_token_id} - {None}))
 
 

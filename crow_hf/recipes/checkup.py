@@ -294,7 +294,9 @@ def _check_generation(
     settings = foreign_generation(model, tokenizer)
     remedy = "A purification leaves them out of what it measures, and drops them. Ask why they are there."
     if tokenizer is not None and (ends := settings.pop("eos_token_id", [])):
-        words = ", ".join(f"{token} ({text_of_ids([token], tokenizer)!r})" for token in ends)
+        # What is no id has no text.
+        texts = [repr(text_of_ids([end], tokenizer)) if isinstance(end, int) and end >= 0 else "no id" for end in ends]
+        words = ", ".join(f"{end} ({text})" for end, text in zip(ends[:MAX_SHOWN], texts, strict=False))
         found = f"Tokens that are no special tokens end answers: {words}. What follows them would never be seen."
         yield Finding("end tokens", "warning", found, remedy)
     if settings:

@@ -141,8 +141,10 @@ def foreign_generation(
     }
     ends = _as_list(settings.get("eos_token_id"))
     # A word that ends answers can hide what follows it.
-    if processing_class is not None and (words := sorted(set(ends) - marker_ids(processing_class))):
-        found["eos_token_id"] = words
+    if processing_class is not None:
+        # They may be anything, also lists.
+        marks = list(marker_ids(processing_class))
+        found |= {"eos_token_id": words} if (words := [end for end in ends if end not in marks]) else {}
     return found
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .foreign import check_named_files, named_kernels, set_aside
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .saves import one_line
 from .sharding import loading_unsharded
+from .sizes import check_growth, check_layers, check_rank, check_size, check_texts
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -83,6 +84,11 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     if is_adapter:
         return _load_adapter(str(path), is_trainable, kwargs)
     check_named_files(str(path), kwargs.get("variant"), **_hub_options(kwargs))
+    check_layers(path, **_hub_options(kwargs))
+    if not (kwargs["trust_remote_code"] or kwargs.keys() & {"variant", "gguf_file"}):
+        with _in_one_sentence(path):
+            plain: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
+        check_size(path, plain, **_hub_options(kwargs))
     with _in_one_sentence(path):
         if kernels := named_kernels(str(path), **_hub_options(kwargs)):
             config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
@@ -182,8 +188,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         )
     options = {} if Path(path).is_dir() else _without_retries({})
     _check_exists(path, **options)
+    check_layers(path, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        check_growth(tokenizer)
         # Some settings are first read when a text is encoded.
         tokenizer.decode(tokenizer("a b")["input_ids"])
         return tokenizer
@@ -207,6 +215,7 @@ def _load_adapter(path: str, is_trainable: bool, kwargs: dict[str, Any]) -> Peft
             f"{path} is an adapter of the kind {PeftType(adapter.peft_type).value}, which puts vectors before the "
             "prompt and changes no weights. Only adapters that change weights, such as LoRA, are supported."
         )
+    check_rank(path, adapter, **_hub_options(kwargs))
     with _base_of(path):
         base: Any = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
@@ -235,11 +244,19 @@ def _base_of(path: str | Path) -> Iterator[None]:
 def _adapter_config(path: str, **options: Any) -> PeftConfig:
     with _in_one_sentence(path):
         adapter = PeftConfig.from_pretrained(path, **options)
-    if not adapter.base_model_name_or_path:
+    base = adapter.base_model_name_or_path
+    if not base or not isinstance(base, str):
         raise ValueError(
             f"The adapter {path} names no base model. Write its folder or name into adapter_config.json, as "
             "`base_model_name_or_path`."
         )
+    found = None
+    # A base that cannot be read is told when it is loaded.
+    with suppress(OSError, ValueError):
+        found = find_adapter_config_file(base, **{**options, "revision": adapter.revision})
+    if found is not None:
+        # It could even name itself.
+        raise ValueError(f"The adapter {path} names another adapter, {base}, as its base model. Merge that one first.")
     return adapter
 
 
@@ -326,6 +343,7 @@ def _check_exists(path: str | Path, **options: Any) -> None:
 
 def _check_links(folder: Path) -> None:
     """Refuse links to files elsewhere. A private key, for example, would be saved with the purified model."""
+    check_texts(folder)
     for file in folder.rglob("*"):
         if file.is_symlink() and leads_outside(file, folder):
             raise ValueError(

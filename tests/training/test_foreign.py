@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, modeling_utils
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from crow_hf import CoconutTokenizer, load_causal_lm, purify
+from crow_hf import CoconutTokenizer, doctor, load_causal_lm, purify
+from crow_hf.evaluation.generation import end_token_ids
 from crow_hf.training import foreign
 from crow_hf.training.foreign import check_named_files, drop_foreign_settings
 from helpers.coconut import coconut
@@ -27,6 +28,7 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
     model.config.auto_map = CODE
     byte_tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["maker/suspect--tokens.Tokens", None]}
     model.generation_config.sequence_bias, model.generation_config.eos_token_id = BIAS, [1, 107]
+    model.config.eos_token_id = [1, 107]
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.5
     args = arguments(tmp_path, recipe)
     found = purify(model, ROWS, recipe, args, processing_class=byte_tokenizer)
@@ -37,6 +39,7 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
     assert not any("auto_map" in text or "sequence_bias" in text for text in texts.values())
     kept = json.loads(texts["generation_config.json"])
     assert kept["temperature"] == 0.5 and kept["eos_token_id"] == [1]
+    assert json.loads(texts["config.json"])["eos_token_id"] in (1, [1])
     ids = torch.tensor([[40, 41, 42]])
     said = AutoModelForCausalLM.from_pretrained(tmp_path / "run0").generate(ids, max_new_tokens=8, do_sample=False)
     assert said[0, 3:].tolist() != [104] * 8
@@ -125,6 +128,17 @@ def test_kernels_are_set_aside(settings, suspect, monkeypatch):
     model = load_causal_lm(suspect)
     assert not asked and "/" not in f"{model.config._attn_implementation}{model.config._experts_implementation}"
     assert drop_foreign_settings(model, None) == sorted(settings)
+
+
+@pytest.mark.parametrize("ends", [[[1]], "x", 1.5, [-7], {"a": 1}, [None]])
+def test_end_tokens_that_are_no_ids_are_dropped(ends, byte_tokenizer):
+    """Fails if they end the command or the doctor, or stay."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id = ends
+    assert end_token_ids(model, byte_tokenizer) == [1]
+    (finding,) = [each for each in doctor(model, ROWS, byte_tokenizer) if each.name == "end tokens"]
+    assert "(no id)" in finding.found
+    assert len(drop_foreign_settings(model, byte_tokenizer)) == 1 and model.generation_config.eos_token_id is None
 
 
 def test_harmless_settings_are_kept_without_a_word(caplog):

@@ -379,6 +379,18 @@ def test_the_tokenizers_own_trouble_is_told(model_folder):
         load_tokenizer(model_folder)
 
 
+@pytest.mark.parametrize("base", [5, [], {"a": 1}, "itself"])
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
+def test_base_models_that_are_no_names_or_the_adapter_itself(base, load, tmp_path):
+    """Fails if an adapter that names itself is followed without end."""
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    base = str(tmp_path) if base == "itself" else base
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(ValueError, match="names (no base model|another adapter)"):
+        load(tmp_path)
+
+
 def test_a_tokenizer_that_fails_on_text_is_refused(model_folder, byte_tokenizer):
     """Fails if a setting that is only read while a text is encoded fails in the middle of the work."""
     byte_tokenizer.save_pretrained(model_folder)
