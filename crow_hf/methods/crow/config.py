@@ -23,8 +23,8 @@ def check_non_negative(args: TrainingArguments, *names: str) -> None:
 
 def check_integer(args: TrainingArguments, name: str, least: int) -> None:
     value = getattr(args, name)
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+    if not isinstance(value, int) or not least <= value < 2**32:
+        raise ValueError(f"`{name}` must be an integer of at least {least} and below 2**32, got {value!r}.")
 
 
 def _read_json_object(name: str, text: str) -> dict[str, Any]:
@@ -123,9 +123,13 @@ class CrowConfig(TrainingArguments):
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
         remember_secrets(vars(self))
-        check_non_negative(self, "alpha", "epsilon", "learning_rate")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        # Nothing else checks these. A negative weight decay lets weights grow.
+        unchecked = ["weight_decay", *(["neftune_noise_alpha"] if self.neftune_noise_alpha is not None else [])]
+        check_non_negative(self, "alpha", "epsilon", "learning_rate", *unchecked)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_integer(self, name, 1)
+        for name in ("seed", *(["data_seed"] if self.data_seed is not None else [])):
+            check_integer(self, name, 0)
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"`num_train_epochs` must be greater than 0, or the model is not trained, got {self.num_train_epochs}."
