@@ -175,6 +175,8 @@ def drop_foreign_settings(
         ends = [token for token in _as_list(settings.pop("eos_token_id", None)) if token not in words]
         kept = {name: value for name, value in settings.items() if name not in found and not name.startswith("_")}
         base.generation_config = GenerationConfig(eos_token_id=ends or None, **kept)
+        if words and (own := _as_list(getattr(base.config, "eos_token_id", None))):
+            base.config.eos_token_id = [token for token in own if token not in words] or None
     # Who loaded a model with its code trusts it, and the model cannot be loaded without.
     pointers = () if type(base).__module__.startswith("transformers_modules") else _POINTERS_TO_CODE
     # Classes that are saved with their code, such as those of this package, write their own pointer again.

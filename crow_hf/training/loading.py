@@ -88,6 +88,8 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     if not (kwargs["trust_remote_code"] or kwargs.keys() & {"variant", "gguf_file"}):
         with _in_one_sentence(path):
             plain: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
+            # It is only measured, and can name kernels.
+            plain._attn_implementation = plain._experts_implementation = None
         check_size(path, plain, **_hub_options(kwargs))
     with _in_one_sentence(path):
         if kernels := named_kernels(str(path), **_hub_options(kwargs)):
