@@ -187,6 +187,14 @@ class DoctorArguments:
 
 
 @dataclass
+class ChatArguments:
+    """Ask a suspect and its purified model the same, and show their answers side by side."""
+
+    run: str = field(metadata={"help": "The output folder of a purification. Its report names the suspect."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+
+
+@dataclass
 class GateArguments:
     """Hold the report of a purification against a policy, and decide whether the model may be used."""
 
@@ -278,6 +286,7 @@ COMMANDS: dict[str, type] = {
     "implant": ImplantArguments,
     "patch": PatchArguments,
     "doctor": DoctorArguments,
+    "chat": ChatArguments,
     "gate": GateArguments,
     "verify": VerifyArguments,
     "reproduce": ReproduceArguments,
