@@ -1,0 +1,80 @@
+"""Files that ask for many times the memory that they hold are refused before anything is built."""
+
+import json
+import os
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from crow_hf import load_causal_lm
+from crow_hf.training.loading import load_tokenizer
+from crow_hf.training.sizes import check_growth
+from helpers.tiny import tiny_llama
+
+
+@pytest.fixture
+def suspect(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 10**12}, "more layers than any model has"),
+        ({"text_config": {"n_layer": 10**6}}, "more layers than any model has"),
+        ({"num_hidden_layers": 1_000}, "asks for 1000 layers"),
+        ({"intermediate_size": 10**8}, "asks for a model of"),
+        ({"vocab_size": 10**10}, "asks for a model of"),
+    ],
+)
+def test_a_config_that_asks_for_more_than_the_files_hold_is_refused(suspect, changes, said):
+    edit(suspect / "config.json", **changes)
+    with pytest.raises(ValueError, match=said):
+        load_causal_lm(suspect)
+
+
+def test_an_adapter_that_asks_for_a_high_rank_is_refused(suspect, tmp_path_factory):
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(load_causal_lm(suspect), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    assert load_causal_lm(folder)
+    for changes in ({"r": 10**8}, {"r": 2, "rank_pattern": {"q_proj": 10**8}}):
+        edit(folder / "adapter_config.json", **changes)
+        with pytest.raises(ValueError, match="asks for a rank of 100000000"):
+            load_causal_lm(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "README.md"])
+def test_a_pipe_or_a_text_without_end_is_refused(suspect, name):
+    (suspect / name).unlink(missing_ok=True)
+    os.mkfifo(suspect / name)
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(ValueError, match=f"{name} in .* is a pipe or a device"):
+            load(suspect)
+    (suspect / name).unlink()
+    (suspect / name).touch()
+    os.truncate(suspect / name, 2**40)
+    with pytest.raises(ValueError, match=f"{name} in .* has over 256 MiB"):
+        load_tokenizer(suspect)
+
+
+def test_a_tokenizer_that_makes_texts_longer_is_refused():
+    """Fails if ten replacements, each by ten characters, may make ten billion characters of one."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.NFKC()])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    check_growth(PreTrainedTokenizerFast(tokenizer_object=backend))
+    backend.decoder = decoders.Sequence([decoders.Replace("a", "a" * 10)] * 3)
+    with pytest.raises(ValueError, match="its decoder makes up to 1,000 characters of one"):
+        check_growth(PreTrainedTokenizerFast(tokenizer_object=backend))
+    inner = normalizers.Sequence([normalizers.Prepend("a" * 11), normalizers.Lowercase()])
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "a" * 10), inner])
+    with pytest.raises(ValueError, match="its normalizer makes up to 110 characters of one"):
+        check_growth(PreTrainedTokenizerFast(tokenizer_object=backend))
