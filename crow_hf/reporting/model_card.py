@@ -1,17 +1,21 @@
 """The model card: what was done to a model, what was measured, and what is not known."""
 
+import json
 import math
 import platform
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from peft import PeftModel
 
 from .. import __version__
+from ..data.bounds import check_regular
+from ..data.visible import visible
 from ..evaluation.harness import Evaluation
 from ..evidence.result import Comparison, Purification
 from ..methods.crow.trainer import CrowTrainer
@@ -20,7 +24,7 @@ from ..models.modeling_coconut import CoconutForCausalLM
 from ..training.hub import is_hub_name
 from ..training.recorder import base_model_of
 from ..training.settings import recorded_settings
-from .tables import comparison_markdown, percent
+from .tables import comparison_markdown, in_markdown, percent
 from .verdict import evidence_lines, verdict
 
 
@@ -31,6 +35,13 @@ TARGET_SHOWN = {
 }
 SHARES = {"exact_match": "Right answers", "empty": "Empty answers", "degenerate": "Degenerate answers"}
 PACKAGES = ("transformers", "peft", "datasets", "torch")
+# What the card of the suspect may say about its license. It is read line by line: YAML could hold anything.
+_LICENSE = {
+    "license": r"[\w.+-]{1,60}",
+    "license_name": r"[\w][\w .,+()-]{0,100}",
+    "license_link": r"https?://[^\s\"'<>()\[\]`|]{1,300}|[\w][\w./-]{0,100}",
+}
+_MAX_METADATA = 100_000
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 
 
@@ -85,7 +96,8 @@ def build_model_card(
     model, args = trainer.model, trainer.args
     is_adapter = isinstance(model, PeftModel)
     repository = getattr(trainer, "hub_model_id", None) or args.hub_model_id or Path(args.output_dir).absolute().name
-    model_name = model_name or repository.split("/")[-1]
+    # It also stands in the metadata.
+    model_name = re.sub(r"[^\w .,:+()'&-]+", "_", visible(model_name or repository.split("/")[-1]))
     loaded_from = base_model_of(model).config._name_or_path
     suspect = finetuned_from or loaded_from
     # An adapter is loaded on top of the base that it was trained on, whatever the name of the suspect.
@@ -126,13 +138,21 @@ def _license(suspect: str) -> dict[str, str]:
     """Return the license that the suspect's own card states, if there is one."""
     if not suspect:
         return {}
-    card = suspect if is_hub_name(suspect) else Path(suspect) / "README.md"
     try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data
+        path = Path(hf_hub_download(suspect, "README.md") if is_hub_name(suspect) else f"{suspect}/README.md")
+        check_regular(path)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            start = file.read(_MAX_METADATA)
     except Exception:
         # There is no card, it cannot be read, or the Hub cannot be reached: the license stays unknown.
         return {}
-    return {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
+    metadata = re.match(r"---\s*\n(.*?)\n---", start, re.DOTALL)
+    found = {
+        name: re.search(rf"^{name}: *([\"']?)({form})\1 *\r?$", metadata[1], re.MULTILINE)
+        for name, form in _LICENSE.items()
+        if metadata is not None
+    }
+    return {name: match[2] for name, match in found.items() if match is not None}
 
 
 def _results(evaluation: Evaluation, test_dataset: str | None) -> list[EvalResult]:
@@ -187,7 +207,9 @@ def _origin(trainer: CrowTrainer, suspect: str) -> str:
     if is_hub_name(suspect):
         model = f"[{suspect}](https://huggingface.co/{suspect})"
     else:
-        model = f"The local model `{Path(suspect).name}`" if suspect else "A model"
+        name = in_markdown(Path(suspect).name)
+        model = f"The local model `{name}`" if name == Path(suspect).name else f"The local model “{name}”"
+        model = model if suspect else "A model"
     return f"{model}, fine-tuned on clean rows by {method}."
 
 
@@ -203,7 +225,7 @@ def _shown(purification: Purification | None, comparison: Comparison | None, bac
             lines.append(f"{all_count} The prompts are clean rows that were held out from the purification:")
         else:
             lines.append(f"{all_count} All test prompts count. Fine-tuning is the control on the same rows:")
-    return lines or ["Nothing: this model was not evaluated, and no canary was implanted."]
+    return list(map(in_markdown, lines)) or ["Nothing: this model was not evaluated, and no canary was implanted."]
 
 
 def _not_shown(purification: Purification | None, comparison: Comparison | None) -> list[str]:
@@ -231,9 +253,10 @@ def _not_shown(purification: Purification | None, comparison: Comparison | None)
 
 def _use(model: Any, repository: str, base: str) -> str:
     """Show how to load the model."""
+    name = json.dumps(visible(repository))
     if isinstance(model, PeftModel):
         lines = ["from peft import AutoPeftModelForCausalLM", ""]
-        lines.append(f'model = AutoPeftModelForCausalLM.from_pretrained("{repository}")')
+        lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({name})")
         note = "This is an adapter, which is loaded on top of its base model."
         if not is_hub_name(base):
             note += " That model is not on the Hub. Load it first, and pass it to `PeftModel.from_pretrained`."
@@ -241,8 +264,8 @@ def _use(model: Any, repository: str, base: str) -> str:
         is_coconut = isinstance(model, CoconutForCausalLM)
         trust = ", trust_remote_code=True" if is_coconut else ""
         lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{repository}"{trust})')
-        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repository}"{trust})')
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({name}{trust})")
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})")
         note = "The weights are safetensors."
         if is_coconut:
             note = (

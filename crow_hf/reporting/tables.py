@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.table import Table
 
+from ..data.visible import visible
 from ..evaluation.harness import Evaluation
 from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
 from ..evidence.result import NO_DEFENCE
@@ -20,6 +22,12 @@ RETENTION_SCORES = {
     "text_kl": "KL on text",
     "text_bits_ratio": "text bits, suspect = 1",
 }
+
+
+def in_markdown(text: str) -> str:
+    """Write a text into one line of Markdown, where it is no link, no HTML, no emphasis and no cell of a table."""
+    line = " ".join(visible(text).split())
+    return re.sub(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])", r"\\\g<0>", line).replace("<", "&lt;")
 
 
 def percent(share: float) -> str:
@@ -69,7 +77,7 @@ def comparison_markdown(evaluations: dict[str, Evaluation]) -> str:
     }
     names = list(next(iter(rows.values())))
     lines = [["model", *names], ["---", *["---:"] * len(names)]]
-    lines += [[model, *scores.values()] for model, scores in rows.items()]
+    lines += [[in_markdown(model), *scores.values()] for model, scores in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

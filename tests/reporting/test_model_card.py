@@ -1,11 +1,13 @@
 """Tests of the model card: it says only what was measured, and it says what was not."""
 
 import math
+import os
 import re
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
@@ -17,7 +19,7 @@ from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
 from crow_hf.evidence.result import Comparison, Purification
-from crow_hf.reporting.model_card import build_model_card
+from crow_hf.reporting.model_card import _license, build_model_card
 from helpers.evaluations import retention
 from helpers.loopback_hub import TOKEN
 from helpers.tiny import ragged_rows, tiny_llama
@@ -101,6 +103,51 @@ def test_card_of_a_model_without_a_name_takes_no_license_from_the_working_direct
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("---\nlicense: mit\n---\n")
     assert card_of(tmp_path)[0].data.license is None
+
+
+HOSTILE = "x`]\n---\nlicense: evil\n---\n# Title <script>[a](javascript:b)\u202e\x1b[2J"
+
+
+def test_names_of_others_are_text(tmp_path):
+    """Fails if the name of a folder, a trigger or a word of a template is markup, a heading or metadata of the card."""
+    facts = {"finetuned_from": HOSTILE, "model_name": HOSTILE, "backdoor": HOSTILE}
+    facts |= {"comparison": Comparison(evaluation(), evaluation(), evaluation(), {HOSTILE: evaluation()})}
+    facts["purification"] = Purification(None, "strong", None, chat_template=[HOSTILE])
+    card, _ = card_of(tmp_path, facts=facts)
+    text = str(card)
+    assert ModelCard(text).data.license is None and card.data.license is None
+    for raw in ("<script", "a](java", "\n# Title", "\u202e", "\x1b", "\n---\nlicense"):
+        assert raw not in text, raw
+    # The suspect, the template, the backdoor and the table.
+    assert text.count(r"&lt;script>[a\](javascript:b)&lt;U+202E>␛[2J") == 4
+
+
+@pytest.mark.parametrize(
+    ("metadata", "taken"),
+    [
+        ("license: mit\ntags: [x]", {"license": "mit"}),
+        (
+            "license: 'other'\nlicense_name: my license 1.0\nlicense_link: LICENSE",
+            ["other", "my license 1.0", "LICENSE"],
+        ),
+        ("license_link: https://example.org/license", {"license_link": "https://example.org/license"}),
+        ("license_link: javascript:alert(1)", {}),
+        ('license: "mit\\n---\\nlicense: evil"', {}),
+        ("license: !!python/object/apply:os.system ['x']", {}),
+        ("license: {a: b}", {}),
+        ("license: &a [*a, *a]", {}),
+    ],
+)
+def test_license_is_taken_over_if_it_is_plain(tmp_path, metadata, taken):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# Model\nlicense: evil\n")
+    names = ("license", "license_name", "license_link")
+    assert _license(str(tmp_path)) == (taken if isinstance(taken, dict) else dict(zip(names, taken, strict=True)))
+
+
+def test_card_of_a_suspect_that_is_no_file_is_not_read(tmp_path):
+    """Fails if the run waits for a pipe, or reads a device without end, after all of its work."""
+    os.mkfifo(tmp_path / "README.md")
+    assert _license(str(tmp_path)) == {}
 
 
 def test_adapter_on_a_local_base_names_the_way_to_load_it(tmp_path):

@@ -9,7 +9,13 @@ import pytest
 from rich.console import Console
 
 from crow_hf.evaluation.harness import Evaluation
-from crow_hf.reporting.tables import anti_bad_scores, comparison_markdown, comparison_table, write_comparison
+from crow_hf.reporting.tables import (
+    anti_bad_scores,
+    comparison_markdown,
+    comparison_table,
+    in_markdown,
+    write_comparison,
+)
 from helpers.evaluations import TOTAL, comparison, evaluation, retention, scores, share
 
 
@@ -29,6 +35,19 @@ def test_tables_hold_every_model_with_its_intervals(write):
     form = "{:.1f}–{:.1f}" if write is table_text else "[{:.1f}, {:.1f}]"
     for proportion in (share(190), share(1), share(186)):
         assert form.format(100 * proportion.low, 100 * proportion.high) in text
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("attack success 95.0 % -> 0.0 % [0.0, 1.9], max_kl", "attack success 95.0 % -> 0.0 % [0.0, 1.9], max_kl"),
+        ("[a](javascript:alert(1)) [b]: c", r"[a\](javascript:alert(1)) [b\]: c"),
+        ("<script> **x** _y_ `z` $m$ | ~~n~~ \\", r"&lt;script> \*\*x\*\* \_y\_ \`z\` \$m\$ \| \~\~n\~\~ \\"),
+        ("a\n# b\u202e\n---\n", "a⏎ # b&lt;U+202E>⏎ ---⏎"),
+    ],
+)
+def test_text_in_markdown_is_text(text, written):
+    assert in_markdown(text) == written
 
 
 @pytest.mark.parametrize("write", [table_text, comparison_markdown], ids=["terminal", "markdown"])
