@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from .saves import quietly
+from .saves import one_line, quietly
 
 
 # No language model has more layers, and building more takes minutes.
@@ -155,16 +155,17 @@ def _growth(step: Any) -> int:
     return growth
 
 
-def _integers(held: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the integers of nested settings, with the names under which they stand."""
-    if isinstance(held, int) and not isinstance(held, bool):
-        yield name, held
-    elif isinstance(held, dict):
-        for key, value in held.items():
-            yield from _integers(value, str(key))
-    elif isinstance(held, (list, tuple)):
-        for value in held:
-            yield from _integers(value)
+def _integers(held: Any) -> Iterator[tuple[str, int]]:
+    """Yield the integers of settings, however deeply they are nested, with the names under which they stand."""
+    left = [("", held)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield name, value
+        elif isinstance(value, dict):
+            left += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, (list, tuple)):
+            left += [("", inner) for inner in value]
 
 
 def _weights(path: str, options: dict[str, Any]) -> list[str]:
@@ -182,5 +183,11 @@ def _weights(path: str, options: dict[str, Any]) -> list[str]:
 
 def _shapes(files: Iterable[str]) -> Iterator[list[int]]:
     for file in files:
-        with safe_open(file, "pt") as weights:
-            yield from (weights.get_slice(name).get_shape() for name in weights.keys())
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"The weights of {file} cannot be read ({one_line(error)}). Download or save the model again."
+            ) from error
+        yield from shapes

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from crow_hf import load_causal_lm
 from crow_hf.training.loading import load_tokenizer
-from crow_hf.training.sizes import check_growth
+from crow_hf.training.sizes import check_growth, check_layers, check_size
 from helpers.tiny import tiny_llama
 
 
@@ -49,6 +49,18 @@ def test_an_adapter_that_asks_for_a_high_rank_is_refused(suspect, tmp_path_facto
         edit(folder / "adapter_config.json", **changes)
         with pytest.raises(ValueError, match="asks for a rank of 100000000"):
             load_causal_lm(folder)
+
+
+def test_files_that_cannot_be_measured_are_a_sentence(suspect):
+    """Fails if the measuring itself dies of damaged weights or of deep settings."""
+    deep = "[" * 900 + "7" + "]" * 900
+    (suspect / "config.json").write_text((suspect / "config.json").read_text().replace("{", f'{{"deep": {deep},', 1))
+    check_layers(suspect)
+    (suspect / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="cannot be read|cannot be loaded"):
+        load_causal_lm(suspect)
+    with pytest.raises(ValueError, match="The weights of .* cannot be read"):
+        check_size(suspect, tiny_llama().config)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "README.md"])
