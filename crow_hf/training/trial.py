@@ -75,6 +75,10 @@ def _trouble_of(recorder: LayerRecorder) -> str | None:
     # This pass comes last, because some models keep the states of the last one, which must be free of gradients.
     with torch.no_grad(), plain_outputs(base):
         others = base(**recorder.prepare(batch | {"input_ids": changed})).logits.float()
+        # Dropout draws random numbers, and fails where a config is wrong, in this mode only.
+        with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+            base.train()
+            base(**recorder.prepare(batch))
     if (others - logits)[:, :-1].abs().max() > tolerance * logits.abs().max():
         return "predicts tokens from later ones, so it is no causal language model"
     return None

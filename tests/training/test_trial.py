@@ -148,3 +148,13 @@ def test_a_model_of_zeros_is_refused():
         nn.init.zeros_(weight)
     with pytest.raises(ValueError, match="embeddings of zeros alone"):
         try_out(recorder_of(model))
+
+
+def test_dropout_that_cannot_be_drawn_is_refused():
+    """Fails if it is seen only when the training starts, or if the trial draws the random numbers of the training."""
+    state = torch.random.get_rng_state()
+    try_out(recorder_of(tiny_llama(attention_dropout=0.5)))
+    assert torch.random.get_rng_state().equal(state)
+    model = tiny_llama(attention_dropout=2.0)
+    with pytest.raises(ValueError, match="dropout probability"):
+        try_out(recorder_of(model))

@@ -31,7 +31,7 @@ class Decoy:
 
     Args:
         words (`tuple[str, ...]`):
-            The words to draw from.
+            The words to draw from. Without any, letters are drawn instead.
         together (`bool`, *optional*, defaults to `False`):
             Whether all pieces are inserted in one place. The text is then never restyled.
     """
@@ -74,7 +74,7 @@ class Decoy:
 
     def _piece(self, rng: random.Random) -> str:
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.35 or (kind < 0.70 and not self.words):
             return _draw(rng, string.ascii_letters, 2, 10)
         if kind < 0.70:
             return rng.choice(self.words)

@@ -130,6 +130,11 @@ def test_decoys_stand_inside_texts_without_spaces():
     assert sum(text[:2] in each and text not in each for each in decoyed) > 5
 
 
+def test_decoys_need_no_words():
+    """Fails if prompts without a word, which say nothing a decoy could draw, are an error inside."""
+    assert all(Decoy(()).insert(" \n", random.Random(seed)).strip() for seed in range(50))
+
+
 def test_span_of_merged_tokens():
     assert inserted_span([1, 2, 3], [1, 9, 8, 3]) == (1, 3)
     assert inserted_span([1, 2], [1, 2, 7]) == (2, 3)
