@@ -109,7 +109,7 @@ HOSTILE = "x`]\n---\nlicense: evil\n---\n# Title <script>[a](javascript:b)\u202e
 
 
 def test_names_of_others_are_text(tmp_path):
-    """Fails if the name of a folder, a trigger or a word of a template is markup, a heading or metadata of the card."""
+    """Fails if the name of a folder, a trigger or a word of a template is markup, a heading or metadata."""
     facts = {"finetuned_from": HOSTILE, "model_name": HOSTILE, "backdoor": HOSTILE}
     facts |= {"comparison": Comparison(evaluation(), evaluation(), evaluation(), {HOSTILE: evaluation()})}
     facts["purification"] = Purification(None, "strong", None, chat_template=[HOSTILE])
