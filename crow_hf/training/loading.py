@@ -205,8 +205,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             with _base_of(path):
                 return load_tokenizer(base)
         raise ValueError(
-            f"There is no readable tokenizer in {path} ({one_line(error)}). Mend config.json if it is named there, save "
-            "a tokenizer next to the model or, in Python, pass `processing_class`."
+            f"There is no readable tokenizer in {path} ({one_line(error)}). Mend config.json if it is named there, "
+            "save a tokenizer next to the model or, in Python, pass `processing_class`."
         ) from error
 
 
