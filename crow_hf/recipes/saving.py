@@ -19,6 +19,7 @@ from ..reporting.checksums import checksums_of_model, write_checksums
 from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
+from ..reporting.trackers import final_scores
 from ..training.checkpoints import (
     OUTPUT_WAS_USED,
     check_writable,
@@ -206,6 +207,9 @@ def save_result(
             write_bom(args.output_dir, purification.report)
             # Last, because whoever finds the hashes takes the folder for complete.
             write_checksums(args.output_dir)
+        if args.report_to:
+            with not_fatal(run, "result in the trackers"):
+                trainer.log(final_scores(purification.report))
     if args.push_to_hub:
         try:
             # Not a `Future`, because the call blocks.

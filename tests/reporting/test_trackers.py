@@ -7,8 +7,11 @@ import pytest
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crow_hf import CrowTrainer
+from crow_hf import CrowTrainer, purify
+from crow_hf.reporting.trackers import final_scores
 from helpers.invariance import ROWS, invariance_trainer
+from helpers.reports import ROWS as ROWS_OF_REPORTS
+from helpers.reports import arguments
 from helpers.tiny import crow_args, ragged_rows, tiny_llama
 
 
@@ -53,6 +56,34 @@ def test_crow_reports_its_terms_under_stable_names(tmp_path):
         assert found[f"eval/{name}"] == [(3, pytest.approx(evaluated[f"eval_{name}"], rel=1e-5))], name
     of_the_method = {name for name in found if name.split("/")[-1] in CROW}
     assert of_the_method == {f"{mode}/{name}" for mode in ("train", "eval") for name in CROW}
+
+
+def test_the_result_stands_beside_the_curves(tmp_path, byte_tokenizer):
+    """Fails if a number is not that of the report, or if one that was not measured is made up."""
+    args = arguments(tmp_path, "strong", num_canaries=1, report_to="tensorboard")
+    purification = purify(tiny_llama(), ROWS_OF_REPORTS, args=args, processing_class=byte_tokenizer)
+    record = purification.report
+    found = {}
+    for events in tmp_path.rglob("events.out.tfevents.*"):
+        reader = EventAccumulator(str(events))
+        reader.Reload()
+        found |= {name: reader.Scalars(name)[-1].value for name in reader.Tags()["scalars"]}
+    ends = {name: value for name, value in found.items() if name.startswith("eval/purified/")}
+    assert ends == {
+        "eval/purified/answer_kl": pytest.approx(record["retention"]["answer_kl"], rel=1e-5),
+        "eval/purified/text_kl": pytest.approx(record["retention"]["text_kl"], rel=1e-5),
+        "eval/purified/text_bits_ratio": pytest.approx(record["retention"]["text_bits_ratio"], rel=1e-5),
+        "eval/purified/canary_success": record["canaries"][0]["after"]["rate"],
+    }
+    assert "train/loss" in found
+
+
+def test_the_scores_of_every_model(record):
+    scores = final_scores(record)
+    for role in ("suspect", "control", "purified"):
+        found = record["evaluations"][role]
+        assert scores[f"eval_{role}/attack_success"] == found["triggered"]["target"]["rate"]
+        assert scores[f"eval_{role}/right_answers"] == found["clean"]["exact_match"]["rate"]
 
 
 def test_several_evaluation_sets_keep_their_names(tmp_path):
