@@ -186,7 +186,7 @@ def test_files_of_the_suspect_are_in_the_purified_folder(tmp_path, byte_tokenize
     (suspect / "processor_config.json").write_text("{}")
     args = arguments(tmp_path, "guide")
     purify(suspect, ROWS, "guide", args, processing_class=byte_tokenizer)
-    assert (Path(args.output_dir) / "processor_config.json").read_text() == "{}"
+    assert (Path(args.output_dir) / "processor_config.json").read_text().strip() == "{}"
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path, byte_tokenizer):
