@@ -357,6 +357,12 @@ def _check_links(folder: Path) -> None:
 def _check_folder(folder: Path) -> None:
     """Check that a folder holds a model or an adapter with weights in safetensors, and no links to files elsewhere."""
     _check_links(folder)
+    if not any(folder.glob("*.safetensors")) and (quantized := sorted(file.name for file in folder.glob("*.gguf"))):
+        raise ValueError(
+            f"The folder {folder} has only GGUF weights, which cannot be trained. Load them with transformers, "
+            f"`AutoModelForCausalLM.from_pretrained(..., gguf_file={quantized[0]!r})`, delete the "
+            "`quantization_config` of the loaded config, save the model with its tokenizer, and pass that folder."
+        )
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise ValueError(
