@@ -89,7 +89,7 @@ def _cut(
     a token joins more than white space of the prompt with the completion.
     """
     if tokenizer.is_fast:
-        encoded = tokenizer(prompt + completion, add_special_tokens=special, return_offsets_mapping=True)
+        encoded = _tokenized(prompt + completion, tokenizer, special, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
         cut = next((number for number, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
         joined = cut < len(ids) and offsets[cut][0] < len(prompt.rstrip())
@@ -108,9 +108,18 @@ def _cut(
     return ids, None if joined else cut
 
 
+def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase, special: bool, **options: bool) -> Any:
+    try:
+        return tokenizer(text, add_special_tokens=special, **options)
+    except Exception as error:  # Some tokenizers fail on what they do not know, with any error.
+        raise ValueError(
+            f"The tokenizer fails on the text {text[:50]!r} ({error}). Use the tokenizer that belongs to the model."
+        ) from error
+
+
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list[int]:
     """Tokenize a text, with the special tokens before it, but without an end-of-sequence token after it."""
-    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    ids = list(_tokenized(text, tokenizer, special)["input_ids"])
     added = (
         special
         and ids[-1:] == [tokenizer.eos_token_id]
@@ -243,6 +252,9 @@ class _TokenRow:
             columns["labels"] = [
                 i if real else IGNORE_INDEX for i, real in zip(columns["input_ids"], mask, strict=False)
             ]
+        if "attention_mask" in row:
+            # Other rows of the dataset have one.
+            columns.setdefault("attention_mask", [1] * len(columns["input_ids"]))
         lengths = {name: len(values) for name, values in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(

@@ -263,6 +263,18 @@ def test_what_is_no_token_id_is_named(column, value):
         prepare_dataset(Dataset.from_list([row]), None, 64)
 
 
+def test_rows_without_a_mask_among_others_are_whole():
+    rows = Dataset.from_list([{"input_ids": [5, 6], "attention_mask": [0, 1]}, {"input_ids": [5, 6]}])
+    assert prepare_dataset(rows, None, 64)["attention_mask"][:] == [[0, 1], [1, 1]]
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_told():
+    backend = Tokenizer(models.WordPiece({"a": 0}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(ValueError, match="^The tokenizer fails on the text 'é' .*UNK"):
+        prepare({"text": ["é"]}, tokenizer)
+
+
 def test_rows_without_ids_and_negative_ids_are_named():
     with pytest.raises(ValueError, match="^Row 1 holds more than token ids in column 'input_ids'"):
         prepare_dataset(Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": None}]), None, 64)
