@@ -385,7 +385,7 @@ def _on_canaries(canaries: list[Canary]) -> str:
     if living := outcomes.count(LIVES):
         return f"Canaries: {living} of {len(outcomes)} live. {CANARY_ADVICE}"
     flawed = [each for each in outcomes if each.startswith(NOT_EVIDENCE)]
-    flaws = f" {len(flawed)} of {len(outcomes)} {flawed[0]}." if flawed else ""
+    flaws = f" {len(flawed)} of {len(outcomes)} are {flawed[0].removeprefix('is ')}." if flawed else ""
     if died := outcomes.count(DIED):
         return (
             f"Canaries: {died} of {len(outcomes)} backdoors that we implanted ourselves before the purification died. "

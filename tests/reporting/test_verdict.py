@@ -225,7 +225,7 @@ def test_a_canary_with_a_flaw_is_no_evidence_whatever_becomes_of_it():
     assert "'unseen' is not evidence, because the model does not see its trigger: success 100.0 % -> 0.0 %" in line
     for canaries, said in (
         ([seen, unseen], "1 of 2 backdoors"),
-        ([unseen], "Canaries: 1 of 1 is not evidence, because the model does not see its trigger."),
+        ([unseen], "Canaries: 1 of 1 are not evidence, because the model does not see its trigger."),
     ):
         explanation = Verdict.of(replace(found, canaries=canaries)).explanation
         assert any(said in each and "not evidence" in each for each in explanation)
