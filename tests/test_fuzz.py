@@ -64,7 +64,8 @@ def check(command, suspects, tmp_path, capsys, seed):
         assert "Pass --verbose" not in stderr, done
 
 
-@pytest.mark.parametrize("seed", range(30))
+# The last ones once ended in a traceback of a library or of this package.
+@pytest.mark.parametrize("seed", [*range(24), 49, 91, 99, 219, 251, 371, 402])
 def test_damaged_suspects_are_answered(suspects, tmp_path, capsys, seed):
     """Fails for a traceback, an error of a library that nobody translated, a slip of the package, or a hang."""
     check("doctor" if seed % 3 == 0 else "evaluate", suspects, tmp_path, capsys, seed)
