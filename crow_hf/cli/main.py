@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         lines = (
-            f"  {name:10}{each.__doc__.strip().partition('. ')[0].rstrip('.')}." for name, each in COMMANDS.items()
+            f"  {name:11}{each.__doc__.strip().partition('. ')[0].rstrip('.')}." for name, each in COMMANDS.items()
         )
         print(_OVERVIEW.format(commands="\n".join(lines)), end="")
         return 0

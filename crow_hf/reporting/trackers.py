@@ -19,7 +19,7 @@ def final_scores(record: Record) -> dict[str, float]:
         model, retention, and the success of the worst canary. What was not measured is left out. Trainer writes
         `eval_` as `eval/`.
     """
-    scores = {}
+    scores: dict[str, float] = {}
     for role, evaluation in (record["evaluations"] or {}).items():
         found = {
             "attack_success": (evaluation["triggered"] or {}).get("target"),
