@@ -57,8 +57,11 @@ if TYPE_CHECKING:
     from .recipes.presets import recipe_config
     from .recipes.purification import purify
     from .recipes.run import run_recipe
+    from .reporting.checksums import Changes, compare_checksums
+    from .reporting.gate import Check, Policy, check_policy, decide
     from .reporting.model_card import build_model_card
     from .reporting.plots import plot_crow_training_progress
+    from .reporting.report_file import read_report
     from .training.hub import push_folder
     from .training.loading import load_causal_lm
 
@@ -99,8 +102,11 @@ _HOMES = {
     "recipes.presets": ["recipe_config"],
     "recipes.purification": ["purify"],
     "recipes.run": ["run_recipe"],
+    "reporting.checksums": ["Changes", "compare_checksums"],
+    "reporting.gate": ["Check", "Policy", "check_policy", "decide"],
     "reporting.model_card": ["build_model_card"],
     "reporting.plots": ["plot_crow_training_progress"],
+    "reporting.report_file": ["read_report"],
     "training.hub": ["push_folder"],
     "training.loading": ["load_causal_lm"],
 }

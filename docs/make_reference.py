@@ -41,6 +41,10 @@ PAGES = {
         "Evidence without a trigger, model cards and plots",
         ["evidence.canaries", "evidence.leaks", "evidence.screening", "reporting.model_card", "reporting.plots"],
     ),
+    "decide": (
+        "Decide by a policy, and show why",
+        ["reporting.gate", "reporting.report_file", "reporting.checksums"],
+    ),
     "measure": (
         "Measure a model, and implant backdoors",
         [
