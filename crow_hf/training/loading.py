@@ -217,11 +217,11 @@ def _load_adapter(path: str, is_trainable: bool, kwargs: dict[str, Any]) -> Peft
             f"{path} is an adapter of the kind {PeftType(adapter.peft_type).value}, which puts vectors before the "
             "prompt and changes no weights. Only adapters that change weights, such as LoRA, are supported."
         )
-    check_rank(path, adapter, **_hub_options(kwargs))
     with _base_of(path):
         base: Any = load_causal_lm(
             adapter.base_model_name_or_path, is_trainable, **{**kwargs, "revision": adapter.revision}
         )
+    check_rank(path, adapter, **_hub_options(kwargs))
     with _in_one_sentence(path):
         _resize_embeddings(base, path, _hub_options(kwargs))
         adapted: Any = PeftModel.from_pretrained(
