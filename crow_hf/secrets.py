@@ -10,7 +10,7 @@ from typing import Any
 HIDDEN = "(hidden)"
 # Names of options and of keys whose values are secret.
 SECRET = re.compile(
-    r"(^|[_-])(token|password|passwd|secret|credentials?|authorization|(api|access|private|secret)[_-]?key)$",
+    r"(^|[_-])(token|pass(word|wd|phrase)?|secret|credentials?|auth(orization)?|bearer|cookie|pat|(api)?key)$",
     re.IGNORECASE,
 )
 # The forms of secrets that say by themselves what they are.

@@ -28,7 +28,8 @@ TOKENS = [
         (f'{{"token": "{SECRET}"', HIDDEN),
         (f"https://me:{SECRET}@host/rows", f"https://{HIDDEN}@host/rows"),
         ("hf_" + "abcdEFGH12345", HIDDEN),
-        ({"max_new_tokens": 7, "tokenizer": "t"}, {"max_new_tokens": 7, "tokenizer": "t"}),
+        ({"headers": {"Authorization": SECRET, "cookie": SECRET}, "auth": SECRET, "apiKey": SECRET}, {"headers": {}}),
+        ({"max_new_tokens": 7, "tokenizer": "t", "keys": 1}, {"max_new_tokens": 7, "tokenizer": "t", "keys": 1}),
         (7, 7),
         (None, None),
     ],
@@ -85,3 +86,9 @@ def test_of_weights_only_the_header_is_read(tmp_path):
         file = tmp_path / "model.safetensors"
         file.write_bytes(len(header % said).to_bytes(8, "little") + header % said + TOKENS[1].encode())
         assert holds_secret(file) is found
+
+
+def test_the_working_directory_is_no_secret():
+    """Fails if a variable of every shell is taken for one, so that no path is shown."""
+    remember_secrets({"PWD": "/home/of/somebody", "HOME": "/home/of/somebody"})
+    assert hide_secrets("in /home/of/somebody") == "in /home/of/somebody"
