@@ -33,7 +33,7 @@ def loaded(path, content):
         ("commas.jsonl", LINES.replace("}\n", "},\n")),
         ("ROWS.JSONL", LINES),
         ("rows.ndjson", LINES),
-        ("rows.jsonl.gz", gzip.compress(LINES.encode())),
+        ("rows.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("lines.json", LINES),
         ("list.json", json.dumps(ROWS)),
         ("pretty.json", json.dumps(ROWS, indent=2)),
@@ -203,7 +203,7 @@ def test_columns_without_a_name_of_their_own(tmp_path):
         ("broken.parquet", "x", "cannot be read"),
         ("pages.parquet", b"PAR1" + b"{" * 90 + b"PAR1", "cannot be read"),
         ("deep.json", '{"a":' * 50_000, "cannot be read"),
-        ("damaged.jsonl.gz", gzip.compress(b"{}" * 9)[:10] + b"x" * 20, "cannot be read"),
+        ("damaged.jsonl.gz", gzip.compress(b"{}" * 9, mtime=0)[:10] + b"x" * 20, "cannot be read"),
         ("rows.xlsx", "x", "is no dataset"),
     ],
 )
