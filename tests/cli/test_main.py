@@ -272,7 +272,7 @@ def test_idle_threads_of_the_command_line_do_not_spin(way, own, expected, tmp_pa
         ("", "Stopped by Ctrl-C. Nothing more was written."),
         ("checkpoint-2 is complete.", "checkpoint-2 is complete."),
         ("Continue with resume_from_checkpoint=True.", "Continue with --resume_from_checkpoint true."),
-        ("o\x1b[2J", r"o\x1b[2J"),
+        ("o\x1b[2J", "o␛[2J"),
     ],
 )
 def test_ctrl_c_exits_with_130(paths, capsys, monkeypatch, message, said):

@@ -45,9 +45,9 @@ def test_an_adapter_that_asks_for_a_high_rank_is_refused(suspect, tmp_path_facto
     folder = tmp_path_factory.mktemp("adapter")
     get_peft_model(load_causal_lm(suspect), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
     assert load_causal_lm(folder)
-    for changes in ({"r": 10**8}, {"r": 2, "rank_pattern": {"q_proj": 10**8}}):
+    for changes in ({"r": 10**5}, {"r": 2, "rank_pattern": {"q_proj": 10**5}}):
         edit(folder / "adapter_config.json", **changes)
-        with pytest.raises(ValueError, match="asks for a rank of 100000000"):
+        with pytest.raises(ValueError, match="asks for a rank of 100000"):
             load_causal_lm(folder)
 
 
