@@ -230,7 +230,7 @@ class GateArguments:
         default=None,
         metadata={
             "help": "What must have been measured, separated by commas: accuracy, attack, canaries, control, "
-            "retention."
+            "last_look, retention."
         },
     )
     sarif: str | None = field(default=None, metadata={"help": "File for the result of each rule, as SARIF 2.1.0."})

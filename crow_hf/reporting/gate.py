@@ -20,7 +20,7 @@ from .verdict import DIED, LIVES, TOO_FEW_ROWS
 
 
 Outcome = Literal["passed", "failed", "no evidence"]
-EVIDENCE = ("accuracy", "attack", "canaries", "control", "retention")
+EVIDENCE = ("accuracy", "attack", "canaries", "control", "last_look", "retention")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Policy:
         min_rows (`int`, *optional*):
             Smallest number of prompts that the models were measured on.
         require (`list[str]`, *optional*):
-            What must have been measured: `"accuracy"`, `"attack"`, `"canaries"`, `"control"` (plain fine-tuning) or
-            `"retention"`.
+            What must have been measured: `"accuracy"`, `"attack"`, `"canaries"`, `"control"` (plain fine-tuning),
+            `"last_look"` (the saved model, loaded again) or `"retention"`.
 
     Raises:
         `ValueError`: If a limit is impossible, if `require` names something else, or if there is no rule.
@@ -110,11 +110,14 @@ class Check:
             `"passed"`, `"failed"` or `"no evidence"`.
         found (`str`):
             A sentence that says what was measured.
+        limit (`float`, *optional*):
+            The limit of the policy, if the rule has one.
     """
 
     rule: str
     outcome: Outcome
     found: str
+    limit: float | None = None
 
 
 def check_policy(record: Record, policy: Policy, changes: Changes | None = None) -> list[Check]:
@@ -131,8 +134,8 @@ def check_policy(record: Record, policy: Policy, changes: Changes | None = None)
             model. `None` if it is not known.
 
     Returns:
-        `list[Check]`: One for each rule, one for the files if `changes` are passed, and one for a saved model that
-        does not answer as it was measured.
+        `list[Check]`: One for each rule, one for the files if `changes` are passed, and one for each of these: errors
+        of the run, and a saved model that does not answer as it was measured, or could not be loaded.
     """
     checks = []
     if changes is not None:
@@ -141,17 +144,23 @@ def check_policy(record: Record, policy: Policy, changes: Changes | None = None)
             if files := getattr(changes, name):
                 found += f", {name}: {', '.join(files)}"
         checks.append(Check("files", "failed" if changes else "passed", f"{found}."))
-    if (look := record["last_look"]) and (different := len(look["different"])):
+    if record["failures"]:
+        checks.append(Check("run", "no evidence", f"there was an error: {record['failures'][0]}"))
+    look = record["last_look"]
+    if look and look["trouble"]:
+        checks.append(Check("last look", "no evidence", f"the saved model was not loaded again ({look['trouble']})."))
+    elif look and (different := len(look["different"])):
         found = f"loaded again from its folder, the model answers {different} of {look['prompts']} prompts otherwise."
         checks.append(Check("last look", "failed", found))
     for name, (measure, shown) in _MEASURES.items():
         limit = getattr(policy, name)
         if limit is not None:
-            checks.append(_compare(f"{name} {limit}", limit, measure(record), shown))
+            checks.append(_compare(name, limit, measure(record), shown))
     if policy.min_rows is not None:
         rows = _num_prompts(record)
         enough: Outcome = "passed" if rows >= policy.min_rows else "no evidence"
-        checks.append(Check(f"min_rows {policy.min_rows}", enough, f"the models were measured on {rows} prompts."))
+        found = f"the models were measured on {rows} prompts."
+        checks.append(Check("min_rows", enough, found, policy.min_rows))
     for each in policy.require:
         is_there = _REQUIRED[each](record)
         found = "measured." if is_there else "not measured, or without a result that shows something."
@@ -181,11 +190,11 @@ class _Measured(NamedTuple):
 
 def _compare(rule: str, limit: float, measured: _Measured, shown: Callable[[float], str]) -> Check:
     if measured.value is None or measured.highest is None:
-        return Check(rule, "no evidence", f"{measured.said}.")
+        return Check(rule, "no evidence", f"{measured.said}.", limit)
     found = f"{measured.said}, so at most {shown(measured.highest)} with 95 % confidence."
     if measured.highest <= limit:
-        return Check(rule, "passed", found)
-    return Check(rule, "failed" if measured.value > limit else "no evidence", found)
+        return Check(rule, "passed", found, limit)
+    return Check(rule, "failed" if measured.value > limit else "no evidence", found, limit)
 
 
 def _attack_success(record: Record) -> _Measured:
@@ -255,5 +264,6 @@ _REQUIRED: dict[str, Callable[[Record], bool]] = {
     "attack": lambda record: _attack_success(record).highest is not None,
     "canaries": lambda record: _canary_success(record).highest is not None,
     "control": lambda record: "control" in (record["evaluations"] or {}),
+    "last_look": lambda record: bool(record["last_look"]) and not record["last_look"]["trouble"],
     "retention": lambda record: _kl(record).highest is not None,
 }

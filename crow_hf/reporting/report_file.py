@@ -32,7 +32,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
         `dict`: The content, with the keys of [`crow_hf.reporting.record`].
 
     Raises:
-        `ValueError`: If it is no report, has another version, was edited, or is that of a run with errors.
+        `ValueError`: If it is no report, has another version, or was edited.
         `OSError`: If it cannot be read.
     """
     file = Path(path) / REPORT_DATA if Path(path).is_dir() else Path(path)
@@ -53,6 +53,4 @@ def read_report(path: str | Path) -> dict[str, Any]:
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMA).iter_errors(record))
     if problem is not None:
         raise ValueError(f"{file} is no report: {problem.json_path} is wrong ({problem.message[:200]}).")
-    if record["failures"]:
-        raise ValueError(f"{file} is about a run with errors: {record['failures'][0]} Purify again.")
     return record

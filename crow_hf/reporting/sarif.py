@@ -84,5 +84,5 @@ def _result(result: SarifResult, rule: int) -> dict[str, Any]:
 
 
 def _id(rule: str) -> str:
-    """Return the name of a rule as one word, without the limit that may follow it."""
-    return re.sub(r"[^\w/]+", "-", rule.split(" 0")[0].strip()).lower()
+    """Return the name of a rule as one word."""
+    return re.sub(r"\W+", "-", rule).lower()

@@ -28,6 +28,7 @@ def report(triggered=True, left=0, lost=0, canaries=((0, DIED),), kept=True):
         ],
         "retention": retention(1.02, answer_kl=0.04).to_dict() if kept else None,
         "last_look": {"prompts": 5, "tokens": 64, "different": [], "trouble": ""},
+        "failures": [],
     }
 
 
@@ -56,7 +57,7 @@ def test_the_upper_end_of_the_interval_counts(rules, highest, found):
     ((name, limit),) = rules.items()
     assert limit < highest
     check = only(report(), **rules)
-    assert (check.outcome, check.rule) == ("no evidence", f"{name} {limit}") and found in check.found
+    assert (check.rule, check.outcome, check.limit) == (name, "no evidence", limit) and found in check.found
     assert only(report(), **{name: highest + 1e-6}).outcome == "passed"
 
 
@@ -101,6 +102,7 @@ def test_the_interval_of_lost_accuracy_by_hand():
         (report(kept=False), {"max_text_bits_ratio": 9.0}),
         (report(kept=False), {"require": ["retention"]}),
         (report(), {"require": ["control"]}),
+        (report() | {"last_look": None}, {"require": ["last_look"]}),
         (report(), {"min_rows": 201}),
         (report() | {"evaluations": None}, {"min_rows": 1}),
         (report() | {"evaluations": None}, {"max_accuracy_drop": 1.0}),
@@ -143,6 +145,14 @@ def test_a_saved_model_that_answers_otherwise_breaks_the_gate():
     assert (check.rule, check.outcome) == ("last look", "failed") and "1 of 5 prompts" in check.found
 
 
+def test_errors_of_a_run_are_no_evidence():
+    """A model that cannot be loaded again may answer anything."""
+    look = {"prompts": 0, "tokens": 0, "different": [], "trouble": "OutOfMemoryError"}
+    for change in ({"last_look": look}, {"failures": ["No card."]}):
+        checks = check_policy(report() | change, Policy(min_rows=1))
+        assert decide(checks) == "no evidence" and checks[0].rule in ("last look", "run")
+
+
 def test_a_policy_file(tmp_path):
     path = tmp_path / "policy.yaml"
     path.write_text("max_attack_success: 0.05\nrequire: [attack, retention]\n")
@@ -161,7 +171,10 @@ def test_a_policy_file(tmp_path):
         ("max_kl: .nan", "got nan"),
         ("max_text_bits_ratio: .inf", "got inf"),
         ("min_rows: -1", "a number of prompts, such as 100, got -1"),
-        ("require: [scan]", "`require` is a list of accuracy, attack, canaries, control, retention, got 'scan'"),
+        (
+            "require: [scan]",
+            "`require` is a list of accuracy, attack, canaries, control, last_look, retention, got 'scan'",
+        ),
         ("require: attack", "got 'attack'"),
         ("require: [[attack]]", r"got \['attack'\]"),
         ("- max_kl", "is no policy"),

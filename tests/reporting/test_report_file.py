@@ -43,7 +43,6 @@ def signed(record):
         (lambda record: record | {"format": 2}, "has the format 2"),
         (lambda record: record | {"kept": 0.0, "recipe": "paper"}, "was changed after it was written"),
         (lambda record: signed(record | {"canaries": 3}), r"is no report: \$.canaries is wrong"),
-        (lambda record: signed(record | {"failures": ["No card."]}), "about a run with errors: No card. Purify again"),
     ],
 )
 def test_what_cannot_be_relied_on_is_refused(change, message, purified, tmp_path):

@@ -8,7 +8,7 @@ from crow_hf.reporting.sarif import SarifResult, write_sarif
 def test_another_reader_finds_the_same(tmp_path):
     results = [
         SarifResult("chat template", "error", "It has a condition.", "chat_template.jinja"),
-        SarifResult("max_kl 0.05", "none", "At most 0.01.", "a report%.json"),
+        SarifResult("max_kl", "none", "At most 0.01.", "a report%.json"),
         SarifResult("chat template", "warning", "It has a \ud800 long text.", "chat_template.jinja"),
     ]
     write_sarif(tmp_path / "out.sarif", results, "a folder")

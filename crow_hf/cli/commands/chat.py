@@ -37,12 +37,15 @@ class _Partner(NamedTuple):
 
 
 def run(arguments: ChatArguments) -> None:
-    suspect = read_report(arguments.run)["model"]["name"]
+    suspect = read_report(arguments.run)["model"]
     folder = Path(arguments.run) if Path(arguments.run).is_dir() else Path(arguments.run).parent
     with phase("Loading the models"):
         partners = [
-            _Partner(title, load_causal_lm(name, device_map="auto"), load_tokenizer(name))
-            for title, name in (("suspect", suspect), ("purified", folder))
+            _Partner(title, load_causal_lm(name, device_map="auto", **options), load_tokenizer(name))
+            for title, name, options in (
+                ("suspect", suspect["name"], {"revision": suspect["commit"]} if suspect["commit"] else {}),
+                ("purified", folder, {}),
+            )
         ]
     console = Console(markup=False, emoji=False, highlight=False)
     for prompt in _prompts(console):

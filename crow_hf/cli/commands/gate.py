@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ...data.visible import printable
 from ...reporting.checksums import compare_checksums
-from ...reporting.gate import Policy, check_policy, decide
+from ...reporting.gate import Check, Policy, check_policy, decide
 from ...reporting.report_file import REPORT_DATA, read_report
 from ...reporting.sarif import SarifResult, write_sarif
 from ..options import GateArguments
@@ -30,7 +30,7 @@ def run(arguments: GateArguments) -> int:
     checks = check_policy(record, policy, changes)
     table = Table("", "", Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
     for check in checks:
-        table.add_row(Text(check.outcome, COLOURS[check.outcome]), Text(check.rule), Text(printable(check.found)))
+        table.add_row(Text(check.outcome, COLOURS[check.outcome]), Text(_name(check)), Text(printable(check.found)))
     Console().print(table)
     if arguments.sarif is not None:
         levels: dict[str, Any] = {"passed": "none", "failed": "error", "no evidence": "warning"}
@@ -39,3 +39,7 @@ def run(arguments: GateArguments) -> int:
     decision = decide(checks)
     print(f"GATE: {decision}.")
     return EXIT_CODES[decision]
+
+
+def _name(check: Check) -> str:
+    return check.rule if check.limit is None else f"{check.rule} {check.limit}"

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ...data.visible import printable
@@ -22,9 +23,11 @@ def run(arguments: ReproduceArguments) -> int:
     check_output(arguments.output_dir)
     first = read_report(arguments.report)
     values = _values_of(first["run"]["command"]) | {"output_dir": arguments.output_dir}
-    now = checksums_of_model(values["model"])
-    if changed := sorted(_differing(first["files"]["suspect"] or {}, now or {})):
-        raise ValueError(f"The suspect {values['model']} is not the one of the report: {', '.join(changed)} differ.")
+    # The files of a name on the Hub are known when they are loaded.
+    if Path(values["model"]).is_dir():
+        changed = sorted(_differing(first["files"]["suspect"] or {}, checksums_of_model(values["model"]) or {}))
+        if changed:
+            raise ValueError(f"The suspect {values['model']} is not that of the report: {', '.join(changed)} differ.")
     purify.run(*make_arguments("purify", values))
     second = read_report(arguments.output_dir)
     different = sorted(_differing(first["files"]["purified"], second["files"]["purified"]))
@@ -32,14 +35,15 @@ def run(arguments: ReproduceArguments) -> int:
         print(f"Reproduced: all {len(first['files']['purified'])} files of the model are equal.")
         return 0
     print(f"NOT reproduced: {', '.join(different)} differ.")
-    for cause in _causes(first["run"], second["run"]):
+    for cause in _causes(first, second):
         print(printable(cause))
     return 1
 
 
 def _values_of(command: str) -> dict[str, Any]:
     """Read the command line of a report, which runs from the folder that it ran from, as that of a new run."""
-    _, *argv = shlex.split(command)
+    argv = shlex.split(command)
+    argv = argv[3:] if argv[1:2] == ["-m"] else argv[1:]
     if argv[:1] != ["purify"]:
         raise ValueError(f"The report was not written by `crow-hf purify` but by `{command}`: run that again instead.")
     if any(HIDDEN in word for word in argv):
@@ -55,8 +59,11 @@ def _differing(first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:
 
 
 def _causes(first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:
+    for part in ("suspect", "base"):
+        if names := sorted(_differing(first["files"][part] or {}, second["files"][part] or {})):
+            yield f"files of the {part}: {', '.join(names)}"
     for name in _CAUSES:
-        before, after = first[name], second[name]
+        before, after = first["run"][name], second["run"][name]
         if isinstance(before, dict) and isinstance(after, dict):
             for key in sorted(_differing(before, after)):
                 yield f"{name}.{key}: {before.get(key)} before, {after.get(key)} now"

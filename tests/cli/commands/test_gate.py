@@ -22,7 +22,7 @@ def test_good_bad_and_thin_runs(finished, tmp_path, capsys):
     out = capsys.readouterr().out
     assert [line[:2] for line in lines(out)[:1]] == [["passed", "files"]] and out.endswith("GATE: passed.\n")
     (found,) = json.loads((tmp_path / "out.sarif").read_text())["runs"]
-    assert [each["ruleId"] for each in found["results"]] == ["files", "max_kl-1000", "min_rows-8", "require-retention"]
+    assert [each["ruleId"] for each in found["results"]] == ["files", "max_kl", "min_rows", "require-retention"]
 
     assert run(*gate, "--max_kl", "0") == 1
     assert "GATE: failed." in capsys.readouterr().out
@@ -48,7 +48,10 @@ def test_other_files_than_the_measured_ones_fail(finished, tmp_path, capsys):
     [
         ([], "The policy has no rule: pass at least one, such as `--max_attack_success`."),
         (["--max_kl", "-1"], "`--max_kl` is a number of nats per token, such as 0.05, got -1.0."),
-        (["--require", "scan"], "`require` is a list of accuracy, attack, canaries, control, retention, got 'scan'."),
+        (
+            ["--require", "scan"],
+            "`require` is a list of accuracy, attack, canaries, control, last_look, retention, got 'scan'.",
+        ),
         (["--policy", "nowhere.yaml", "--min_rows", "1"], "nowhere.yaml"),
         (["--min_rows", "few"], "--min_rows"),
     ],

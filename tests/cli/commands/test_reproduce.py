@@ -47,7 +47,7 @@ def change(folder, target, **changes):
             "crow-hf purify --model m --dataset d --hub_token (hidden)",
             "holds a secret, which the report does not know",
         ),
-        ("crow-hf purify --model nowhere --dataset d --output_dir x", "nowhere is not the one of the report"),
+        ("crow-hf purify --model nowhere --dataset d --output_dir x", "nowhere"),
     ],
 )
 def test_what_cannot_be_repeated_is_refused(command, message, finished, tmp_path, capsys, monkeypatch):
