@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 import sys
 
@@ -20,6 +21,13 @@ from helpers.tiny import ragged_rows, tiny_llama
 
 
 disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """Leave what was imported out of every later search for garbage. Each training makes some, of half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

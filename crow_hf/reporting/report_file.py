@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 # It grows when a key goes or changes its meaning.
@@ -50,6 +48,9 @@ def read_report(path: str | Path) -> dict[str, Any]:
         )
     if record.get("digest") != digest_of(record):
         raise ValueError(f"{file} was changed after it was written: use the file that the purification wrote.")
+    # Its import can take seconds.
+    import jsonschema
+
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMA).iter_errors(record))
     if problem is not None:
         raise ValueError(f"{file} is no report: {problem.json_path} is wrong ({problem.message[:200]}).")
