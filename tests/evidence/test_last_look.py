@@ -131,4 +131,4 @@ def test_a_look_that_fails_costs_nothing_but_is_said(tmp_path, byte_tokenizer, m
     monkeypatch.setattr(saving, "look_again", fail)
     found = purify(tiny_llama(), ROWS, "guide", arguments(tmp_path, "guide"), processing_class=byte_tokenizer)
     (said,) = [each for each in found.report["verdict"]["explanation"] if each.startswith("Last look")]
-    assert "was not loaded again (full), so nothing shows" in said and not found.trainer.failures
+    assert "was not loaded again (MemoryError: full), so nothing shows" in said and not found.trainer.failures

@@ -2,6 +2,7 @@
 
 import sys
 
+import psutil
 import pytest
 import torch
 from huggingface_hub import constants
@@ -37,11 +38,8 @@ def test_the_weights_of_a_cached_model_are_counted(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say how much memory a process took")
 def test_peak_memory_holds_what_was_in_use(tmp_path):
     """Fails if the unit is wrong."""
-    before = peak_memory(torch.device("cpu"))
-    assert 50 * 2**20 < before < 200 * 2**30
-    block = bytearray(before)
-    block[:: 2**12] = b"x" * len(block[:: 2**12])
-    assert peak_memory(torch.device("cpu")) > 1.5 * before
+    # Pages that were in use a moment ago may not be any more.
+    assert 0.99 * psutil.Process().memory_info().rss < peak_memory(torch.device("cpu")) < psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize(
