@@ -15,13 +15,20 @@ SECRET = re.compile(
 )
 # The forms of secrets that say by themselves what they are.
 _FORMS = re.compile(
-    rb"(?<![A-Za-z0-9_-])(hf_[A-Za-z0-9]{13,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
-    rb"|sk-[\w-]{20,}|(AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.)"
+    rb"(?<![A-Za-z0-9_-])(hf_[A-Za-z0-9]{30,}|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+    rb"|sk-(?:proj-|ant-|svcacct-|admin-|or-v1-)[\w-]{20,}|sk-(?=[A-Za-z0-9_]*\d)[A-Za-z0-9_]{20,}"
+    rb"|(AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.)"
     rb"|-----BEGIN [A-Z0-9 ]*PRIVATE KEY"
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-# Shorter values are words too.
-_SHORTEST = 8
+# What stands before a colon or an equals sign.
+_NAME = re.compile(r"""(?<![\w-])([\w-]+)["'\\]*\s*[:=]""")
+# Other values, such as `postgres`, can be words of any file.
+_NO_WORD = re.compile(r"(?=.*\d).{12,}|.{20,}", re.DOTALL)
+# Lists of words, in which any value may stand by chance.
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab.*|merges\.txt|.*\.model")
+# The states of a run, which has written these many GB itself.
+_STATES = re.compile(r"(?!tokenizer|vocab).*\.(pt|pth|bin)")
 # Files are searched in parts of so many bytes, and no secret is longer.
 _CHUNK, _LONGEST = 2**24, 2**12
 _known: set[str] = set()
@@ -33,12 +40,13 @@ def remember_secrets(values: Any) -> None:
 
     Args:
         values (`Any`):
-            Settings by name. Those whose name says that they are secret are remembered, also in nested settings.
+            Settings by name. Those whose name says that they are secret are remembered, also in nested settings,
+            unless the value can be a word.
     """
     if isinstance(values, Mapping):
         for name, value in values.items():
             if isinstance(value, str) and SECRET.search(str(name)):
-                _known.update(each for each in (value, value.strip()) if len(each) >= _SHORTEST)
+                _known.update(each for each in (value, value.strip()) if _NO_WORD.fullmatch(each))
             remember_secrets(value)
     elif isinstance(values, (list, tuple)):
         for value in values:
@@ -80,7 +88,8 @@ def without_secrets(value: Any) -> Any:
         try:
             return json.dumps(without_secrets(json.loads(value)))
         except (ValueError, RecursionError):
-            return HIDDEN
+            if any(SECRET.search(name) for name in _NAME.findall(value)):
+                return HIDDEN
     return hide_secrets(value)
 
 
@@ -90,9 +99,13 @@ def holds_secret(file: Path) -> bool:
 
     Args:
         file (`Path`):
-            The file. Of weights in safetensors, only what they say about themselves is read.
+            The file. Of weights in safetensors, only what they say about themselves is read. The states of the
+            optimizer and the like are not read, and a vocabulary is searched for tokens and keys only.
     """
-    known = [secret.encode(errors="surrogateescape") for secret in _known]
+    if _STATES.fullmatch(file.name):
+        return False
+    is_vocabulary = _VOCABULARY.fullmatch(file.name)
+    known = [] if is_vocabulary else [secret.encode(errors="surrogateescape") for secret in _known]
     with open(file, "rb") as stream:
         # Weights begin with the length of this part.
         left = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else file.stat().st_size
