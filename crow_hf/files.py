@@ -3,7 +3,7 @@
 import atexit
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock, Timeout
 
 
-LOCK = ".lock"
+LOCK, UNFINISHED = ".lock", ".unfinished-"
 # What the recipe or the command that runs has claimed, with the folders of the command around it, and what this
 # process has claimed where none runs.
 _claims: ContextVar[tuple[ExitStack, set[Path]]] = ContextVar("claims")
@@ -22,7 +22,8 @@ atexit.register(_claims_of_process[0].close)
 def flush(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk, where a loss of power does not lose them."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows flushes only what may be written.
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     except PermissionError:
         # Windows opens no folders.
         return
@@ -62,7 +63,7 @@ def whole_files(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+    with TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
         unfinished = Path(name)
         yield unfinished
         # Weights come last, because whoever finds them takes the model for complete.
@@ -120,7 +121,11 @@ def claim(output_dir: str | Path) -> None:
 
 def _free(lock: FileLock, made: list[Path]) -> None:
     """Leave neither the file of a lock behind, nor the folders that were made for it alone."""
-    Path(lock.lock_file).unlink(missing_ok=True)
+    if os.name == "nt":
+        # Windows removes no open file. Elsewhere, the file of a lock that is free may be another run's.
+        lock.release()
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
     try:
         for folder in made:
@@ -130,8 +135,9 @@ def _free(lock: FileLock, made: list[Path]) -> None:
 
 
 def is_unused(folder: Path) -> bool:
-    """Return whether a folder has no files, apart from those of this module."""
-    return not folder.exists() or not any(file.name != LOCK for file in folder.iterdir())
+    """Return whether a folder has no files, apart from a lock and what a killed run left unfinished."""
+    files = folder.iterdir() if folder.exists() else ()
+    return all(file.name == LOCK or file.name.startswith(UNFINISHED) for file in files)
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
@@ -144,7 +150,7 @@ def leads_outside(file: Path, folder: Path) -> bool:
         folder (`Path`):
             The folder. In the cache of the Hub, its files are links to the blobs of their repository.
     """
-    places = [folder.resolve()]
-    if places[0].parent.name == "snapshots":
-        places.append(places[0].parents[1] / "blobs")
+    place = folder.resolve()
+    snapshots = (each for each in (place, *place.parents) if each.parent.name == "snapshots")
+    places = [place, *(each.parents[1] / "blobs" for each in snapshots)]
     return not any(file.resolve().is_relative_to(place) for place in places)

@@ -3,10 +3,11 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from crow_hf.files import claim, is_unused, own_claims, whole_files, write_text
+from crow_hf.files import _free, claim, flush, is_unused, leads_outside, own_claims, whole_files, write_text
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):
@@ -68,3 +69,37 @@ def test_of_the_processes_of_a_run_the_first_claims_the_folder(tmp_path, monkeyp
             pool.submit(claim, tmp_path).result()
         monkeypatch.setenv("RANK", "1")
         pool.submit(claim, tmp_path).result()
+
+
+def test_what_a_killed_run_left_unfinished_is_no_use(tmp_path):
+    (tmp_path / ".unfinished-abc").mkdir()
+    (tmp_path / ".lock").touch()
+    assert is_unused(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert not is_unused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nt", "posix"])
+def test_windows_flushes_what_may_be_written_and_removes_what_is_closed(name, tmp_path, monkeypatch):
+    """Fails if Windows refuses to flush a file, or if a lock that is free can be claimed before it is removed."""
+    flags = []
+    opened = lambda path, flag: (flags.append(flag), os.open(path, flag))[1]  # noqa: E731
+    monkeypatch.setattr("crow_hf.files.os", SimpleNamespace(**vars(os) | {"name": name, "open": opened}))
+    lock, was_there = tmp_path / ".lock", []
+    lock.touch()
+    flush(lock)
+    assert flags == [os.O_RDWR if name == "nt" else os.O_RDONLY]
+    _free(SimpleNamespace(lock_file=str(lock), release=lambda: was_there.append(lock.exists())), [])
+    assert was_there[0] is (name == "nt") and not lock.exists()
+
+
+def test_links_of_a_snapshot_lead_to_its_blobs(tmp_path):
+    """Fails if a model in a subfolder of a repository is refused, or if a link to another repository is followed."""
+    folder = tmp_path / "models--me--a" / "snapshots" / "abc" / "sub"
+    folder.mkdir(parents=True)
+    for blobs, is_outside in ((tmp_path / "models--me--a" / "blobs", False), (tmp_path / "blobs", True)):
+        blobs.mkdir()
+        (blobs / "1").touch()
+        for place in (folder, folder.parent):
+            (place / blobs.parent.name).symlink_to(blobs / "1")
+            assert leads_outside(place / blobs.parent.name, place) is is_outside
