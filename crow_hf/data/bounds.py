@@ -1,5 +1,6 @@
 """Bounds on what files and programs of others may take: bytes, time and memory."""
 
+import errno
 import os
 import signal
 import threading
@@ -42,7 +43,21 @@ def check_regular(path: str | Path) -> None:
 def most_bytes(path: Path) -> int:
     """Return how many bytes a file may unpack to. One with holes takes fewer bytes on the disk than it has."""
     status = path.stat()
-    return FREE_BYTES + MAX_RATIO * min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
+    blocks = getattr(status, "st_blocks", 0) * 512
+    # Windows counts no blocks, and some network file systems do not either.
+    return FREE_BYTES + MAX_RATIO * (min(status.st_size, blocks) if blocks or _is_hole(path) else status.st_size)
+
+
+def _is_hole(path: Path) -> bool:
+    """Return whether a file is known to have nothing but a hole."""
+    if not hasattr(os, "SEEK_DATA"):
+        return False
+    with open(path, "rb") as stream:
+        try:
+            os.lseek(stream.fileno(), 0, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno == errno.ENXIO
+    return False
 
 
 def check_unpacked(size: int, most: int) -> None:
@@ -64,34 +79,39 @@ def bounded() -> Iterator[None]:
     """
     Stop a `with` block of Python code that takes over [`MAX_SECONDS`] of the processor or [`MAX_MEMORY`] bytes.
 
-    The operating system keeps the bounds. That of the time needs the main thread, and that of the memory needs Linux.
+    The operating system keeps the bounds. They are those of the process, so only the main thread sets them. That of
+    the memory needs Linux.
 
     Raises:
         `TimeoutError`: If the block takes too long.
         `MemoryError`: If it takes too much memory.
     """
-    is_timed = (
+    may_bound = (
         hasattr(signal, "setitimer")
         and threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
     )
+    if not may_bound:
+        yield
+        return
     used = _address_space()
     soft, hard = (0, 0) if used is None else resource.getrlimit(resource.RLIMIT_AS)
-    if is_timed:
-        signal.signal(signal.SIGVTALRM, _stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
-    if used is not None:
-        bound = used + MAX_MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (bound if soft == resource.RLIM_INFINITY else min(bound, soft), hard))
+    signal.signal(signal.SIGVTALRM, _stop)
     try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        if used is not None:
+            bound = used + MAX_MEMORY if soft == resource.RLIM_INFINITY else min(used + MAX_MEMORY, soft)
+            resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
         yield
     except MemoryError:
         raise MemoryError(f"it takes over {MAX_MEMORY // 2**20} MiB of memory") from None
     finally:
-        if used is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if is_timed:
+        try:
+            # It may ring here still, but only once.
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        finally:
+            if used is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
             signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
 
 

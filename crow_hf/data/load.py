@@ -143,7 +143,10 @@ def _open(path: Path) -> TextIO:
         if opener is open:
             if stream.peek(4).startswith(_PACKED):
                 raise ValueError("it is compressed: unpack it, or put .gz at the end of its name if it is a gzip")
-            check_unpacked(size, most)
+            if size > most:
+                raise ValueError(
+                    f"it has over {most // 2**20} MiB, but most of them are holes: write it anew without them"
+                )
         else:
             for number in count(1):
                 check_unpacked(number * _PART, most)

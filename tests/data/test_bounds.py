@@ -5,6 +5,8 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,6 +37,15 @@ def test_a_file_with_holes_is_as_large_as_it_is_on_the_disk(tmp_path):
     assert most_bytes(tmp_path / "plain") >= bounds.FREE_BYTES + 100_000
 
 
+def test_a_file_system_may_count_no_blocks(tmp_path, monkeypatch):
+    """Fails if a healthy file is refused where the file system does not say what it takes."""
+    (tmp_path / "plain").write_bytes(b"a" * 100_000)
+    monkeypatch.setattr(Path, "stat", lambda path: SimpleNamespace(st_size=2**30, st_blocks=0))
+    assert most_bytes(tmp_path / "plain") > 2**30
+    monkeypatch.setattr(Path, "stat", lambda path: SimpleNamespace(st_size=2**30))
+    assert most_bytes(tmp_path / "plain") > 2**30
+
+
 def test_time_and_memory_are_bounded_and_freed(monkeypatch):
     monkeypatch.setattr(bounds, "MAX_SECONDS", 0.05)
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -51,20 +62,48 @@ def test_time_and_memory_are_bounded_and_freed(monkeypatch):
     assert len(bytearray(2**30)) == 2**30
 
 
-def test_other_threads_are_bounded_in_their_memory():
-    caught = []
+def test_other_threads_leave_the_bounds_of_the_process_alone():
+    """Fails if two threads that leave in the order in which they entered bound the process for ever."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    within = []
 
     def run():
-        try:
-            with bounded():
-                bytearray(2**30)
-        except MemoryError as error:
-            caught.append(error)
+        with bounded():
+            within.append(resource.getrlimit(resource.RLIMIT_AS))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert len(caught) == 1
+    with bounded():
+        bound = resource.getrlimit(resource.RLIMIT_AS)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert within == [bound] and bound != before
+    first, second = bounded(), bounded()
+    for step in (
+        first.__enter__,
+        second.__enter__,
+        *(lambda one=one: one.__exit__(*[None] * 3) for one in (first, second)),
+    ):
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_late_ring_leaves_no_bounds(monkeypatch):
+    """Fails if the time that runs out at the very end of the block keeps the bound of the memory."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    disarm = signal.setitimer
+
+    def ring(which, seconds):
+        disarm(which, seconds)
+        if not seconds:
+            signal.raise_signal(signal.SIGVTALRM)
+
+    monkeypatch.setattr(signal, "setitimer", ring)
+    with pytest.raises(TimeoutError), bounded():
+        pass
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -235,9 +235,12 @@ def test_files_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
     parquet.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "holes.txt").touch()
     os.truncate(tmp_path / "holes.txt", 2**40)
-    for path in (tmp_path / "rows.parquet", tmp_path / "holes.txt"):
-        with pytest.raises(ValueError, match=f"{path.name} cannot be read: it unpacks to over"):
-            load_rows(str(path))
+    for name, said in (
+        ("rows.parquet", "it unpacks to over"),
+        ("holes.txt", "it has over 1 MiB, but most of them are"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: {said}"):
+            load_rows(str(tmp_path / name))
     with pytest.raises(ValueError, match="it unpacks to over"):
         loaded(tmp_path / "rows.jsonl.gz", bomb)
     with pytest.raises(ValueError, match="it is compressed: unpack it, or put .gz at the end of its name"):
