@@ -19,7 +19,7 @@ from .saves import one_line, quietly
 
 # No language model has more layers, and building more takes minutes.
 MAX_LAYERS = 2_000
-_COUNTS_LAYERS = re.compile(r"layers?$")
+_COUNTS_LAYERS = re.compile(r"(?<!per_)layers?$")
 # Each of these has at least one tensor.
 _HAS_TENSORS = re.compile(r"num_(hidden_)?layers|n_layers?|(en|de)coder_layers")
 # Texts beside the weights. The largest tokenizers have some 40 MB.

@@ -39,6 +39,13 @@ def test_a_config_that_asks_for_more_than_the_files_hold_is_refused(suspect, cha
         load_causal_lm(suspect)
 
 
+def test_sizes_of_layers_are_no_layers(tmp_path):
+    """Fails if a wide model is refused for the names of its settings."""
+    sizes = {"hidden_size_per_layer": 4096, "intermediate_size_per_layer": [8192], "n_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    check_layers(tmp_path)
+
+
 def test_an_adapter_that_asks_for_a_high_rank_is_refused(suspect, tmp_path_factory):
     from peft import LoraConfig, get_peft_model
 
