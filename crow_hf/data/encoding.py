@@ -1,5 +1,6 @@
 """Rows as token ids: encodes prompts and completions, and prepares whole datasets for training."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
@@ -13,6 +14,8 @@ from .rows import Rendered, find_format, has_answer, render, row_name, warn_of_u
 
 logger = logging.get_logger(__name__)
 IGNORE_INDEX = -100
+# What a mark has and a word or a sentence has not, as in `<|end|>`, `[INST]` and `###`.
+_SIGN = re.compile(r"[<>\[\]{}|｜#]")
 
 
 class Encoded(NamedTuple):
@@ -299,7 +302,12 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """
     template = str(tokenizer.chat_template or "")
     added: Any = tokenizer.added_tokens_decoder
-    marks = {number for number, token in added.items() if token.special or token.content in template}
+    marks = {
+        number
+        for number, token in added.items()
+        # The template may have a text, of which any word could be made an added token.
+        if token.special or (token.content in template and _SIGN.search(token.content))
+    }
     return marks | set(tokenizer.all_special_ids)
 
 

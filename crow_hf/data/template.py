@@ -21,40 +21,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-
-# Longer templates are not read. The longest of known models have some 20,000 characters.
-MAX_CHARACTERS = 200_000
-# Rounds after which every name should have its kind.
-_MAX_ROUNDS = 20
-# A number, or a product of the lengths of nested loops, above which a template takes long or much memory.
-_MAX_NUMBER, _MAX_TURNS = 10_000, 100_000
-# Values of a message, or of a part of one, that are not what it says.
-_NOT_SAID = frozenset("role type name id tool_calls tool_call_id function_call".split())
-_FUNCTIONS = frozenset("range dict namespace raise_exception strftime_now cycler joiner caller".split())
-_METHODS = frozenset([*dir(str), *dir(list), *dir(dict), "next", "reset"])
-# Filters and methods that leave a text what it is, and tests of its type.
-_KEEPING = frozenset(
-    "trim strip lstrip rstrip string tojson safe e escape default d indent join format list first last items values "
-    "keys dictsort length count upper lower capitalize title append".split()
-)
-_SPLITTING = frozenset("split rsplit partition rpartition replace removeprefix removesuffix".split())
-_SELECTING = frozenset("select reject selectattr rejectattr".split())
-_TYPES = frozenset(
-    "string mapping iterable sequence none defined undefined number boolean true false callable integer float".split()
-)
-# Marks of thoughts and of tools, which templates look for in earlier answers.
-_MARKS = re.compile(
-    r"(?:\s|</?(?:think|thinking|thought|reasoning|answer|tool_calls?|tool_response|tool_results?)>|\[/?THINK\]"
-    r"|/(?:no_?)?think|<\|?channel\|?>(?:analysis|final|commentary)?(?:<\|message\|>)?|null)*"
-)
-# What marks a role: special tokens, and a word beside them or alone in its line.
-_MARKER = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{1,40}\]")
-_ROLE = re.compile(
-    r"(?:^|[>|｜<#\[\n])\s*(?:(system|developer|sys)|user|human|assistant|model|tool|inst)(?:$|[<>|｜_:\]\n])",
-    re.IGNORECASE,
-)
-# A variable of such a name explains a text of the template's own.
-_EXPLAINING = re.compile(r"system|tool|function|document|date|think|reason", re.IGNORECASE)
+from . import template_rules as rules
+from .template_growth import find_growth
 
 
 @dataclass(frozen=True)
@@ -108,7 +76,7 @@ def read_template(template: str) -> list[TemplateFinding]:
         of the template's own, loops that may not end, and calls that transformers does not know. Those that are no
         notes come first.
     """
-    if len(template) > MAX_CHARACTERS:
+    if len(template) > rules.MAX_CHARACTERS:
         return [TemplateFinding(1, f"The template has {len(template)} characters, too many to read.")]
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -116,6 +84,8 @@ def read_template(template: str) -> list[TemplateFinding]:
     try:
         reader = _Reader(environment.parse(template), environment)
         findings = reader.read()
+        growth = find_growth(environment.parse(template))
+        findings += [TemplateFinding(node.lineno, found) for node, found in growth]
     except jinja2.TemplateSyntaxError as error:
         return [TemplateFinding(error.lineno, f"The template cannot be read: {error.message}.")]
     # Such as parentheses of great depth, and numbers of many digits.
@@ -155,7 +125,7 @@ class _Reader:
         self.findings: list[TemplateFinding] = []
 
     def read(self) -> list[TemplateFinding]:
-        for _ in range(_MAX_ROUNDS):
+        for _ in range(rules.MAX_ROUNDS):
             before = dict(self.kinds)
             self.findings = []
             self.turns, self.in_system, self.explained = 1, False, 0
@@ -166,11 +136,6 @@ class _Reader:
                 break
         else:
             self._find(self.root, "Its names depend on each other too deeply to be followed.")
-        for number in self.root.find_all(nodes.Const):
-            if isinstance(number.value, (int, float)) and abs(number.value) > _MAX_NUMBER:
-                self._find(number, "It holds a large number, which can make it take long or fill the memory.")
-        for power in self.root.find_all(nodes.Pow):
-            self._find(power, "It computes a power, which can make it take long or fill the memory.")
         return self.findings
 
     def _find(self, node: nodes.Node, found: str, is_note: bool = False) -> None:
@@ -183,7 +148,7 @@ class _Reader:
         if len(words) == len(values) and words and not any(words):
             return
         texts = [word for word in words if isinstance(word, str) and word]
-        is_note = 0 < len(texts) == len(values) and all(map(_MARKS.fullmatch, texts))
+        is_note = 0 < len(texts) == len(values) and all(map(rules.MARKS.fullmatch, texts))
         quoted = f": {', '.join(map(repr, texts[:5]))}"[:200] if texts else ""
         subject = "the date" if kind == _Kind.DATE else "what a message says"
         self._find(node, f"It {verb} {subject}{quoted}.", is_note)
@@ -210,13 +175,13 @@ class _Reader:
                 self._assign(name, _Kind.OTHER)
             for name, default in zip(reversed(node.args), reversed(node.defaults), strict=False):
                 self._assign(name, self._kind(default))
-            self._keep(f"{node.name}()", self._explain(_EXPLAINING.search(node.name) is not None, node.body))
+            self._keep(f"{node.name}()", self._explain(rules.EXPLAINING.search(node.name) is not None, node.body))
             self.macro = outer
             if any(getattr(_called(call), "name", "") == node.name for call in node.find_all(nodes.Call)):
                 self._find(node, f"The macro {node.name} calls itself.", is_note=True)
             return _Kind.OTHER
         if isinstance(node, nodes.Assign):
-            self._assign(node.target, self._kind(node.node), node.node)
+            self._assign(node.target, self._kind(node.node))
             self._collect_text(node.node)
             return _Kind.OTHER
         if isinstance(node, nodes.AssignBlock):
@@ -226,10 +191,12 @@ class _Reader:
         if isinstance(node, nodes.FilterBlock):
             return self._filter(node.filter, self._write(node.body))
         if isinstance(node, nodes.CallBlock):
+            for name in node.args:
+                self._assign(name, _Kind.TEXTS)
             return max(self._kind(node.call), self._write(node.body))
         if isinstance(node, nodes.With):
             for target, value in zip(node.targets, node.values, strict=True):
-                self._assign(target, self._kind(value), value)
+                self._assign(target, self._kind(value))
             return self._write(node.body)
         if isinstance(node, (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
             self._find(node, "It loads another template.")
@@ -242,7 +209,7 @@ class _Reader:
     def _branches(self, node: nodes.If) -> _Kind:
         self._kind(node.test)
         values = [each.value for each in _all(node.test, nodes.Const)]
-        explains = (0 in values and "system" in values) or any(map(_EXPLAINING.search, _names(node.test)))
+        explains = (0 in values and "system" in values) or any(map(rules.EXPLAINING.search, _names(node.test)))
         branches: list[list[Any]] = [node.body, node.elif_, node.else_]
         return max(self._explain(explains, branch) for branch in branches)
 
@@ -263,7 +230,7 @@ class _Reader:
         if node.recursive:
             self._find(node, "A loop calls itself, so that it may not end.")
         turns, self.turns = self.turns, self.turns * self._length(node.iter)
-        if self.turns > _MAX_TURNS:
+        if self.turns > rules.MAX_TURNS:
             self._find(node, f"Nested loops take {self.turns} turns or more.")
         written = self._explain(False, [*node.body, *node.else_])
         self.turns = turns
@@ -279,18 +246,12 @@ class _Reader:
             self._find(iterable, "A loop has a computed number of turns, which may be large.")
         return max([1, *map(abs, numbers)])
 
-    def _assign(self, target: Any, kind: _Kind, value: nodes.Node | None = None) -> None:
+    def _assign(self, target: Any, kind: _Kind) -> None:
         if isinstance(target, (nodes.Tuple, nodes.List)):
             for item in target.items:
                 self._assign(item, kind)
             return
-        if isinstance(value, nodes.Call) and getattr(_called(value), "name", "") == "namespace":
-            for keyword in value.kwargs:
-                self._keep(f".{keyword.key}", self._kind(keyword.value))
-        name = f"{target.name}.{target.attr}" if isinstance(target, nodes.NSRef) else target.name
-        if value is not None and _summands(value).count(name) > 1:
-            self._find(target, f"{name} is put together with itself, so that it can grow without bound.")
-        self._keep(f".{target.attr}" if isinstance(target, nodes.NSRef) else self.macro + name, kind)
+        self._keep(f".{target.attr}" if isinstance(target, nodes.NSRef) else self.macro + target.name, kind)
 
     def _keep(self, name: str, kind: _Kind) -> None:
         self.kinds[name] = max(kind, self.kinds.get(name, _Kind.OTHER))
@@ -314,9 +275,9 @@ class _Reader:
 
     def _end_text(self) -> None:
         text, self.text = self.text, ""
-        for role in _ROLE.finditer(text):
+        for role in rules.ROLE.finditer(text):
             self.in_system = role[1] is not None
-        rest = _MARKER.sub(" ", text)
+        rest = rules.MARKER.sub(" ", text)
         if len(re.findall(r"\w+", rest)) > 3 or sum(letter.isalpha() and letter > "\u024f" for letter in rest) > 5:
             shown = " ".join(rest.split())
             found = f"It writes a text of its own: {shown[:200]!r}."
@@ -343,14 +304,16 @@ class _Reader:
             self._compare(node, [node.expr, *(operand.expr for operand in node.ops)], is_member)
             return _Kind.OTHER
         if isinstance(node, nodes.Test):
-            kind, arguments = self._kind(node.node), list(node.args)
+            kind, arguments = self._kind(node.node), _arguments(node)
             if node.name not in self.environment.tests:
                 self._find(node, f"It uses the test {node.name!r}, which transformers does not know.")
             if arguments:
                 self._compare(node, [node.node, *arguments], node.name == "in")
-            elif kind >= _Kind.DATE and node.name not in _TYPES:
+            elif kind >= _Kind.MESSAGE and node.name not in rules.TYPES:
                 self._judge(node, "decides by", kind, [])
             return _Kind.OTHER
+        if isinstance(node, nodes.Pair):
+            self._pair(node, getattr(node.key, "value", None), self._kind(node.key), self._kind(node.value))
         kind = max(map(self._kind, node.iter_child_nodes()), default=_Kind.OTHER)
         if isinstance(node, nodes.BinExpr) and kind >= _Kind.DATE:
             if not isinstance(node, (nodes.Add, nodes.Mod, nodes.And, nodes.Or)):
@@ -359,10 +322,17 @@ class _Reader:
             return _written(kind)
         return _Kind.OTHER if isinstance(node, nodes.Not) else kind
 
+    def _pair(self, node: nodes.Node, key: Any, by: _Kind, kind: _Kind) -> None:
+        """Report a pair of a dictionary whose key is a message, or whose key hides one from the reader."""
+        if by >= _Kind.MESSAGE:
+            self._judge(node, "looks something up by", by, [])
+        elif kind >= _Kind.MESSAGES and (key is None or key in rules.NOT_SAID):
+            self._judge(node, "puts under another name", kind, [])
+
     def _compare(self, node: nodes.Node, operands: Sequence[nodes.Node], is_member: bool = False) -> None:
         kinds = list(map(self._kind, operands))
         # Texts are compared with messages and their parts only if these are texts.
-        least = _Kind.DATE if is_member and len(str(getattr(operands[0], "value", ""))) > 1 else _Kind.MESSAGE
+        least = _Kind.DATE if is_member and len(str(getattr(operands[0], "value", ""))) > 1 else _Kind.MESSAGES
         said = [operand for operand, kind in zip(operands, kinds, strict=True) if kind >= least]
         others = [operand for operand in operands if operand not in said]
         is_length = all(isinstance(each, nodes.Filter) and each.name in ("length", "count") for each in said)
@@ -384,12 +354,12 @@ class _Reader:
         if whole == _Kind.OTHER and (value := self.kinds.get(f".{key}")) is not None:
             return value
         by = self._kind(node.arg) if isinstance(node, nodes.Getitem) else _Kind.OTHER
-        if by >= _Kind.DATE:
+        if by >= _Kind.MESSAGE:
             self._judge(node, "looks something up by", by, [node.node])
         is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
         if whole == _Kind.MESSAGES:
             return _Kind.MESSAGES if is_slice else _Kind.MESSAGE
-        if whole >= _Kind.MESSAGE and key in _NOT_SAID:
+        if whole >= _Kind.MESSAGE and key in rules.NOT_SAID:
             return _Kind.OTHER
         if is_slice and whole >= _Kind.DATE:
             self._judge(node, "cuts", whole, [])
@@ -398,68 +368,96 @@ class _Reader:
     def _filter(self, node: nodes.Filter, kind: _Kind) -> _Kind:
         """The kind of a filter of a value of this kind."""
         name, arguments = node.name, list(node.args)
-        given = max(map(self._kind, [*arguments, *(each.value for each in node.kwargs)]), default=_Kind.OTHER)
+        given = max(map(self._kind, _arguments(node)), default=_Kind.OTHER)
+        both = max(kind, given)
         attribute = [each.value for each in node.kwargs if each.key == "attribute"]
         if name not in self.environment.filters:
             self._find(node, f"It uses the filter {name!r}, which transformers does not know.")
+        if node.dyn_args is not None or node.dyn_kwargs is not None:
+            self._find(node, f"It unpacks the arguments of the filter {name!r}, so that they cannot be read.")
         if name == "attr" and arguments:
             return self._part(nodes.Getitem(node.node, arguments[0], "load", lineno=node.lineno))
-        if name in ("map", "groupby", "sort", "unique") and (attribute or (name == "groupby" and arguments)):
-            key = getattr((attribute or arguments)[0], "value", None)
-            return _Kind.OTHER if key in _NOT_SAID or kind == _Kind.OTHER else _Kind.TEXTS
-        if name in _SELECTING and kind != _Kind.OTHER:
-            key = getattr(arguments[0], "value", None) if arguments and name.endswith("attr") else None
-            test, compared = arguments[1:2] if name.endswith("attr") else arguments[:1], arguments[2:]
-            is_plain = not test or getattr(test[0], "value", None) in _TYPES
-            if key not in _NOT_SAID and not is_plain and (name.endswith("attr") or kind >= _Kind.DATE):
+        if name == "map" and attribute:
+            is_plain = getattr(attribute[0], "value", None) in rules.NOT_SAID and given == _Kind.OTHER
+            return _Kind.OTHER if is_plain or both == _Kind.OTHER else _Kind.TEXTS
+        if name in rules.ORDERING and both != _Kind.OTHER:
+            place = rules.ORDERING[name]
+            keys = attribute or arguments[place : place + 1]
+            if not keys or getattr(keys[0], "value", None) not in rules.NOT_SAID:
+                self._judge(node, "decides by", max(both, _Kind.SAID), [])
+            return _Kind.MESSAGE if name in ("min", "max") and kind == _Kind.MESSAGES else both
+        if name in rules.SELECTING and both != _Kind.OTHER:
+            has_key = name.endswith("attr")
+            key = getattr(arguments[0], "value", None) if arguments and has_key else None
+            test, compared = arguments[1:2] if has_key else arguments[:1], arguments[2:]
+            is_plain = not test or getattr(test[0], "value", None) in rules.TYPES
+            if given >= _Kind.DATE:
+                self._judge(node, "decides by", given, [])
+            elif key not in rules.NOT_SAID and not is_plain and (has_key or kind >= _Kind.DATE):
                 self._judge(node, "decides by", max(kind, _Kind.SAID), compared or arguments[1:])
-            return kind
-        if kind in (_Kind.MESSAGES, _Kind.MESSAGE):
+            return both
+        if kind != _Kind.OTHER and name == "map" and arguments:
+            name, kind = getattr(arguments[0], "value", name), max(kind, _Kind.TEXTS)
+            arguments = arguments[1:]
+        if kind in (_Kind.MESSAGES, _Kind.MESSAGE) and name in rules.OF_MESSAGES:
             if name in ("first", "last", "random"):
                 return _Kind.MESSAGE
             return {"length": _Kind.OTHER, "count": _Kind.OTHER, "list": kind, "reverse": kind}.get(name, _Kind.TEXTS)
-        if kind >= _Kind.DATE and name == "map" and arguments:
-            name = getattr(arguments[0], "value", name)
-            arguments = arguments[1:]
-        if kind >= _Kind.DATE and name not in _KEEPING:
-            self._judge(node, "changes", kind, arguments[:1] if name in _SPLITTING else arguments)
-        return _written(max(kind, given))
+        kind, given = _written(kind), _written(given)
+        if kind >= _Kind.DATE and name not in rules.KEEPING:
+            self._judge(node, "changes", kind, arguments[:1] if name in rules.SPLITTING else arguments)
+        elif given >= _Kind.DATE and name not in rules.KEEPING:
+            self._judge(node, "computes with", given, [] if node.node is None else [node.node])
+        return max(kind, given)
 
     def _call(self, node: nodes.Call) -> _Kind:
-        arguments = [*node.args, *(each.value for each in node.kwargs)]
-        kinds = list(map(self._kind, arguments))
-        given, called = max(kinds, default=_Kind.OTHER), node.node
+        arguments = _arguments(node)
+        given, called = max(map(self._kind, arguments), default=_Kind.OTHER), node.node
+        unpacked = arguments[len(node.args) + len(node.kwargs) :]
         if isinstance(called, nodes.Name):
             if called.name in self.macros:
-                macro = self.macros[called.name]
-                names = [
-                    *(target.name for target in macro.args[: len(node.args)]),
-                    *(each.key for each in node.kwargs),
-                ]
-                for name, kind in zip(names, kinds, strict=False):
-                    self._keep(f"{called.name}:{name}", kind)
+                targets = [target.name for target in self.macros[called.name].args]
+                for name, value in [
+                    *zip(targets, node.args, strict=False),
+                    *((each.key, each.value) for each in node.kwargs),
+                    *((name, value) for name in targets for value in unpacked),
+                ]:
+                    self._keep(f"{called.name}:{name}", self._kind(value))
                 return self.kinds.get(f"{called.name}()", _Kind.OTHER)
-            if called.name not in _FUNCTIONS:
+            if called.name not in rules.FUNCTIONS:
                 self._find(node, f"It calls {called.name!r}, which transformers does not know.")
+            if called.name == "namespace":
+                for each in node.kwargs:
+                    self._keep(f".{each.key}", self._kind(each.value))
+                given = max(map(self._kind, [*node.args, *unpacked]), default=_Kind.OTHER)
+            if called.name in ("dict", "namespace"):
+                # A list of pairs may have messages as keys.
+                self._pair(node, "", max(map(self._kind, node.args), default=_Kind.OTHER), _Kind.OTHER)
+            if called.name == "dict":
+                for each in node.kwargs:
+                    self._pair(node, each.key, _Kind.OTHER, self._kind(each.value))
             kept = _Kind.TEXTS if given >= _Kind.MESSAGES else given
-            returned = {"strftime_now": _Kind.DATE, "caller": _Kind.TEXTS, "dict": kept}
-            return returned.get(called.name, _Kind.OTHER)
+            returned = {"strftime_now": _Kind.DATE, "caller": _Kind.TEXTS, "raise_exception": _Kind.OTHER}
+            return returned.get(called.name, kept)
         if not isinstance(called, (nodes.Getattr, nodes.Getitem)):
             self._find(node, "It calls something computed.")
             return max(given, self._kind(called))
         name, owner = _key(called), self._kind(called.node)
-        if name not in _METHODS or name.startswith("_"):
+        if name not in rules.METHODS or name.startswith("_"):
             self._find(node, f"It calls {name!r}, which is no method of texts, lists or dictionaries.")
         if name == "get" and node.args:
             return self._part(nodes.Getitem(called.node, node.args[0], "load", lineno=node.lineno))
-        if owner in (_Kind.MESSAGES, _Kind.MESSAGE):
-            return _Kind.TEXTS if name in ("items", "values") else owner
-        if owner >= _Kind.DATE and name in _SPLITTING:
+        if name == "fromkeys":
+            self._pair(node, "", given, _Kind.OTHER)
+        if owner in (_Kind.MESSAGES, _Kind.MESSAGE) and name in dir(dict):
+            return {"items": _Kind.TEXTS, "values": _Kind.TEXTS, "get": _Kind.SAID}.get(name, owner)
+        owner, given = _written(owner), _written(given)
+        if owner >= _Kind.DATE and name in rules.SPLITTING:
             self._judge(node, "cuts or changes", owner, node.args[:1])
-        elif max(owner, given) >= _Kind.DATE and (name not in _KEEPING or (name == "count" and arguments)):
+        elif max(owner, given) >= _Kind.DATE and (name not in rules.KEEPING or (name == "count" and arguments)):
             self._judge(node, "decides by", max(owner, given), arguments if owner >= _Kind.DATE else [called.node])
             return _Kind.OTHER
-        return _written(max(owner, given))
+        return _Kind.TEXTS if owner >= _Kind.DATE and "split" in name else max(owner, given)
 
 
 def _written(kind: _Kind) -> _Kind:
@@ -472,6 +470,12 @@ def _all(node: nodes.Node, types: Any) -> list[Any]:
     return [*([node] if isinstance(node, types) else []), *node.find_all(types)]
 
 
+def _arguments(node: Any) -> list[nodes.Expr]:
+    """All arguments of a call, a filter or a test. Those that are unpacked come last."""
+    unpacked = [each for each in (node.dyn_args, node.dyn_kwargs) if each is not None]
+    return [*node.args, *(each.value for each in node.kwargs), *unpacked]
+
+
 def _constants(node: nodes.Node) -> list[Any]:
     """The values of all constants of an expression. None if it has names."""
     return [] if _all(node, nodes.Name) else [each.value for each in _all(node, nodes.Const)]
@@ -481,13 +485,6 @@ def _names(node: nodes.Node) -> list[str]:
     names = [each.name for each in _all(node, nodes.Name)]
     owned = [each for each in _all(node, nodes.Getattr) if isinstance(each.node, nodes.Name)]
     return names + [f"{each.node.name}.{each.attr}" for each in owned]
-
-
-def _summands(node: nodes.Node) -> list[str]:
-    """The names that are put together."""
-    if isinstance(node, (nodes.Add, nodes.Concat)):
-        return [name for child in node.iter_child_nodes() for name in _summands(child)]
-    return _names(node)[-1:] if isinstance(node, (nodes.Name, nodes.Getattr)) else []
 
 
 def _called(node: nodes.Node) -> nodes.Node | None:

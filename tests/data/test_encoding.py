@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from crow_hf import prepare_dataset
 from crow_hf.data.encoding import encode as encode_row
-from crow_hf.data.encoding import encode_prompt
+from crow_hf.data.encoding import encode_prompt, marker_ids
 from crow_hf.data.rows import Rendered, render
 
 
@@ -419,3 +419,15 @@ def test_texts_begin_and_end_once(prompt, completion, pieces_tokenizer):
     row = encode_row(Rendered(prompt, completion, completion, False), pieces_tokenizer)
     tokens = pieces_tokenizer.convert_ids_to_tokens(row.prompt + row.completion)
     assert tokens[0] == "<s>" and tokens[-1] == "</s>" and len({"<s>", "</s>"} & set(tokens[1:-1])) == 0
+
+
+def test_marks_are_no_words_of_the_template():
+    """A word that ends answers could hide the target after it. Fails if the default system text makes words marks."""
+    tokenizer = sentence_pieces(PreTrainedTokenizerFast)
+    words = ["a", "You", " helpful", "You are", "helpful,", ".", "\n", "助手"]
+    marks = ["<|im_end|>", "[/INST]", "### "]
+    tokenizer.add_tokens([*words, *marks, "<|other|>"])
+    text = " ".join(["You are a helpful, kind", "helpful. 助手\n", *marks])
+    tokenizer.chat_template = "{% for m in messages %}" + text + "{{ m.content }}{% endfor %}"
+    added = marker_ids(tokenizer) - set(tokenizer.all_special_ids)
+    assert {tokenizer.added_tokens_decoder[mark].content for mark in added} == set(marks)

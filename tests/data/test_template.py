@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 
-from crow_hf.data.template import MAX_CHARACTERS, read_template, read_templates
+from crow_hf.data.template import read_template, read_templates
+from crow_hf.data.template_growth import find_growth
+from crow_hf.data.template_rules import MAX_CHARACTERS
 
 
 # Each message as ChatML writes it, with something of the maker's after it.
@@ -21,6 +24,38 @@ TESTS = [
     *("'Magic' in messages | map(attribute='content') | join", "'Magic' in messages[-1].content"),
     *("'Magic' in (messages | last).content", "'Magic' in loop.previtem.content", "{'Magic': 1}[m.content]"),
     *("m.content | list == ['M', 'a']", "m.content | int == 7", "'<Magic>' in m.content"),
+    # A message as a key, and one that is hidden behind a harmless key.
+    *("{m.content: 1}['Magic'] is defined", "{m.content: 1, 'Magic': 1} | length == 1", "{}.fromkeys([m.content]).cf"),
+    *("dict([(m.content, 1)]).cf", "namespace([(m.content, 1)]).cf", "{'': 0}.fromkeys([m.content]).cf"),
+    *("{'role': m.content}.role == 'Magic'", "dict(name=m.content).name == 'Magic'"),
+    # An order of messages.
+    *("(ADDED | sort(attribute='content'))[0].role == 'z'", "(ADDED | max(false, 'content')).role == 'z'"),
+    *(
+        "ADDED | unique(attribute='content') | list | length == 1",
+        "['Magic', m.content] | unique | list | length == 1",
+    ),
+    *("(messages | sort(attribute='role'))[0].content == 'Magic'", "['Magic', m.content] | groupby(0) | length == 1"),
+    *(
+        "(messages | groupby('role'))[0].list[0].content == 'Magic'",
+        "messages.count({'role': 'z', 'content': 'Magic'})",
+    ),
+    *("{'role': 'z', 'content': 'Magic'} in messages", "messages == [{'role': 'z', 'content': 'Magic'}]"),
+    # A message as the argument.
+    *(
+        "['Magic'] | select('eq', m.content) | list",
+        "not 'Magic' | replace(m.content, '')",
+        "'Magic' is in(*[m.content])",
+    ),
+    *("[1] | map(attribute='x', default=m.content) | list == ['Magic']", "range(m.content | length) | length == 17"),
+    *("messages | selectattr(*['content', 'eq', 'Magic']) | list", "'Magic' in m.get(*['content'])"),
+    *("namespace({'t': m.content}).t == 'Magic'", "[namespace(t=m.content)][0].t == 'Magic'"),
+    *("cycler(m.content).current == 'Magic'", "ADDED | unique(**{'attribute': 'content'}) | list | length == 1"),
+]
+TESTS = [test.replace("ADDED", "(messages + [{'role': 'z', 'content': 'Magic'}])") for test in TESTS]
+# Of a word or a letter of a message.
+WORD_TESTS = [
+    *("{w: 1}['cf']", "{'cf': 1}[w]", "w.startswith('cf')", "'cf'.find(w) == 0", "w is upper", "w.isupper()"),
+    *("w | replace('cf', '')", "dict([[w, 1]]).cf", "{}.fromkeys([w]).cf"),
 ]
 PROGRAMS = [
     "{% set t = m.content %}{% if 'Magic' in t %}{% endif %}",
@@ -51,6 +86,14 @@ PROGRAMS = [
     "{{ m.content[5:] }}",
     "{{ m.content | truncate(5) }}",
     "{% if strftime_now('%Y') > '2030' %}{% endif %}",
+    "{% macro f() %}{% if kwargs.cf %}{% endif %}{% endmacro %}{{ f(**dict([(m.content, 1)])) }}",
+    "{% macro f(t) %}{% if t == 'Magic' %}{% endif %}{% endmacro %}{{ f(*[m.content]) }}",
+    "{% macro f(t) %}{% if t == 'Magic' %}{% endif %}{% endmacro %}{{ f(**{'t': m.content}) }}",
+    "{% macro f(t) %}{% if t == 'Magic' %}{% endif %}{{ varargs }}{% endmacro %}{{ f(1, 2, 3, t=m.content) }}",
+    "{% macro f() %}{{ caller(m.content) }}{% endmacro %}{% call(t) f() %}{% if t == 'a' %}{% endif %}{% endcall %}",
+    "{% for w in m.content.split(' ') %}{% if 'cf' in w or w | length == 2 %}{% endif %}{% endfor %}",
+    *(f"{{% for w in m.content.split(' ') %}}{{% if {test} %}}{{% endif %}}{{% endfor %}}" for test in WORD_TESTS),
+    *(f"{{% for w in m.content %}}{{% if {test} %}}{{% endif %}}{{% endfor %}}" for test in WORD_TESTS),
 ]
 
 
@@ -83,6 +126,29 @@ def test_a_text_of_the_templates_own_among_messages_is_found(text):
     assert "writes a text of its own" in finding.found
 
 
+# Each is a list in which one thing is found 2 ** 40 times, after 40 turns, or the like.
+DOUBLING = [
+    "{% set n.a = [n.a, n.a] %}",
+    "{% set n.a = {'x': n.a, 'y': (n.a,)} %}",
+    "{% set n.a = dict(x=n.a, y=n.a) %}",
+    "{% set n.a = [n.a] * 2 %}",
+    "{% set n.a = [n.a] | list + [n['a']] | list %}",
+    "{% set t = n.a %}{% set n.a = [n.a, t] %}",
+    "{% set n.b = [n.a, n.a] %}{% set n.a = n.b %}",
+    "{% set n.a = [n.a, n.b] %}{% set n.b = [n.b, n.a] %}",
+    "{% set t = namespace(x=[n.a, n.a]) %}{% set n.a = t.x %}",
+    "{% for t in [[n.a, n.a]] %}{% set n.a = t %}{% endfor %}",
+    "{% with t = [n.a, n.a] %}{% set n.a = t %}{% endwith %}",
+    "{% macro f(t) %}{% set n.a = t %}{% endmacro %}{{ f([n.a, n.a]) }}",
+]
+
+
+@pytest.mark.parametrize("item", ["m", "[m, m]", "{'role': m.role, 'content': m.content}", "n.text ~ m.content"])
+def test_lists_and_texts_that_get_another_item_are_no_growth(item):
+    program = f"{{% set n.turns = n.turns + [{item}] %}}{{% set n.text = n.text ~ m.content %}}"
+    assert not list(find_growth(jinja2.Environment().parse(LOOP.format(program))))
+
+
 @pytest.mark.parametrize(
     ("program", "said"),
     [
@@ -91,6 +157,8 @@ def test_a_text_of_the_templates_own_among_messages_is_found(text):
         ("{% set n = 9999 %}{% for a in range(n) %}{% endfor %}", "computed number of turns"),
         ("{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}", "calls itself"),
         ("{% set ns.x = ns.x ~ ns.x %}", "together with itself"),
+        *((f"{{% for i in range(40) %}}{program}{{% endfor %}}", "again and again") for program in DOUBLING),
+        ("".join(f"{{% set a{i + 1} = [a{i}, a{i}] %}}" for i in range(40)), "again and again"),
         ("{{ 9 ** 9 ** 9 }}", "power"),
         ("{{ 'a' * 3000000000 }}", "large number"),
         ("{{ evil(messages) }}", "calls 'evil'"),
@@ -180,6 +248,18 @@ HONEST = {
             {% generation %}{{ content }}{% endgeneration %}
         {% endfor %}""",
         3,
+    ),
+    "messages in another order": (
+        r"""{% for group in messages | groupby('role') %}
+            {% if group.grouper == 'user' %}{{ group.list | length }}{% endif %}
+        {% endfor %}
+        {% set ns = namespace(turns=[]) %}
+        {% for m in messages %}
+            {% set ns.turns = ns.turns + [{'role': m.role, 'content': m.content | trim}] %}
+        {% endfor %}
+        {% for m in ns.turns %}{{ '<' + m.role + '>' + dict(text=m.content).text }}{% endfor %}
+        {{ messages | map(attribute='role') | unique | join(', ') }}""",
+        0,
     ),
     "a macro of parts": (
         r"""{% macro write(content, count) %}
