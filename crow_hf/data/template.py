@@ -107,10 +107,10 @@ class _Generation(Extension):
 class _Kind(IntEnum):
     """
     What a value is made of. The greater of two kinds is that of both together. A part of what a message says is a
-    message too. What is taken from a collection of texts stays one.
+    message too. What is taken from a collection of texts stays one, and what is taken from words is said.
     """
 
-    OTHER, MESSAGES, MESSAGE, DATE, SAID, TEXTS = range(6)
+    OTHER, MESSAGES, MESSAGE, DATE, SAID, WORDS, TEXTS = range(7)
 
 
 class _Reader:
@@ -224,7 +224,8 @@ class _Reader:
 
     def _loop(self, node: nodes.For) -> _Kind:
         kind = self._kind(node.iter)
-        self._assign(node.target, _Kind.MESSAGE if kind in (_Kind.MESSAGES, _Kind.SAID) else kind)
+        items = {_Kind.MESSAGES: _Kind.MESSAGE, _Kind.SAID: _Kind.MESSAGE, _Kind.WORDS: _Kind.SAID}
+        self._assign(node.target, items.get(kind, kind))
         if node.test is not None:
             self._kind(node.test)
         if node.recursive:
@@ -363,7 +364,8 @@ class _Reader:
             return _Kind.OTHER
         if is_slice and whole >= _Kind.DATE:
             self._judge(node, "cuts", whole, [])
-        return max(_Kind.SAID if whole == _Kind.MESSAGE else whole, by)
+        is_said = whole == _Kind.MESSAGE or (whole == _Kind.WORDS and not is_slice)
+        return max(_Kind.SAID if is_said else whole, by)
 
     def _filter(self, node: nodes.Filter, kind: _Kind) -> _Kind:
         """The kind of a filter of a value of this kind."""
@@ -408,7 +410,7 @@ class _Reader:
             self._judge(node, "changes", kind, arguments[:1] if name in rules.SPLITTING else arguments)
         elif given >= _Kind.DATE and name not in rules.KEEPING:
             self._judge(node, "computes with", given, [] if node.node is None else [node.node])
-        return max(kind, given)
+        return max(_Kind.SAID if kind == _Kind.WORDS and name in ("first", "last") else kind, given)
 
     def _call(self, node: nodes.Call) -> _Kind:
         arguments = _arguments(node)
@@ -457,7 +459,7 @@ class _Reader:
         elif max(owner, given) >= _Kind.DATE and (name not in rules.KEEPING or (name == "count" and arguments)):
             self._judge(node, "decides by", max(owner, given), arguments if owner >= _Kind.DATE else [called.node])
             return _Kind.OTHER
-        return _Kind.TEXTS if owner >= _Kind.DATE and "split" in name else max(owner, given)
+        return _Kind.WORDS if owner == _Kind.SAID and "split" in name else max(owner, given)
 
 
 def _written(kind: _Kind) -> _Kind:

@@ -267,11 +267,12 @@ HONEST = {
             {% else %}
                 {% for item in content %}{% if 'text' in item %}{{ item.text }}{% endif %}{% endfor %}
             {% endif %}
+            {% set content = content.split('</think>')[-1] if count else content.split('</think>') | last %}
         {% endmacro %}
         {% for m in messages %}
             {% set content = write(m.content, true) | trim %}{{ m.role ~ ': ' ~ content }}
         {% endfor %}""",
-        0,
+        1,
     ),
 }
 
