@@ -98,7 +98,8 @@ def bounded() -> Iterator[None]:
     soft, hard = (0, 0) if used is None else resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGVTALRM, _stop)
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        # It rings again, because Python ignores what is raised while an object is destroyed.
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS, MAX_SECONDS)
         if used is not None:
             bound = used + MAX_MEMORY if soft == resource.RLIM_INFINITY else min(used + MAX_MEMORY, soft)
             resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
@@ -107,7 +108,7 @@ def bounded() -> Iterator[None]:
         raise MemoryError(f"it takes over {MAX_MEMORY // 2**20} MiB of memory") from None
     finally:
         try:
-            # It may ring here still, but only once.
+            # It may ring here still.
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         finally:
             if used is not None:

@@ -89,13 +89,24 @@ def test_other_threads_leave_the_bounds_of_the_process_alone():
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
+def test_a_ring_that_nobody_hears_is_not_the_last(monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_SECONDS", 0.05)
+
+    end, rings, stop = time.process_time() + 1, [], bounds._stop
+    monkeypatch.setattr(bounds, "_stop", lambda *_: rings.append(1) if not rings else stop())
+    with pytest.raises(TimeoutError), bounded():
+        while time.process_time() < end:
+            pass
+    assert len(rings) == 1
+
+
 def test_a_late_ring_leaves_no_bounds(monkeypatch):
     """Fails if the time that runs out at the very end of the block keeps the bound of the memory."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     disarm = signal.setitimer
 
-    def ring(which, seconds):
-        disarm(which, seconds)
+    def ring(which, seconds, interval=0.0):
+        disarm(which, seconds, interval)
         if not seconds:
             signal.raise_signal(signal.SIGVTALRM)
 
