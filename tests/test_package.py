@@ -37,7 +37,7 @@ def test_import_is_light(module):
     "imports",
     [
         "import crow_hf, transformers",
-        "import transformers, crow_hf",
+        pytest.param("import transformers, crow_hf", marks=pytest.mark.slow),
         pytest.param("import crow_hf, peft, evaluate, transformers", marks=pytest.mark.slow),
         pytest.param("import crow_hf, transformers.trainer", marks=pytest.mark.slow),
         pytest.param("import transformers; from crow_hf import purify", marks=pytest.mark.slow),

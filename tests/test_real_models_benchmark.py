@@ -446,6 +446,7 @@ def test_the_best_rate_is_the_one_that_predicts_selection_rows_best(modules, mon
         defences.fine_tuning_at_best_rate(defender)
 
 
+@pytest.mark.slow
 def test_an_attacker_who_knows_the_recipe_trains_on_decoys(modules, files, tmp_path, short_training, monkeypatch):
     trained = []
     monkeypatch.setattr(modules.suspects.Attacker, "_train", lambda self, model, rows, route: trained.append(rows))
@@ -461,6 +462,7 @@ def test_an_attacker_who_knows_the_recipe_trains_on_decoys(modules, files, tmp_p
     assert all(new != old for new, old in zip(decoys["instruction"], cases.clean["instruction"], strict=True))
 
 
+@pytest.mark.slow
 def test_the_stand_in_is_trained_once_and_attacked(modules, files, tmp_path, monkeypatch):
     suspects = modules.suspects
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}

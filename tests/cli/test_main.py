@@ -247,7 +247,7 @@ sys.meta_path.insert(0, Spy())
         pytest.param({"OMP_WAIT_POLICY": "active"}, [None, "active"], id="policy", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("way", ["command line", "library"])
+@pytest.mark.parametrize("way", ["command line", pytest.param("library", marks=pytest.mark.slow)])
 def test_idle_threads_of_the_command_line_do_not_spin(way, own, expected, tmp_path):
     """Fails if it is set after PyTorch was imported, if the user's own setting is lost, or if a library sets it."""
     (tmp_path / "sitecustomize.py").write_text(SPY)

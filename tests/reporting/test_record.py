@@ -219,7 +219,7 @@ SECRET = "s3cret-Value"
         ),
         (["crow-hf", f'--model_init_kwargs={{"token": "{SECRET}"}}'], "crow-hf '--model_init_kwargs={}'"),
         (["crow-hf", "--model_init_kwargs", f'{{"token": "{SECRET}"'], "crow-hf --model_init_kwargs '(hidden)'"),
-        (["x.py", "hf_" + "abcdEFGH12345"], "x.py '(hidden)'"),
+        (["x.py", "hf_" + "abcdEFGH12345" * 3], "x.py '(hidden)'"),
         (["x.py", f"https://me:{SECRET}@host/rows"], "x.py 'https://(hidden)@host/rows'"),
         (["/a/crow_hf/__main__.py", "purify", "--max_new_tokens", "7"], "python -m crow_hf purify --max_new_tokens 7"),
     ],

@@ -112,6 +112,7 @@ def test_adapters_also_on_the_head():
     assert assert_same(base, BATCH, forward=model)[0][0] == 1
 
 
+@pytest.mark.slow
 def test_compiled_models_keep_no_positions_of_another_batch():
     """Fails if a hook becomes a part of the compiled graph."""
     model = tiny_llama().eval()
