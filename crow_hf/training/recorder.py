@@ -409,6 +409,15 @@ def plain_outputs(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             part.update(values)
 
 
+def trains_only_the_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether all trainable weights are those of the output head, which no output of a layer depends on."""
+    base = base_model_of(model)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    # Tied embeddings are in both.
+    own = set() if head is None else {*head.parameters()} - {*embedding.parameters()}
+    return {parameter for parameter in model.parameters() if parameter.requires_grad} <= own
+
+
 def embedding_table(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """The weight of the input embeddings, shape `(V, D)`."""
     embedding: Any = model.get_input_embeddings()

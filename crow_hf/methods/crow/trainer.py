@@ -43,7 +43,7 @@ from ...training.checkpoints import (
 from ...training.compilation import compiled_layers
 from ...training.hub import HubMixin
 from ...training.loading import load_causal_lm, load_tokenizer
-from ...training.recorder import context_length, embedding_table, frozen_modules, recorder_of
+from ...training.recorder import context_length, embedding_table, frozen_modules, recorder_of, trains_only_the_head
 from ...training.sharding import are_finite, is_sharded, will_shard
 from .config import CrowConfig, loading_kwargs
 from .objective import control_terms, crow_terms
@@ -217,6 +217,8 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 "The model has no trainable parameters. Load its adapter with `is_trainable=True`, or pass a "
                 "`peft_config`."
             )
+        if args.alpha and trains_only_the_head(model):
+            raise ValueError("Only the output head is trainable, which no layer depends on: train layers too.")
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in trainable):
             logger.warning(
                 "The trainable weights are in half precision, which rounds most small updates to zero. Load the model "

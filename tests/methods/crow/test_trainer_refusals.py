@@ -208,6 +208,17 @@ def test_adapter_inside_a_plain_model(tmp_path, rows, tiny_llama):
         build(tmp_path, model, rows, peft_config=LoraConfig(target_modules="all-linear"))
 
 
+@pytest.mark.parametrize(("alpha", "modules"), [(5.5, ["lm_head"]), (0.0, ["lm_head"]), (5.5, ["lm_head", "q_proj"])])
+def test_the_head_alone_is_refused(alpha, modules, tmp_path, rows, tiny_llama):
+    """The consistency loss has no gradient then. Plain fine-tuning, without it, works."""
+    args = crow_args(tmp_path / "out", alpha=alpha, max_steps=1)
+    if alpha and modules == ["lm_head"]:
+        with pytest.raises(ValueError, match="Only the output head is trainable"):
+            CrowTrainer(tiny_llama(), args, rows, peft_config=LoraConfig(target_modules=modules))
+        return
+    CrowTrainer(tiny_llama(), args, rows, peft_config=LoraConfig(target_modules=modules)).train()
+
+
 def test_half_precision_weights_are_pointed_out(tmp_path, rows, tiny_llama, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("crow_hf"), "propagate", True)
     build(tmp_path, tiny_llama().bfloat16(), rows)
