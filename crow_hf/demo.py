@@ -28,6 +28,7 @@ from .progress import phase
 from .recipes.comparison import compare_defences
 from .recipes.presets import FORM_4, lora_config, recipe_config
 from .recipes.run import run_recipe
+from .recipes.saving import write_evidence
 from .reporting.model_card import build_model_card
 from .reporting.tables import write_comparison
 from .training.loading import load_causal_lm
@@ -278,6 +279,7 @@ class _Demo:
         suspect = str(self.folder / "backdoored")
         card = build_model_card(trainer, purification=purification, comparison=comparison, finetuned_from=suspect)
         trainer.create_model_card(card)
+        purification.report = write_evidence(self.folder / "purified", purification.report)
 
     def _options(self, name: str) -> dict[str, Any]:
         return {"output_dir": str(self.folder / name), "seed": self.seed, "use_cpu": True, "save_strategy": "no"}

@@ -5,7 +5,7 @@ import json
 import pytest
 from peft import PeftModel
 
-from crow_hf import demo
+from crow_hf import compare_checksums, demo, read_report
 from crow_hf.models.modeling_coconut import CoconutForCausalLM
 from crow_hf.recipes.presets import recipe_config
 from crow_hf.training.loading import load_causal_lm
@@ -51,6 +51,8 @@ def test_demo(few_rows, tmp_path):
         assert isinstance(purified, CoconutForCausalLM) and not isinstance(purified, PeftModel)
         assert not same_weights(weights_of(purified), merged_suspect)
     assert same_weights(weights_of(purified), weights_of(comparison.purification.model))
+    # The model was merged after its report was written.
+    assert not compare_checksums(tmp_path / "purified") and read_report(tmp_path / "purified")
     files = {path.name for path in (tmp_path / "purified").iterdir()}
     assert {"README.md", "report.html", "report.json", "model.safetensors"} < files
     assert not {"adapter_config.json", "adapter_model.safetensors"} & files

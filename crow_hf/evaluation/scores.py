@@ -113,7 +113,8 @@ def upper_end_of_ratio(numerators: Sequence[float], denominators: Sequence[float
         return math.inf
     ratio = sum(numerators) / total
     residuals = sum((y - ratio * x) ** 2 for y, x in zip(numerators, denominators, strict=True))
-    return ratio + t_quantile(count - 1) * math.sqrt(count / (count - 1) * residuals) / total
+    # Log-likelihoods are negative.
+    return ratio + t_quantile(count - 1) * math.sqrt(count / (count - 1) * residuals) / abs(total)
 
 
 def is_empty(output: str) -> bool:

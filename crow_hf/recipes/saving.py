@@ -166,6 +166,28 @@ def not_fatal(run: RecipeRun, what: str) -> Iterator[None]:
         )
 
 
+def write_evidence(folder: str | Path, record: dict[str, Any]) -> dict[str, Any]:
+    """
+    Write what stands beside a saved model and its card: the report, the bill of materials and the hashes.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder of the model.
+        record (`dict`):
+            The content of the report. The size and the hashes of the model are filled in.
+
+    Returns:
+        `dict`: The content as it was written.
+    """
+    record["size"]["purified"] = size_of_weights(str(folder))
+    record["files"]["purified"] = checksums_of_model(str(folder))
+    record = write_report(folder, record)
+    write_bom(folder, record)
+    # Last, because whoever finds the hashes takes the folder for complete.
+    write_checksums(folder)
+    return record
+
+
 def save_result(
     run: RecipeRun,
     purification: Purification,
@@ -200,13 +222,8 @@ def save_result(
         trainer.create_model_card(card)
     if purification.report is not None:
         with not_fatal(run, "report"):
-            purification.report["size"]["purified"] = size_of_weights(args.output_dir)
-            purification.report["files"]["purified"] = checksums_of_model(args.output_dir)
             purification.report["failures"] = list(trainer.failures)
-            purification.report = write_report(args.output_dir, purification.report)
-            write_bom(args.output_dir, purification.report)
-            # Last, because whoever finds the hashes takes the folder for complete.
-            write_checksums(args.output_dir)
+            purification.report = write_evidence(args.output_dir, purification.report)
         if args.report_to:
             with not_fatal(run, "result in the trackers"):
                 trainer.log(final_scores(purification.report))

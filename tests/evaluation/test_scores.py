@@ -47,6 +47,8 @@ def test_quantiles_of_a_table():
 def test_upper_end_of_a_ratio_by_hand():
     """Of equal texts, it is that of a mean: 2 + 4.303 / sqrt(3), as the standard deviation of 1, 2 and 3 is 1."""
     assert upper_end_of_ratio([10, 20, 30], [10, 10, 10]) == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
+    # As of log-likelihoods, which are negative.
+    assert upper_end_of_ratio([-10, -20, -30], [-10, -10, -10]) == pytest.approx(2 + 4.303 / math.sqrt(3), abs=1e-3)
     # Texts that agree leave no doubt, however long they are. One text tells nothing of the others.
     assert upper_end_of_ratio([3, 6, 30], [1, 2, 10]) == pytest.approx(3)
     assert upper_end_of_ratio([3], [1]) == math.inf
