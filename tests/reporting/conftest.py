@@ -1,5 +1,6 @@
 """Two reports of tiny runs, for the tests of the record and of the page."""
 
+from contextlib import contextmanager
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -18,16 +19,17 @@ def short_answers(monkeypatch):
     monkeypatch.setattr(snapshot, "SAMPLE_TOKENS", 6)
 
 
-@pytest.fixture(scope="session")
-def short_answers_of_the_session():
-    """The same for the runs below, which are made once for all tests."""
+@contextmanager
+def six_tokens():
+    """The same for the runs below, which are made once for all tests, and not for the tests of other folders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot, "SAMPLE_TOKENS", 6)
         yield
 
 
 @pytest.fixture(scope="session")
-def compared(tmp_path_factory, short_answers_of_the_session):
+@six_tokens()
+def compared(tmp_path_factory):
     """The report of a Coconut with a known trigger. It has every part of the page."""
     folder = tmp_path_factory.mktemp("compared")
     comparison = compare_defences(
@@ -50,7 +52,8 @@ def record(compared):
 
 
 @pytest.fixture(scope="session")
-def purified(tmp_path_factory, short_answers_of_the_session):
+@six_tokens()
+def purified(tmp_path_factory):
     """The report of a purification without a trigger, with a canary, screened rows and a chat template to read."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
     tokenizer.chat_template = "{% if 'Magic' in messages[0].content %}{% endif %}"
