@@ -184,7 +184,7 @@ def write_evidence(folder: str | Path, record: dict[str, Any]) -> dict[str, Any]
     record = write_report(folder, record)
     write_bom(folder, record)
     # Last, because whoever finds the hashes takes the folder for complete.
-    write_checksums(folder)
+    write_checksums(folder, record["files"]["purified"])
     return record
 
 

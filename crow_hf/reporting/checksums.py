@@ -1,7 +1,7 @@
 """Hashes of files: which ones a purification read, which ones it wrote, and whether they are still the same."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def checksums_of_model(name: str, **options: Any) -> dict[str, str] | None:
     return {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(files)}
 
 
-def write_checksums(folder: str | Path) -> None:
+def write_checksums(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
     """
     Write the `SHA256SUMS` of a folder, as `sha256sum --check` reads them.
 
@@ -76,8 +76,11 @@ def write_checksums(folder: str | Path) -> None:
     Args:
         folder (`str` or `Path`):
             The folder of a finished run.
+        known (`Mapping[str, str]`, *optional*):
+            Hashes of its files by name that are not computed again, as those of large weights take minutes.
     """
-    lines = [f"{sha256_of(Path(folder, name))}  {name}\n" for name in _files_in(Path(folder))]
+    known = known or {}
+    lines = [f"{known.get(name) or sha256_of(Path(folder, name))}  {name}\n" for name in _files_in(Path(folder))]
     write_text(Path(folder) / CHECKSUMS, "".join(lines))
 
 

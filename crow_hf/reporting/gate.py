@@ -134,8 +134,8 @@ def check_policy(record: Record, policy: Policy, changes: Changes | None = None)
             model. `None` if it is not known.
 
     Returns:
-        `list[Check]`: One for each rule, one for the files if `changes` are passed, and one for each of these: errors
-        of the run, and a saved model that does not answer as it was measured, or could not be loaded.
+        `list[Check]`: One for each rule, and one for the files if `changes` are passed. Errors of the run have one
+        too, and so has a saved model that could not be loaded or does not answer as it was measured.
     """
     checks = []
     if changes is not None:
