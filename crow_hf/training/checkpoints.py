@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -42,6 +44,8 @@ OUTPUT_WAS_USED = (
     "{} already holds a model or the checkpoints of another run. Choose another `output_dir`, or continue that run "
     "with resume_from_checkpoint=True."
 )
+# What the Trainer reads of a checkpoint, apart from safetensors and JSON.
+_PICKLES = (".bin", ".pt", ".pth")
 # Integers by their bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The errors that Python, torch.save and safetensors raise on a full or read-only disk.
@@ -84,7 +88,8 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | b
         `str`: The checkpoint, or `None` if none was requested.
 
     Raises:
-        `ValueError`: If the checkpoint is incomplete, or no complete one exists. The message names the missing files.
+        `ValueError`: If the checkpoint is incomplete or could run code, or no complete one exists. The message names
+            the missing files.
     """
     if not resume_from_checkpoint:
         return None
@@ -94,6 +99,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | b
                 f"{resume_from_checkpoint} is not a complete checkpoint ({_describe(incomplete)}). Pass another "
                 "checkpoint, or True for the last complete one."
             )
+        _check_pickles(Path(resume_from_checkpoint))
         return str(resume_from_checkpoint)
     steps = {path: path.name.rpartition("-")[2] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     checkpoints = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
@@ -103,6 +109,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | b
         if not incomplete:
             if skipped:
                 logger.warning(f"Resuming from {checkpoint.name}, the last complete checkpoint: {'; '.join(skipped)}.")
+            _check_pickles(checkpoint)
             return str(checkpoint)
         skipped.append(f"{checkpoint.name} is not complete ({_describe(incomplete)})")
     if not skipped:
@@ -111,6 +118,27 @@ def checkpoint_to_resume(output_dir: str | Path, resume_from_checkpoint: str | b
         f"There is no complete checkpoint in {output_dir}: {'; '.join(skipped)}. Delete it and start without "
         "`resume_from_checkpoint`."
     )
+
+
+def _check_pickles(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose pickles name anything but numbers, which reading them would run."""
+    for file in sorted(checkpoint.rglob("*")):
+        # DeepSpeed reads its own folders, and trusts them.
+        if file.suffix not in _PICKLES or file.parent.name.startswith("global_step"):
+            continue
+        try:
+            with safe_globals():
+                unsafe = sorted(get_unsafe_globals_in_checkpoint(file))
+        except Exception as error:
+            raise ValueError(
+                f"{file.name} of {checkpoint} cannot be read ({one_line(error)}): pass another checkpoint, or start "
+                "anew."
+            ) from error
+        if unsafe:
+            raise ValueError(
+                f"{file.name} of {checkpoint} would run code ({', '.join(unsafe[:3])}), so this run did not write it. "
+                "Start anew."
+            )
 
 
 def remove_checkpoints(output_dir: str | Path) -> None:

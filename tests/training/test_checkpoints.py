@@ -6,6 +6,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ import sys
 import time
 
 import pytest
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
@@ -162,6 +164,34 @@ def test_what_is_missing_is_named(run, cut, name, tmp_path):
         with pytest.raises(ValueError, match=f"{path.name} is missing or truncated") as error:
             trainer.train(resume_from_checkpoint=asked)
         assert "checkpoint-3" in str(error.value)
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-ran",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+@pytest.mark.parametrize("protocol", [None, 2, 4])
+def test_pickles_of_others_are_refused(run, name, protocol, tmp_path, monkeypatch):
+    """Fails if only torch's guard stands between a checkpoint and its code."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(run[1] / "checkpoint-3", checkpoint)
+    assert checkpoint_to_resume(tmp_path, True) == str(checkpoint)
+    if protocol is None:
+        (checkpoint / name).write_bytes(pickle.dumps({"state": Code()}))
+    else:
+        torch.save({"state": Code()}, checkpoint / name, pickle_protocol=protocol)
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    record["files"] |= {name: (checkpoint / name).stat().st_size}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(record))
+    for asked in (True, str(checkpoint)):
+        with pytest.raises(ValueError, match=rf"^{name} of .* (cannot be read|would run code \(\w+\.mkdir\))"):
+            checkpoint_to_resume(tmp_path, asked)
+    assert not (tmp_path / "code-ran").exists()
 
 
 def test_the_last_is_that_of_the_most_steps(run, tmp_path):
