@@ -23,7 +23,7 @@ from ..methods.invariance.config import InvarianceConfig
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
-from ..training.foreign import foreign_generation
+from ..training.foreign import foreign_generation, settings_set_aside
 from ..training.loading import PICKLES, load_causal_lm, load_tokenizer, move
 from ..training.recorder import LayerRecorder, base_model_of, context_length, embedding_table, evaluating, recorder_of
 from ..training.saves import one_line
@@ -302,6 +302,9 @@ def _check_generation(
     if settings:
         found = f"The settings of generation can choose the words of answers: {', '.join(settings)}."
         yield Finding("generation", "warning", found, remedy)
+    if names := settings_set_aside(model):
+        found = f"The config names implementations, which are not used: {', '.join(names)}."
+        yield Finding("implementations", "warning", found, "If you trust one, choose it by `model_init_kwargs`.")
 
 
 def _find_tokenizer(

@@ -31,7 +31,7 @@ _CHOOSE_WORDS = frozenset(name for name in vars(GenerationConfig()) if not name.
 _CHOOSE_WORDS -= _GENERATION_SETTINGS
 # They make others run the code of the suspect's maker.
 _POINTERS_TO_CODE = ("auto_map", "custom_pipelines", "use_kernels", "kernel_config", "allow_all_kernels")
-# With these, a config can name compiled code on the Hub, as `owner/kernel`.
+# With these, a config can name compiled code on the Hub, as `owner/kernel`, or code that takes minutes to compile.
 _IMPLEMENTATION = re.compile(r"(attn|experts)_implementation(_internal)?$")
 # Where [`load_causal_lm`] leaves the names of the settings that it did not follow.
 _SET_ASIDE = "settings_set_aside"
@@ -72,9 +72,9 @@ def _check_names(path: str, file_name: str, names: Iterable[Any], endings: tuple
             )
 
 
-def named_kernels(path: str, **options: Any) -> list[str]:
+def named_implementations(path: str, **options: Any) -> list[str]:
     """
-    Return the settings of a model's config that name kernels, which are compiled code on the Hub.
+    Return the settings of a model's config that say how to compute attention and experts. The user chooses that.
 
     Args:
         path (`str`):
@@ -85,7 +85,7 @@ def named_kernels(path: str, **options: Any) -> list[str]:
 
     def search(held: Any) -> Iterator[str]:
         if isinstance(held, dict):
-            yield from (key for key, value in held.items() if _IMPLEMENTATION.search(key) and "/" in str(value))
+            yield from (key for key, value in held.items() if _IMPLEMENTATION.search(key) and value)
         for value in held.values() if isinstance(held, dict) else held if isinstance(held, list) else ():
             yield from search(value)
 
@@ -96,7 +96,15 @@ def set_aside(model: PreTrainedModel, names: list[str]) -> None:
     """Remember settings of a suspect that were not followed, for [`drop_foreign_settings`], and warn."""
     if names:
         setattr(model, _SET_ASIDE, names)
-        logger.warning(f"The config names code on the Hub, which is not run: {', '.join(names)}.")
+        logger.warning(
+            f"The config names implementations, which are not used: {', '.join(names)}. Pass `model_init_kwargs` to "
+            "choose one."
+        )
+
+
+def settings_set_aside(model: PreTrainedModel | PeftModel) -> list[str]:
+    """Return the settings of a suspect that [`set_aside`] remembers."""
+    return getattr(base_model_of(model), _SET_ASIDE, [])
 
 
 def _read(path: str, file_name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +198,7 @@ def drop_foreign_settings(
         if adapter.auto_mapping and '"transformers.' not in json.dumps(adapter.auto_mapping):
             dropped.append("auto_mapping of the adapter")
         adapter.auto_mapping = None
-    dropped += getattr(base, _SET_ASIDE, [])
+    dropped += settings_set_aside(model)
     if dropped:
         logger.warning(
             f"These settings of the suspect are dropped, because they can change what the model says or run code: "

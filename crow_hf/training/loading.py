@@ -20,7 +20,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from ..files import leads_outside
-from .foreign import check_named_files, named_kernels, set_aside
+from .foreign import check_named_files, named_implementations, set_aside
+from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .saves import one_line
 from .sharding import loading_unsharded
@@ -88,19 +89,19 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     if not (kwargs["trust_remote_code"] or kwargs.keys() & {"variant", "gguf_file"}):
         with _in_one_sentence(path):
             plain: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
-            # It is only measured, and can name kernels.
+            # It is only measured, and can name implementations.
             plain._attn_implementation = plain._experts_implementation = None
         check_size(path, plain, **_hub_options(kwargs))
     with _in_one_sentence(path):
-        if kernels := named_kernels(str(path), **_hub_options(kwargs)):
-            config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
+        if named := named_implementations(str(path), **_hub_options(kwargs)):
+            trusted, options = kwargs["trust_remote_code"], _hub_options(kwargs)
+            config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **options)
             config._attn_implementation = config._experts_implementation = None
             kwargs = {"config": config, **kwargs}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
         )
     model, found = loaded
-    set_aside(model, kernels)
     reshaped = [name for name, *_ in found["mismatched_keys"]]
     _check_complete(path, "have {} tensors of another shape than its config says", reshaped)
     _check_complete(path, "lack {} tensors that its config requires", found["missing_keys"])
@@ -112,6 +113,40 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     Merge the adapter of a model, if it has one, into its weights. They must not be quantized.
 
+    model = _complete(path, loaded)
+    set_aside(model, named)
+    return model
+
+
+def _load_gguf(path: str, folder: str, file: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    if Path(folder).is_dir():
+        _check_links(Path(folder))
+    else:
+        kwargs = _without_retries(kwargs)
+    options = _hub_options(kwargs)
+    header = gguf_header(path, folder, file, **options)
+    kwargs = {"dtype": "float32", **kwargs, "trust_remote_code": False, "gguf_file": file}
+    with _in_one_sentence(path):
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False, **options)
+    check_size(path, config, [info.shape for info in header.tensors])
+    with _in_one_sentence(path):
+        kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs, "ignore_mismatched_sizes": True}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model = _complete(path, loaded)
+    model.config._name_or_path = model.name_or_path = path
+    # transformers passes over tensors that it does not know.
+    held = sum(prod(info.shape) for info in header.tensors)
+    placed = sum(tensor.numel() for tensor in saved_tensors(model).values())
+    if held != placed:
+        raise ValueError(
+            f"{path} holds {held:,} values, but transformers has a place for {placed:,} of them, so the model would "
+            "not be the same: take it in safetensors."
+        )
+    return model
+
+
+def _complete(path: str | Path, loaded: Any) -> Any:
+    """Return a loaded model, if its files hold each tensor of its config in its shape, and no others."""
     Tensors that the base model shares between two modules, such as tied embeddings, are separated if the adapter
     changes one of the modules.
 

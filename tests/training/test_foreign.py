@@ -118,16 +118,23 @@ def test_a_repository_is_judged_like_a_folder(suspect, monkeypatch):
         {"_attn_implementation": "maker/kernel@main:attend"},
         {"attn_implementation": {"": "paged|maker/kernel"}},
         {"_experts_implementation": "maker/kernel", "_attn_implementation_internal": "maker/kernel"},
+        {"attn_implementation": "flex_attention"},
+        {"_attn_implementation": ["flash_attention_2"]},
     ],
 )
-def test_kernels_are_set_aside(settings, suspect, monkeypatch):
-    """Fails if compiled code of the maker's choice is asked for, whatever transformers itself would allow."""
+def test_implementations_are_set_aside(settings, suspect, byte_tokenizer, monkeypatch):
+    """Fails if the maker chooses code that is compiled or downloaded, whatever transformers itself would allow."""
     asked = []
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **options: asked.append(name))
     change(suspect, **settings)
     model = load_causal_lm(suspect)
-    assert not asked and "/" not in f"{model.config._attn_implementation}{model.config._experts_implementation}"
+    assert not asked and model.config._attn_implementation == "sdpa"
+    assert "/" not in str(model.config._experts_implementation)
+    (finding,) = [each for each in doctor(model, ROWS, byte_tokenizer) if each.name == "implementations"]
+    assert finding.level == "warning" and all(name in finding.found for name in settings)
     assert drop_foreign_settings(model, None) == sorted(settings)
+    chosen = load_causal_lm(suspect, attn_implementation="eager")
+    assert chosen.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("ends", [[[1]], "x", 1.5, [-7], {"a": 1}, [None]])
