@@ -21,7 +21,6 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIG
 
 from ..files import leads_outside
 from .foreign import check_named_files, named_implementations, set_aside
-from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .saves import one_line
 from .sharding import loading_unsharded
@@ -102,6 +101,7 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
             path, use_safetensors=True, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
         )
     model, found = loaded
+    set_aside(model, named)
     reshaped = [name for name, *_ in found["mismatched_keys"]]
     _check_complete(path, "have {} tensors of another shape than its config says", reshaped)
     _check_complete(path, "lack {} tensors that its config requires", found["missing_keys"])
@@ -113,40 +113,6 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """
     Merge the adapter of a model, if it has one, into its weights. They must not be quantized.
 
-    model = _complete(path, loaded)
-    set_aside(model, named)
-    return model
-
-
-def _load_gguf(path: str, folder: str, file: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    if Path(folder).is_dir():
-        _check_links(Path(folder))
-    else:
-        kwargs = _without_retries(kwargs)
-    options = _hub_options(kwargs)
-    header = gguf_header(path, folder, file, **options)
-    kwargs = {"dtype": "float32", **kwargs, "trust_remote_code": False, "gguf_file": file}
-    with _in_one_sentence(path):
-        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False, **options)
-    check_size(path, config, [info.shape for info in header.tensors])
-    with _in_one_sentence(path):
-        kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs, "ignore_mismatched_sizes": True}
-        loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
-    model = _complete(path, loaded)
-    model.config._name_or_path = model.name_or_path = path
-    # transformers passes over tensors that it does not know.
-    held = sum(prod(info.shape) for info in header.tensors)
-    placed = sum(tensor.numel() for tensor in saved_tensors(model).values())
-    if held != placed:
-        raise ValueError(
-            f"{path} holds {held:,} values, but transformers has a place for {placed:,} of them, so the model would "
-            "not be the same: take it in safetensors."
-        )
-    return model
-
-
-def _complete(path: str | Path, loaded: Any) -> Any:
-    """Return a loaded model, if its files hold each tensor of its config in its shape, and no others."""
     Tensors that the base model shares between two modules, such as tied embeddings, are separated if the adapter
     changes one of the modules.
 
