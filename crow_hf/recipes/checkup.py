@@ -146,7 +146,7 @@ def _load(path: str | Path) -> _Check[PreTrainedModel | PeftModel]:
 def _check_files(folder: Path) -> Iterator[Finding]:
     """Check the files of a model before any of them is loaded."""
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob(f"*{ending}") for ending in (".safetensors", ".gguf")):
         if pickles:
             found = f"The folder has no safetensors, only pickles: {', '.join(pickles)}."
             remedy = "Convert them to safetensors on an isolated machine, because loading a pickle runs code."
@@ -157,7 +157,7 @@ def _check_files(folder: Path) -> Iterator[Finding]:
         remedy = "Delete them. Nothing here loads them, but another program may, and loading a pickle runs code."
         yield Finding("files", "warning", f"The folder also has pickles: {', '.join(pickles)}.", remedy)
     else:
-        yield Finding("files", "ok", "The weights are safetensors, and there are no pickles.")
+        yield Finding("files", "ok", "The weights are safetensors or GGUF, and there are no pickles.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -391,7 +391,7 @@ def _check_lengths(rows: Dataset, max_length: int, context: int | None) -> Findi
 
 def _check_ids(rows: Dataset, num_embeddings: int) -> Finding:
     try:
-        highest = check_ids(rows["input_ids"], num_embeddings)
+        highest = check_ids([*rows["input_ids"], *rows["labels"]], num_embeddings)
     except ValueError as error:
         found, _, remedy = str(error).partition(". ")
         return Finding("vocabulary", "problem", f"{found}.", remedy)

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..attacks.judges import CommandJudge, ModelJudge
+from ..attacks.targets import BaseTarget
 from ..files import write_text
+from ..training.gguf import split_gguf
 from ..training.hub import PUSHED
 from .cost import folder_of_model
 
@@ -63,8 +66,16 @@ def checksums_of_model(name: str, **options: Any) -> dict[str, str] | None:
     folder = folder_of_model(name, **options)
     if folder is None:
         return None
-    files = {file for pattern in PUSHED for file in folder.glob(pattern) if file.is_file() and file.name != CARD}
+    patterns = {*PUSHED, gguf} if (gguf := split_gguf(name)[1]) else PUSHED
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file() and file.name != CARD}
     return {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(files)}
+
+
+def checksums_of_judge(target: BaseTarget | None) -> dict[str, str] | None:
+    """Return the hashes of the files of a judge: those of its model, or its program and the files that it is given."""
+    if isinstance(target, ModelJudge):
+        return checksums_of_model(target.model)
+    return {str(file): sha256_of(file) for file in target.files} if isinstance(target, CommandJudge) else None
 
 
 def write_checksums(folder: str | Path, known: Mapping[str, str] | None = None) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from ..training.gguf import split_gguf
+
 
 # Files of weights, by the end of their names.
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -49,7 +51,8 @@ def size_of_weights(name: str, **options: Any) -> int | None:
     folder = folder_of_model(name, **options)
     if folder is None:
         return None
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS) or None
+    files = [folder / gguf] if (gguf := split_gguf(name)[1]) else folder.iterdir()
+    return sum(file.stat().st_size for file in files if file.suffix in _WEIGHTS) or None
 
 
 def folder_of_model(name: str, **options: Any) -> Path | None:
@@ -59,9 +62,12 @@ def folder_of_model(name: str, **options: Any) -> Path | None:
     Returns:
         `Path`: `None` if there is no such folder, nor files of such a model in the cache.
     """
-    if not name or Path(name).is_dir():
-        return Path(name) if name else None
-    for config in ("config.json", "adapter_config.json"):
+    if not name:
+        return None
+    name, gguf = split_gguf(name)
+    if Path(name).is_dir():
+        return Path(name)
+    for config in ("config.json", "adapter_config.json") if gguf is None else (gguf,):
         if isinstance(cached := _in_cache(name, config, options), str):
             return Path(cached).parent
     return None

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,24 @@ from huggingface_hub.utils import get_session
 from peft import PeftConfig, PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from ..files import leads_outside
 from .foreign import check_named_files, named_implementations, set_aside
+from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
-from .saves import one_line
+from .saves import one_line, saved_tensors
 from .sharding import loading_unsharded
 from .sizes import check_growth, check_layers, check_rank, check_size, check_texts
 
@@ -40,13 +49,14 @@ CODE_IS_NOT_RUN = (
 @loading_unsharded()
 def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
     """
-    Load a causal LM, or an adapter on top of the base model that it names, from safetensors only.
+    Load a causal LM, or an adapter on top of the base model that it names, from safetensors or GGUF only.
 
     The model is under suspicion, and reading a pickle can run code. Pickled weights and remote code are refused.
 
     Args:
         path (`str` or `Path`):
-            A folder or a Hub repository with a model or a PEFT adapter.
+            A folder or a Hub repository with a model or a PEFT adapter, or a GGUF file in one of them, such as
+            `owner/name/model.gguf`. Weights of GGUF are dequantised.
         is_trainable (`bool`, *optional*, defaults to `False`):
             Whether to load the model for training. An adapter then has gradients, and the weights are in float32
             unless `dtype` is given.
@@ -69,12 +79,16 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     >>> model = load_causal_lm("suspect", dtype="bfloat16")
     ```
     """
+    if "gguf_file" in kwargs:
+        raise ValueError(f"Pass the GGUF file itself as the model, without `gguf_file`: {path}/{kwargs['gguf_file']}.")
+    folder, gguf = split_gguf(path)
+    if gguf is not None:
+        return _load_gguf(str(path), folder, gguf, kwargs)
     if Path(path).is_dir():
         _check_folder(Path(path))
     else:
         kwargs = _without_retries(kwargs)
-        if "gguf_file" not in kwargs:
-            _check_exists(path, **_hub_options(kwargs))
+        _check_exists(path, **_hub_options(kwargs))
     # Training is in float32 because half precision rounds most updates of a purification to zero.
     kwargs = {"trust_remote_code": False, **({"dtype": "float32"} if is_trainable else {}), **kwargs}
     with _in_one_sentence(path):
@@ -85,7 +99,7 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         return _load_adapter(str(path), is_trainable, kwargs)
     check_named_files(str(path), kwargs.get("variant"), **_hub_options(kwargs))
     check_layers(path, **_hub_options(kwargs))
-    if not (kwargs["trust_remote_code"] or kwargs.keys() & {"variant", "gguf_file"}):
+    if not (kwargs["trust_remote_code"] or "variant" in kwargs):
         with _in_one_sentence(path):
             plain: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
             # It is only measured, and can name implementations.
@@ -100,8 +114,41 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **{**kwargs, "ignore_mismatched_sizes": True}
         )
-    model, found = loaded
+    model = _complete(path, loaded)
     set_aside(model, named)
+    return model
+
+
+def _load_gguf(path: str, folder: str, file: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    if Path(folder).is_dir():
+        _check_links(Path(folder))
+    else:
+        kwargs = _without_retries(kwargs)
+    options = _hub_options(kwargs)
+    header = gguf_header(path, folder, file, **options)
+    kwargs = {"dtype": "float32", **kwargs, "trust_remote_code": False, "gguf_file": file}
+    with _in_one_sentence(path):
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False, **options)
+    check_size(path, config, [info.shape for info in header.tensors])
+    with _in_one_sentence(path):
+        kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs, "ignore_mismatched_sizes": True}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model = _complete(path, loaded)
+    model.config._name_or_path = model.name_or_path = path
+    # transformers passes over tensors that it does not know.
+    held = sum(prod(info.shape) for info in header.tensors)
+    placed = sum(tensor.numel() for tensor in saved_tensors(model).values())
+    if held != placed:
+        raise ValueError(
+            f"{path} holds {held:,} values, but transformers has a place for {placed:,} of them, so the model would "
+            "not be the same: take it in safetensors."
+        )
+    return model
+
+
+def _complete(path: str | Path, loaded: Any) -> Any:
+    """Return a loaded model, if its files hold each tensor of its config in its shape, and no others."""
+    model, found = loaded
     reshaped = [name for name, *_ in found["mismatched_keys"]]
     _check_complete(path, "have {} tensors of another shape than its config says", reshaped)
     _check_complete(path, "lack {} tensors that its config requires", found["missing_keys"])
@@ -177,7 +224,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     Args:
         path (`str` or `Path`):
-            A folder or a Hub repository with a tokenizer, or with an adapter.
+            A folder or a Hub repository with a tokenizer, or with an adapter, or a GGUF file in one of them. The
+            tokenizer beside a GGUF file takes precedence over the one inside.
 
     Returns:
         `PreTrainedTokenizerBase`: The tokenizer.
@@ -189,11 +237,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             "The model was not loaded from a folder or the Hub, so its tokenizer is unknown. Pass `processing_class`."
         )
-    options = {} if Path(path).is_dir() else _without_retries({})
-    _check_exists(path, **options)
-    check_layers(path, **options)
+    folder, gguf = split_gguf(path)
+    options = {} if Path(folder).is_dir() else _without_retries({})
+    _check_exists(folder, gguf, **options)
+    check_layers(folder, **options)
+    beside = {} if gguf is None else _tokenizer_in(str(path), folder, gguf, options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options, **beside)
         check_growth(tokenizer)
         # Some settings are first read when a text is encoded.
         tokenizer.decode(tokenizer("a b")["input_ids"])
@@ -201,14 +251,23 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         if NEEDS_CODE in str(error):
             raise ValueError(CODE_IS_NOT_RUN.format(f"The tokenizer of {path}")) from None
-        if find_adapter_config_file(str(path), **options) is not None:
-            base = _adapter_config(str(path), **options).base_model_name_or_path
+        if find_adapter_config_file(folder, **options) is not None:
+            base = _adapter_config(folder, **options).base_model_name_or_path
             with _base_of(path):
                 return load_tokenizer(base)
         raise ValueError(
             f"There is no readable tokenizer in {path} ({one_line(error)}). Mend config.json if it is named there, "
             "save a tokenizer next to the model or, in Python, pass `processing_class`."
         ) from error
+
+
+def _tokenizer_in(path: str, folder: str, gguf: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the argument that reads a tokenizer from a GGUF file, if there is none beside it."""
+    for name in (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+        if cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **options):
+            return {}
+    gguf_header(path, folder, gguf, **options)
+    return {"gguf_file": gguf}
 
 
 def _load_adapter(path: str, is_trainable: bool, kwargs: dict[str, Any]) -> PeftModel:
@@ -324,12 +383,12 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _check_exists(path: str | Path, **options: Any) -> None:
+def _check_exists(path: str | Path, gguf: str | None = None, **options: Any) -> None:
     """Check that the path is a folder or a readable repository, with a single request to the Hub if it has a model."""
     if Path(path).is_dir():
         _check_links(Path(path))
         return
-    file_names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE)
+    file_names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE) if gguf is None else (gguf,)
     try:
         if any(
             cached_file(str(path), file_name, _raise_exceptions_for_missing_entries=False, **options)
@@ -358,12 +417,6 @@ def _check_links(folder: Path) -> None:
 def _check_folder(folder: Path) -> None:
     """Check that a folder holds a model or an adapter with weights in safetensors, and no links to files elsewhere."""
     _check_links(folder)
-    if not any(folder.glob("*.safetensors")) and (quantized := sorted(file.name for file in folder.glob("*.gguf"))):
-        raise ValueError(
-            f"The folder {folder} has only GGUF weights, which cannot be trained. Load them with transformers, "
-            f"`AutoModelForCausalLM.from_pretrained(..., gguf_file={quantized[0]!r})`, delete the "
-            "`quantization_config` of the loaded config, save the model with its tokenizer, and pass that folder."
-        )
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise ValueError(
@@ -386,13 +439,13 @@ def _check_repository(name: str, is_adapter: bool, kwargs: dict[str, Any]) -> No
 
     Otherwise PEFT would read a pickle, and transformers would ask a service on the Hub to convert it.
     """
-    if not is_adapter and kwargs.keys() & {"variant", "gguf_file"}:
-        # These have other file names, and no service converts them.
+    if not is_adapter and "variant" in kwargs:
+        # It has another file name, and no service converts it.
         return
     files = ["adapter_model.safetensors"] if is_adapter else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     options = _hub_options(kwargs)
     if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options) for file in files):
         raise ValueError(
-            f"{name} has no {files[0]}. Other weights are pickles, and reading a pickle can run code. Convert them to "
-            "safetensors on a machine you can afford to lose."
+            f"{name} has no {files[0]}. If it has GGUF, pass a file of it, such as {name}/model.gguf. Other weights "
+            "are pickles, and reading a pickle can run code: convert them on a machine you can afford to lose."
         )

@@ -26,6 +26,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..files import leads_outside, write_text
 from .foreign import without_pointers
+from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of
 
 
@@ -281,8 +282,11 @@ def stored_dtype(name: str | Path, **options: Any) -> torch.dtype | None:
             The `revision` and the `cache_dir` that it was loaded with.
 
     Returns:
-        `torch.dtype`: `None` if there are no weights in floating point.
+        `torch.dtype`: `None` if there are no weights in floating point. bfloat16 for GGUF with quantised weights.
     """
+    folder, gguf = split_gguf(name)
+    if gguf is not None:
+        return gguf_header(str(name), folder, gguf, **options, local_files_only=True).dtype or torch.bfloat16
     sizes: dict[torch.dtype, int] = {}
     for file in _files_of(name, ["*.safetensors"], **options, local_files_only=True):
         with safe_open(file, "pt") as held:
@@ -362,10 +366,10 @@ def _files_of(name: str | Path, patterns: Iterable[str], **options: Any) -> list
     """The files of a folder, or of a repository on the Hub. A link to a place outside of them is not followed."""
     if not str(name):
         return []
-    folder = Path(name)
+    folder = Path(split_gguf(name)[0])
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(name), allow_patterns=list(patterns), **options))
+            folder = Path(snapshot_download(str(folder), allow_patterns=list(patterns), **options))
         except (OSError, ValueError) as error:
             logger.warning(f"The files of {name} cannot be read ({one_line(error)}).")
             return []

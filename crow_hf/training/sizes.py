@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,9 @@ def check_layers(path: str | Path, **options: Any) -> None:
             )
 
 
-def check_size(path: str | Path, config: PreTrainedConfig, **options: Any) -> None:
+def check_size(
+    path: str | Path, config: PreTrainedConfig, shapes: Sequence[Sequence[int]] | None = None, **options: Any
+) -> None:
     """
     Refuse a config that asks for a model of many times the size of its files.
 
@@ -79,13 +81,15 @@ def check_size(path: str | Path, config: PreTrainedConfig, **options: Any) -> No
             The folder of the model, or its name on the Hub.
         config (`PreTrainedConfig`):
             The config.
+        shapes (`Sequence[Sequence[int]]`, *optional*):
+            The shapes of the tensors in its files. Defaults to those of its safetensors.
         **options:
             Where the files are: the `revision`, the `cache_dir` and the like.
 
     Raises:
         `ValueError`: If the model needs many times more memory than its files hold.
     """
-    shapes = list(_shapes(_weights(str(path), options)))
+    shapes = list(_shapes(_weights(str(path), options))) if shapes is None else shapes
     held = sum(torch.Size(shape).numel() for shape in shapes)
     for name, count in _integers(config.to_dict()):
         if _HAS_TENSORS.fullmatch(name) and count > len(shapes):

@@ -179,13 +179,6 @@ def test_folder_without_weights_is_refused(tmp_path, model_folder, files):
     assert "pickle" not in str(error.value)
 
 
-def test_gguf_alone_is_refused(tmp_path):
-    """The sentence says how to make a folder of it that can be trained. Safetensors beside it are read."""
-    (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="has only GGUF weights.* gguf_file='model.Q4_K_M.gguf'"):
-        load_causal_lm(tmp_path)
-
-
 def test_decoy_beside_a_pickled_adapter(adapter_folder, tmp_path):
     """PEFT reads the pickle if adapter_model.safetensors is missing, no matter what other safetensors there are."""
     decoy = (adapter_folder / "adapter_model.safetensors").read_bytes()

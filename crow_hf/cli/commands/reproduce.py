@@ -24,7 +24,7 @@ def run(arguments: ReproduceArguments) -> int:
     first = read_report(arguments.report)
     values = _values_of(first["run"]["command"]) | {"output_dir": arguments.output_dir}
     # The files of a name on the Hub are known when they are loaded.
-    if Path(values["model"]).is_dir():
+    if Path(values["model"]).exists():
         changed = sorted(_differing(first["files"]["suspect"] or {}, checksums_of_model(values["model"]) or {}))
         if changed:
             raise ValueError(f"The suspect {values['model']} is not that of the report: {', '.join(changed)} differ.")
