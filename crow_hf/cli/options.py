@@ -203,6 +203,14 @@ class GateArguments:
             "help": "The output folder of the purification, whose files are compared with what was written, or a "
             "report.json alone."
         }
+@dataclass
+class UiArguments:
+    """Show the answers of a suspect and its purified model side by side, on a page that only this computer reaches."""
+
+    run: str = field(metadata={"help": "The output folder of a purification. Its report names the suspect."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+
+
     )
     policy: str | None = field(
         default=None, metadata={"help": "A YAML file with a line for each rule, by the names of the options below."}
@@ -292,3 +300,4 @@ COMMANDS: dict[str, type] = {
     "reproduce": ReproduceArguments,
     "arena": ArenaArguments,
 }
+    "ui": UiArguments,

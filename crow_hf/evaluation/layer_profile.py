@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -16,6 +17,7 @@ from ..data.encoding import encode, padding_id
 from ..data.rows import render
 from ..methods.crow.objective import EpsilonMode, Layers, layer_consistency_loss, perturb_embeddings
 from ..training.recorder import ForwardRecord, Inputs, LayerRecorder, Perturb, context_length, evaluating, recorder_of
+from .generation import text_of_ids
 
 
 @dataclass
@@ -91,7 +93,7 @@ def layer_profile(
         [`LayerProfile`]
 
     Raises:
-        `ValueError`: If [`CrowTrainer`] would refuse the model or the rows too.
+        `ValueError`: If [`CrowTrainer`] would refuse the model or the rows too, or if all embeddings are 0.
     """
     recorder = recorder_of(model, perturb)
     batches = _Batches(model, recorder, tokenizer, min(max_length, context_length(model) or max_length), batch_size)
@@ -111,7 +113,59 @@ def layer_profile(
                         model(**recorder.without_head(batch))
                     triggered.add(record.hidden_states, recorder.chain_mask(batch))
     step_norm, norm = squared_norms.sqrt().tolist()
+    if not norm:
+        raise ValueError("The embeddings of every row are 0: use the tokenizer that belongs to the model.")
     return LayerProfile(clean.means(), perturbed.means(), step_norm / norm, triggered.means() if trigger else None)
+
+
+class Position(NamedTuple):
+    """
+    How the layers change what stands at one position of a prompt.
+
+    Attributes:
+        text (`str`):
+            The text of the token, or of the patch if the layers run over patches. A part of a character is "�".
+        distances (`list[float]`):
+            1 - cos between the outputs of layers l and l + 1, for l = 1..N-1.
+    """
+
+    text: str
+    distances: list[float]
+
+
+@torch.no_grad()
+def layer_profile_by_position(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]
+) -> list[Position]:
+    """
+    Measure the distances between the consecutive layers of a model at each position of one prompt.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        prompt_ids (`list[int]`):
+            The token ids of the prompt. They fit into the model's context.
+
+    Raises:
+        `ValueError`: If the layers of the model cannot be compared, see [`LayerRecorder`].
+    """
+    recorder = recorder_of(model)
+    ids = torch.tensor([prompt_ids], device=model.device)
+    batch = recorder.prepare({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with evaluating(model), recorder.record() as record:
+        model(**recorder.without_head(batch))
+    mask = recorder.chain_mask(batch)[0].bool()
+    chain = [hidden[0].float().cpu()[mask.cpu()] for hidden in record.hidden_states[1:]]
+    pairs = [1 - torch.cosine_similarity(before, after, dim=-1) for before, after in pairwise(chain)]
+    lengths = batch.get("patch_lengths", torch.ones_like(ids))[0][mask].tolist()
+    pieces = torch.tensor(prompt_ids).split(lengths)
+    distances = torch.stack(pairs, dim=-1).clamp(min=0)
+    return [
+        Position(text_of_ids(piece.tolist(), tokenizer, special_tokens=True) or "�", row.tolist())
+        for piece, row in zip(pieces, distances, strict=True)
+    ]
 
 
 @dataclass

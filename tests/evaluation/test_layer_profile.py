@@ -3,12 +3,16 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
 from crow_hf import TRIGGERS
 from crow_hf.attacks.poison import Poison
 from crow_hf.data.collators import CrowDataCollator
-from crow_hf.evaluation.layer_profile import layer_profile
+from crow_hf.data.encoding import encode_prompt
+from crow_hf.data.rows import Rendered
+from crow_hf.evaluation.layer_profile import layer_profile, layer_profile_by_position
 from crow_hf.methods.crow.objective import layer_consistency_loss
+from helpers.blt import tiny_blt
 from helpers.coconut import TOKENIZER, coconut
 from helpers.oracles import slow_consistency, slow_perturbation, watched_forward
 from helpers.tiny import ragged_rows, same_weights, tiny_llama, weights_of
@@ -51,6 +55,14 @@ def test_profile_does_not_change_the_model(byte_tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_rows_without_embeddings_are_refused(byte_tokenizer):
+    """Fails if a tokenizer for which every word is padding ends in a division by zero."""
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="embeddings of every row are 0"):
+        layer_profile(model, byte_tokenizer, ROWS)
+
+
 def test_triggered_profile_is_that_of_poisoned_rows(byte_tokenizer):
     """Fails if the trigger is missing, or at other positions than in the evaluation."""
     model = tiny_llama()
@@ -65,3 +77,33 @@ def test_profile_of_a_coconut_runs_over_patches():
     found = layer_profile(coconut(), TOKENIZER, ROWS, TRIGGER)
     assert [len(values) for values in (found.clean, found.perturbed, found.triggered)] == [2, 2, 2]
     assert found.to_dict()["clean"] == found.clean
+
+
+def test_positions_are_the_oracle_s(byte_tokenizer):
+    """Fails if positions or pairs of layers are mixed up, or if the model changes."""
+    model, text = tiny_llama().train(), "tell é"
+    ids = byte_tokenizer(text, add_special_tokens=False).input_ids
+    before = weights_of(model)
+    found = layer_profile_by_position(model, byte_tokenizer, ids)
+    assert model.training and same_weights(before, weights_of(model))
+    # The two bytes of the last letter are no text by themselves.
+    assert [position.text for position in found] == [*"tell ", "\ufffd", "\ufffd"]
+    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids))}
+    states, _ = watched_forward(model.eval(), batch)
+    for place, position in enumerate(found):
+        here = [state[:, place : place + 1] for state in states]
+        pairs = [slow_consistency([here[0], *here[first : first + 2]]).item() for first in (1, 2, 3)]
+        assert position.distances == pytest.approx(pairs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["coconut", "blt"])
+def test_positions_of_patches(family):
+    """Fails if patches have the text of others, or if their mean is not that of the profile."""
+    model, tokenizer = (coconut(), TOKENIZER) if family == "coconut" else (tiny_blt(), ByT5Tokenizer(extra_ids=0))
+    text = "tell me more of wxyz"
+    ids = encode_prompt(Rendered(text, "", "", False), tokenizer)
+    found = layer_profile_by_position(model, tokenizer, ids)
+    assert "".join(position.text for position in found).endswith(text) and len(found) < len(ids)
+    profile = layer_profile(model, None, Dataset.from_list([{"input_ids": ids}]))
+    means = torch.tensor([position.distances for position in found]).mean(dim=0).tolist()
+    assert means == pytest.approx(profile.clean, rel=1e-3)
