@@ -248,7 +248,8 @@ class _TokenRow:
         }
         for name in ("input_ids", *columns):
             values = columns.get(name, [None])
-            if not all(isinstance(value, int) and (value >= 0 or name == "labels") for value in values):
+            least = [IGNORE_INDEX] if name == "labels" else []
+            if not all(isinstance(value, int) and (value >= 0 or value in least) for value in values):
                 raise ValueError(f"{row_name(index)} holds more than token ids in column {name!r}. Drop the row.")
         if "labels" not in columns:
             mask = columns.get("attention_mask", [1] * len(columns["input_ids"]))

@@ -201,6 +201,8 @@ def _rows_of_document(text: str) -> list:
             document = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
         else:
             document = [document]
+    if not isinstance(document, list):
+        raise ValueError(f"it holds {text[:20]!r} and no rows")
     return document
 
 

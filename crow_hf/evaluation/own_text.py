@@ -147,7 +147,9 @@ def write_rows(
                 ends = end_token_ids(model, tokenizer)
                 starts = [first_tokens(tokenizer)] * missing
                 outputs = _sample(model, tokenizer, starts, ends, max_new_tokens, batch_size)
-                rows += [row for output in outputs if (row := split_text(_readable(output, tokenizer)))]
+                texts = [split_text(_readable(output, tokenizer)) for output in outputs]
+                # A tokenizer may drop the words that its model wrote.
+                rows += [row for row in texts if row and encode_prompt(Rendered(*row.values(), "", False), tokenizer)]
             else:
                 rows += chat.converse(model, missing, max_new_tokens, batch_size, not_first)
     rows = _without_recurring_answers(rows)
@@ -210,7 +212,7 @@ class _Chat:
         messages = [text for output in outputs if (text := self._message(output))]
         prompts = [Rendered(_templated(tokenizer, text), "", "", True) for text in messages]
         encoded = [(text, encode_prompt(prompt, tokenizer)) for text, prompt in zip(messages, prompts, strict=True)]
-        encoded = [(text, ids) for text, ids in encoded if limit is None or len(ids) < limit]
+        encoded = [(text, ids) for text, ids in encoded if ids and (limit is None or len(ids) < limit)]
         if not encoded:
             return []
         ends = end_token_ids(model, tokenizer)

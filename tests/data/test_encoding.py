@@ -280,6 +280,8 @@ def test_rows_without_ids_and_negative_ids_are_named():
         prepare_dataset(Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": None}]), None, 64)
     with pytest.raises(ValueError, match="^Row 0 holds more than token ids in column 'input_ids'"):
         prepare_dataset(Dataset.from_list([{"input_ids": [5, -1]}]), None, 64)
+    with pytest.raises(ValueError, match="^Row 0 holds more than token ids in column 'labels'"):
+        prepare_dataset(Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, -7]}]), None, 64)
 
 
 def test_no_usable_columns(byte_tokenizer):

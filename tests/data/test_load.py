@@ -203,6 +203,8 @@ def test_columns_without_a_name_of_their_own(tmp_path):
         ("broken.parquet", "x", "cannot be read"),
         ("pages.parquet", b"PAR1" + b"{" * 90 + b"PAR1", "cannot be read"),
         ("deep.json", '{"a":' * 50_000, "cannot be read"),
+        ("text.jsonl", '"aaa"', "holds '\"aaa\"' and no rows"),
+        ("number.json", "7", "and no rows"),
         ("damaged.jsonl.gz", gzip.compress(b"{}" * 9, mtime=0)[:10] + b"x" * 20, "cannot be read"),
         ("rows.xlsx", "x", "is no dataset"),
     ],

@@ -175,6 +175,13 @@ def test_empty_texts_are_drawn_again(byte_tokenizer, monkeypatch):
         write_rows(model, byte_tokenizer, 4, 2)
 
 
+def test_texts_that_the_tokenizer_drops_are_no_rows(byte_tokenizer, monkeypatch):
+    """Fails if a purification ends, because a normalizer leaves nothing of what the model writes."""
+    monkeypatch.setattr("crow_hf.evaluation.own_text.encode_prompt", lambda *_: [])
+    with pytest.raises(ValueError, match="The model wrote only"):
+        write_rows(readable_llama(), byte_tokenizer, 4, 8)
+
+
 def row_of(answer, is_chat):
     if is_chat:
         return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]}

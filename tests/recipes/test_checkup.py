@@ -387,6 +387,8 @@ def test_ids_without_an_embedding_are_a_problem():
     """Such ids fail in the embedding layer, on a GPU without a readable error. The padding never counts."""
     finding = found(doctor(tiny_llama(vocab_size=100), TEXT, BYTES), "vocabulary")
     assert finding.level == "problem" and "100 embeddings" in finding.found and "tokenizer" in finding.remedy
+    labels = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 999]}])
+    assert "id 999" in found(doctor(tiny_llama(), labels, BYTES), "vocabulary").found
     padded = ByT5Tokenizer(extra_ids=0)
     padded.add_special_tokens({"pad_token": "<new>"})
     findings = doctor(tiny_llama(vocab_size=padded.pad_token_id), TEXT, padded)

@@ -255,7 +255,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
         prepared = prepare_dataset(rows, self.processing_class, max_length)
         if isinstance(rows, Dataset) and isinstance(prepared, Dataset):
             self.num_dropped_rows = len(rows) - len(prepared)
-            check_ids(prepared["input_ids"], len(embedding_table(self.model)))
+            check_ids([*prepared["input_ids"], *prepared["labels"]], len(embedding_table(self.model)))
         return prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:

@@ -190,6 +190,13 @@ def test_bad_train_dataset(dataset, tmp_path, byte_tokenizer, tiny_llama):
         CrowTrainer(tiny_llama(), crow_args(tmp_path), train_dataset=dataset, processing_class=byte_tokenizer)
 
 
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_ids_without_an_embedding(column, tmp_path, tiny_llama):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "labels": [5, 6], column: [5, 999]}])
+    with pytest.raises(ValueError, match="The rows have the token id 999"):
+        build(tmp_path, tiny_llama(), rows)
+
+
 # Refusals and warnings before training
 
 
