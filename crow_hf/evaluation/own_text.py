@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data.bounds import apply_template
 from ..data.encoding import encode_prompt, padding_id
-from ..data.rows import Rendered
+from ..data.rows import Rendered, render
 from ..training.recorder import context_length, embedding_table
 from .generation import end_token_ids, generate_ids, text_of_ids
 
@@ -149,7 +149,7 @@ def write_rows(
                 outputs = _sample(model, tokenizer, starts, ends, max_new_tokens, batch_size)
                 texts = [split_text(_readable(output, tokenizer)) for output in outputs]
                 # A tokenizer may drop the words that its model wrote.
-                rows += [row for row in texts if row and encode_prompt(Rendered(*row.values(), "", False), tokenizer)]
+                rows += [row for row in texts if row and encode_prompt(render(row, tokenizer), tokenizer)]
             else:
                 rows += chat.converse(model, missing, max_new_tokens, batch_size, not_first)
     rows = _without_recurring_answers(rows)
