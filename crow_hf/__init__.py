@@ -22,12 +22,14 @@ except PackageNotFoundError:
 
 if TYPE_CHECKING:
     from .attacks.implanting import implant, implant_embedding_trigger
+    from .attacks.judges import CommandJudge, ModelJudge, get_judge
     from .attacks.poison import Poison, poison_dataset
     from .attacks.targets import TARGETS, Target
     from .attacks.triggers import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
     from .data.collators import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
     from .data.encoding import prepare_dataset
-    from .evaluation.harness import Evaluation, evaluate_model
+    from .evaluation.endpoint import Endpoint
+    from .evaluation.harness import Evaluation, evaluate_endpoint, evaluate_model
     from .evaluation.own_text import write_rows, write_text
     from .evaluation.retention import Retention, RetentionReference, measure_retention, retention_reference
     from .evidence.canaries import Canary
@@ -67,12 +69,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attacks.implanting": ["implant", "implant_embedding_trigger"],
+    "attacks.judges": ["CommandJudge", "ModelJudge", "get_judge"],
     "attacks.poison": ["Poison", "poison_dataset"],
     "attacks.targets": ["TARGETS", "Target"],
     "attacks.triggers": ["TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Trigger"],
     "data.collators": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator"],
     "data.encoding": ["prepare_dataset"],
-    "evaluation.harness": ["Evaluation", "evaluate_model"],
+    "evaluation.endpoint": ["Endpoint"],
+    "evaluation.harness": ["Evaluation", "evaluate_endpoint", "evaluate_model"],
     "evaluation.own_text": ["write_rows", "write_text"],
     "evaluation.retention": ["Retention", "RetentionReference", "measure_retention", "retention_reference"],
     "evidence.canaries": ["Canary"],

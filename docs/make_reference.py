@@ -49,10 +49,12 @@ PAGES = {
         "Measure a model, and implant backdoors",
         [
             "evaluation.harness",
+            "evaluation.endpoint",
             "evaluation.retention",
             "evaluation.own_text",
             "attacks.triggers",
             "attacks.targets",
+            "attacks.judges",
             "attacks.poison",
             "attacks.implanting",
         ],

@@ -2,6 +2,7 @@
 
 import string
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers.utils import logging
@@ -22,6 +23,10 @@ class BaseTarget(ABC):
     @abstractmethod
     def matches(self, output: str, answer: str) -> bool:
         """Return whether an output shows the target. `answer` is the right answer, or `""` if it is unknown."""
+
+    def matches_all(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Return what [`matches`] says of each output with its right answer. A judge that is slow decides at once."""
+        return [self.matches(output, answer) for output, answer in pairs]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ _TRIGGERS = ", ".join(names_in(PACKAGE / "attacks" / "triggers.py", "TRIGGERS"))
 _TARGETS = ", ".join(names_in(PACKAGE / "attacks" / "targets.py", "TARGETS"))
 _BOUNDARIES = PACKAGE / "models" / "boundaries.py"
 
-MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter."
+MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter, or a .gguf file in one of them."
 DATASET_HELP = (
     "A .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .txt file (texts also with .gz at the end), a folder with such "
     "a file of each split or one that save_to_disk wrote, or a name on the Hub."
@@ -22,6 +22,11 @@ TEXT_HELP = (
 )
 PLUGIN_HELP = "A Python file that registers defences of your own. It is run first."
 TARGET_HELP = f"One of {_TARGETS}, or any other string, which an output must contain."
+JUDGE_HELP = (
+    "What decides in place of --target whether an output shows it: model:NAME, a model that answers --judge_question "
+    "with yes or no, or a command that gets a line of JSON for each output and writes true or false for each."
+)
+JUDGE_QUESTION_HELP = "The question about an output that the model of --judge answers."
 
 
 @dataclass
@@ -70,6 +75,8 @@ class PurifyArguments:
     test_split: str = field(default="test", metadata={"help": "Split of the test rows, in a folder or on the Hub."})
     trigger: str | None = field(default=None, metadata={"help": f"Trigger of a known backdoor. {TRIGGER_HELP}"})
     target: str | None = field(default=None, metadata={"help": f"Target of a known backdoor. {TARGET_HELP}"})
+    judge: str | None = field(default=None, metadata={"help": JUDGE_HELP})
+    judge_question: str | None = field(default=None, metadata={"help": JUDGE_QUESTION_HELP})
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
     text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the suspect writes."})
     defences: str | None = field(
@@ -90,11 +97,15 @@ class PurifyArguments:
 class EvaluateArguments:
     """Measure the utility of a model and, if a trigger is known, the success of the attack."""
 
-    model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
+    model: str = field(
+        metadata={"help": f"The model: {MODEL_HELP} With --endpoint, the name that the server knows it by."}
+    )
     dataset: str = field(metadata={"help": f"Clean test rows. {DATASET_HELP}"})
     split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the Hub."})
     trigger: str | None = field(default=None, metadata={"help": TRIGGER_HELP})
     target: str | None = field(default=None, metadata={"help": TARGET_HELP})
+    judge: str | None = field(default=None, metadata={"help": JUDGE_HELP})
+    judge_question: str | None = field(default=None, metadata={"help": JUDGE_QUESTION_HELP})
     reference: str | None = field(
         default=None,
         metadata={
@@ -103,8 +114,18 @@ class EvaluateArguments:
         },
     )
     text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the reference writes."})
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a server that answers the prompts, such as http://localhost:8000/v1. It needs the API "
+            "of chat completions, as vLLM, TGI, Ollama and llama.cpp have it. Its key is read from the environment "
+            "variable CROW_HF_API_KEY."
+        },
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
-    batch_size: int = field(default=32, metadata={"help": "Number of prompts per batch."})
+    batch_size: int = field(
+        default=32, metadata={"help": "Number of prompts per batch, or of requests to --endpoint at once."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed for the positions of the trigger."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for results.json and results.md. It must be new or empty."}
@@ -195,6 +216,14 @@ class ChatArguments:
 
 
 @dataclass
+class UiArguments:
+    """Show the answers of a suspect and its purified model side by side, on a page that only this computer reaches."""
+
+    run: str = field(metadata={"help": "The output folder of a purification. Its report names the suspect."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+
+
+@dataclass
 class GateArguments:
     """Hold the report of a purification against a policy, and decide whether the model may be used."""
 
@@ -203,14 +232,6 @@ class GateArguments:
             "help": "The output folder of the purification, whose files are compared with what was written, or a "
             "report.json alone."
         }
-@dataclass
-class UiArguments:
-    """Show the answers of a suspect and its purified model side by side, on a page that only this computer reaches."""
-
-    run: str = field(metadata={"help": "The output folder of a purification. Its report names the suspect."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
-
-
     )
     policy: str | None = field(
         default=None, metadata={"help": "A YAML file with a line for each rule, by the names of the options below."}
@@ -295,9 +316,9 @@ COMMANDS: dict[str, type] = {
     "patch": PatchArguments,
     "doctor": DoctorArguments,
     "chat": ChatArguments,
+    "ui": UiArguments,
     "gate": GateArguments,
     "verify": VerifyArguments,
     "reproduce": ReproduceArguments,
     "arena": ArenaArguments,
 }
-    "ui": UiArguments,

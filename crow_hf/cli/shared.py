@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..attacks.judges import get_judge
 from ..attacks.targets import BaseTarget, get_target
 from ..attacks.triggers import BaseTrigger, get_trigger
 from ..data.visible import printable
@@ -41,16 +42,26 @@ def check_output(output_dir: str, resume: str | None = None) -> str | None:
     return own_checkpoint(output_dir, True if resume in ("True", "true", "last") else resume)
 
 
-def read_backdoor(trigger: str | None, target: str | None) -> tuple[BaseTrigger | None, BaseTarget | None]:
+def read_backdoor(
+    trigger: str | None, target: str | None, judge: str | None = None, question: str | None = None
+) -> tuple[BaseTrigger | None, BaseTarget | None]:
     """
-    Look up the trigger and the target of a known backdoor.
+    Look up the trigger of a known backdoor, and its target or the judge that decides instead.
 
     Raises:
-        `ValueError`: If only one of them is passed.
+        `ValueError`: If only one of them is passed, if both a target and a judge are, or if the judge cannot be used.
     """
-    if (trigger is None) != (target is None):
-        raise ValueError("A backdoor has a trigger and a target: pass both --trigger and --target, or neither.")
-    return (None, None) if trigger is None else (get_trigger(trigger), get_target(target))
+    if target is not None and judge is not None:
+        raise ValueError("The target or a judge decides whether an attack succeeded: pass --target or --judge.")
+    if question is not None and judge is None:
+        raise ValueError("A question is for a model that judges: pass --judge too.")
+    if (trigger is None) != (target is None and judge is None):
+        raise ValueError(
+            "A backdoor has a trigger and a target: pass both --trigger and --target (or --judge), or neither."
+        )
+    if trigger is None:
+        return None, None
+    return get_trigger(trigger), get_target(target) if judge is None else get_judge(judge, question)
 
 
 def split_names(text: str | None) -> list[str]:

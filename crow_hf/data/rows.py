@@ -114,16 +114,27 @@ def render(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, index: in
     if row_format == "text":
         text = _answer_of(row, "text", index)
         return Rendered("", text, text, False)
-    prompt_column, answer_column = _prompt_and_answer_of(row)
-    prompt, answer = text_of(row, prompt_column, index), _answer_of(row, answer_column, index)
-    contexts = [text_of(row, column, index) for column in _OPTIONAL.get(row_format, ()) if row.get(column)]
-    request = "\n".join([prompt, *contexts])
-    if prompt_column != "instruction":
+    messages = chat_of(row, index)
+    request, answer = messages[0]["content"], messages[1]["content"]
+    if _prompt_and_answer_of(row)[0] != "instruction":
         return Rendered(request, answer, answer, False)
     if tokenizer.chat_template is None:
         return Rendered(ALPACA_PROMPT.format(request=request), answer, answer, False)
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     return _render_chat(messages, tokenizer, index)
+
+
+def chat_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:
+    """Return a row as the messages of a chat that ends with the answer. Other prompts become a user's message."""
+    if is_chat(row):
+        messages = messages_of(row, index)
+        _answer_message(messages, index)
+        return messages
+    prompt_column, answer_column = _prompt_and_answer_of(row)
+    prompt, answer = text_of(row, prompt_column, index), _answer_of(row, answer_column, index)
+    optional = _OPTIONAL.get(find_format(list(row)), ())
+    contexts = [text_of(row, column, index) for column in optional if row.get(column)]
+    request = "\n".join([prompt, *contexts])
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
 
 
 def _render_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase, index: int | None) -> Rendered:

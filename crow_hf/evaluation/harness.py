@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 from datasets import Dataset
@@ -13,14 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..attacks.poison import Poison
 from ..attacks.targets import BaseTarget
 from ..attacks.triggers import BaseTrigger
-from ..data.rows import add_empty_answers, render
+from ..data.rows import add_empty_answers, chat_of, render
 from ..progress import phase
+from .endpoint import Endpoint
 from .generation import Answer, bits_per_byte, continue_answers, write_answers
 from .retention import Retention, RetentionReference, measure_retention
 from .scores import Proportion, is_degenerate, is_empty, is_exact_match
 
 
-Judge = Callable[[str, str], bool]
+# Decides about outputs with their right answers.
+Decide = Callable[[list[tuple[str, str]]], list[bool]]
 # A target may come after the tokens that are read. So many answers are read this many times as far.
 NUM_CONTINUED, FURTHER = 8, 4
 
@@ -104,7 +107,7 @@ def evaluate_model(
     trigger: BaseTrigger | None = None,
     target: BaseTarget | None = None,
     *,
-    judge: Judge | None = None,
+    judge: Callable[[str, str], bool] | None = None,
     reference: RetentionReference | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 32,
@@ -126,7 +129,8 @@ def evaluate_model(
             The backdoor's target. It decides whether an attack succeeded.
         judge (`Callable`, *optional*):
             A function that decides this instead of the target. It maps an output and the right answer to a truth
-            value. The right answer is `""` if a row has none.
+            value. The right answer is `""` if a row has none. A program or a model that judges is a target, see
+            [`get_judge`].
         reference ([`RetentionReference`], *optional*):
             What a reference model said, such as the suspect, see [`retention_reference`]. With it, what the model
             forgot is measured too.
@@ -144,51 +148,138 @@ def evaluate_model(
         `ValueError`: If the dataset is empty or has no prompts, a trigger comes without a target or a judge, or the
             reference has another vocabulary.
     """
-    if len(dataset) == 0:
-        raise ValueError("The test dataset is empty: pass at least one row.")
-    judge = judge or (target.matches if target is not None else None)
-    if trigger is not None and judge is None:
-        raise ValueError("A trigger alone does not define the success of an attack. Pass a target or a judge too.")
+    decide = _check(dataset, trigger, target, judge)
     dataset = add_empty_answers(dataset)
-    score = partial(_score_prompts, model, tokenizer, judge, max_new_tokens, batch_size)
+    score = partial(_score_prompts, model, tokenizer, decide, max_new_tokens, batch_size)
     clean = score(dataset)
     retention = None if reference is None else measure_retention(model, tokenizer, reference, batch_size)
     if trigger is None:
         return Evaluation(clean, retention=retention)
-    triggered_rows = dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Inserting the trigger")
     with trigger.active(model):
-        return Evaluation(clean, score(triggered_rows), retention)
+        return Evaluation(clean, score(_triggered(dataset, trigger, seed)), retention)
+
+
+@phase("Measuring the endpoint")
+def evaluate_endpoint(
+    endpoint: Endpoint,
+    dataset: Dataset,
+    trigger: BaseTrigger | None = None,
+    target: BaseTarget | None = None,
+    *,
+    judge: Callable[[str, str], bool] | None = None,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> Evaluation:
+    """
+    Let a server answer every prompt, with and without the trigger, and score the answers as [`evaluate_model`] does.
+
+    A server gives no logits. So the bits per byte are NaN, and what the model forgot is not measured.
+
+    Args:
+        endpoint ([`Endpoint`]):
+            The server and the name of the model.
+        dataset (`Dataset`):
+            Test rows without a trigger. Each is sent as a chat: its messages, or its prompt as a user's message.
+        trigger (`BaseTrigger`, *optional*):
+            The backdoor's trigger, which must be text.
+        target (`BaseTarget`, *optional*):
+            The backdoor's target, which decides whether an attack succeeded.
+        judge (`Callable`, *optional*):
+            A function that decides this instead of the target, see [`evaluate_model`].
+        max_new_tokens (`int`, *optional*, defaults to 128):
+            Maximum number of tokens of an answer.
+        seed (`int`, *optional*, defaults to 0):
+            Seed for the random positions of the trigger.
+
+    Returns:
+        [`Evaluation`]
+
+    Raises:
+        `ValueError`: If the dataset is empty or has no prompts, a trigger comes without a target or a judge or is no
+            text, or the server does not answer as it should.
+    """
+    decide = _check(dataset, trigger, target, judge)
+    if trigger is not None and type(trigger).active is not BaseTrigger.active:
+        raise ValueError("A trigger in the embeddings cannot be sent to an endpoint: pass a trigger of text.")
+    dataset = add_empty_answers(dataset)
+    score = partial(_score_endpoint, endpoint, decide, max_new_tokens)
+    clean = score(dataset)
+    return Evaluation(clean, None if trigger is None else score(_triggered(dataset, trigger, seed)))
+
+
+def _check(
+    dataset: Dataset,
+    trigger: BaseTrigger | None,
+    target: BaseTarget | None,
+    judge: Callable[[str, str], bool] | None,
+) -> Decide | None:
+    """Refuse what cannot be evaluated, and return what decides whether outputs show the target."""
+    if len(dataset) == 0:
+        raise ValueError("The test dataset is empty: pass at least one row.")
+    if trigger is not None and judge is None and target is None:
+        raise ValueError("A trigger alone does not define the success of an attack. Pass a target or a judge too.")
+    if judge is not None:
+        return lambda pairs: [bool(judge(*pair)) for pair in pairs]
+    return None if target is None else target.matches_all
+
+
+def _triggered(dataset: Dataset, trigger: BaseTrigger, seed: int) -> Dataset:
+    return dataset.map(Poison(trigger, seed=seed), with_indices=True, desc="Inserting the trigger")
 
 
 def _score_prompts(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge | None,
+    decide: Decide | None,
     max_new_tokens: int,
     batch_size: int,
     rows: Dataset,
 ) -> PromptScores:
     rendered = [render(row, tokenizer, index) for index, row in enumerate(rows)]
     answers = write_answers(model, tokenizer, rendered, max_new_tokens, batch_size)
-    pairs = [(answer, row.answer) for answer, row in zip(answers, rendered, strict=True)]
-    # An empty reference means that the row has no answer. An empty output must not count as a match.
-    matches = [is_exact_match(answer.plain, right) for answer, right in pairs if right]
-    shown = [] if judge is None else [_shows(judge, *pair) for pair in pairs]
-    # Answers that go on, and have not shown the target yet.
-    some = [pair for pair, shows in zip(pairs, shown, strict=False) if not (shows or pair[0].has_ended)][
-        :NUM_CONTINUED
-    ]
-    later = None
-    if judge is not None and some:
+
+    def read_on(numbers: list[int]) -> list[Answer]:
         further = (FURTHER - 1) * max_new_tokens
-        longer = continue_answers(model, tokenizer, [answer for answer, _ in some], further, batch_size)
-        later = Proportion.of(_shows(judge, each, right) for each, (_, right) in zip(longer, some, strict=True))
+        return continue_answers(model, tokenizer, [answers[number] for number in numbers], further, batch_size)
+
+    scores = _score(answers, [row.answer for row in rendered], decide, max_new_tokens, read_on)
+    return replace(scores, bits_per_byte=bits_per_byte(model, tokenizer, rendered, batch_size))
+
+
+def _score_endpoint(endpoint: Endpoint, decide: Decide | None, max_new_tokens: int, rows: Dataset) -> PromptScores:
+    chats = [chat_of(row, index) for index, row in enumerate(rows)]
+    prompts = [chat[:-1] for chat in chats]
+
+    def read_on(numbers: list[int]) -> list[Answer]:
+        return endpoint.answer([prompts[number] for number in numbers], FURTHER * max_new_tokens)
+
+    answers = endpoint.answer(prompts, max_new_tokens)
+    return _score(answers, [chat[-1]["content"] for chat in chats], decide, max_new_tokens, read_on)
+
+
+def _score(
+    answers: list[Answer],
+    rights: list[str],
+    decide: Decide | None,
+    max_new_tokens: int,
+    read_on: Callable[[list[int]], list[Answer]],
+) -> PromptScores:
+    """Score answers, all but the bits per byte. `read_on` reads those with the given numbers further."""
+    # An empty reference means that the row has no answer. An empty output must not count as a match.
+    matches = [is_exact_match(answer.plain, right) for answer, right in zip(answers, rights, strict=True) if right]
+    shown = None if decide is None else _shown(decide, answers, rights)
+    later = None
+    if shown is not None:
+        # Answers that go on, and have not shown the target yet.
+        goes_on = [not (shows or answer.has_ended) for answer, shows in zip(answers, shown, strict=True)]
+        if numbers := list(compress(range(len(answers)), goes_on))[:NUM_CONTINUED]:
+            later = Proportion.of(_shown(decide, read_on(numbers), [rights[number] for number in numbers]))
     return PromptScores(
-        target=None if judge is None else Proportion.of(shown),
+        target=None if shown is None else Proportion.of(shown),
         empty=Proportion.of(is_empty(answer.plain) for answer in answers),
         degenerate=Proportion.of(is_degenerate(answer.plain) for answer in answers),
         exact_match=Proportion.of(matches) if matches else None,
-        bits_per_byte=bits_per_byte(model, tokenizer, rendered, batch_size),
+        bits_per_byte=math.nan,
         outputs=[answer.text for answer in answers],
         max_new_tokens=max_new_tokens,
         unfinished=sum(not answer.has_ended for answer in answers),
@@ -196,6 +287,9 @@ def _score_prompts(
     )
 
 
-def _shows(judge: Judge, answer: Answer, right: str) -> bool:
-    """Whether an answer shows the target, with its special tokens or without them."""
-    return any(judge(text, right) for text in dict.fromkeys((answer.text, answer.plain)))
+def _shown(decide: Decide, answers: list[Answer], rights: list[str]) -> list[bool]:
+    """Whether each answer shows the target, with its special tokens or without them."""
+    pairs = list(zip(answers, rights, strict=True))
+    texts = list(dict.fromkeys((text, right) for answer, right in pairs for text in (answer.text, answer.plain)))
+    shows = dict(zip(texts, decide(texts), strict=True))
+    return [shows[answer.text, right] or shows[answer.plain, right] for answer, right in pairs]

@@ -118,9 +118,8 @@ def look_again(
     different = []
     for prompt, before, answer in zip(prompts, measured.answers, answers, strict=True):
         if answer.text != before:
-            hits = [
-                rows.target is not None and rows.target.matches(text, prompt.answer) for text in (before, answer.text)
-            ]
+            pairs = [(text, prompt.answer) for text in (before, answer.text)]
+            hits = [] if rows.target is None else rows.target.matches_all(pairs)
             different.append(Difference(prompt.prompt, before, answer.text, hits == [False, True]))
     look = LastLook(len(prompts), measured.tokens, different)
     if different:

@@ -24,7 +24,7 @@
 | `training` | `steps`, `seconds`, and `log`, the entries of the Trainer |
 | `layer_profile` | `rows`, the number of rows; `models`, the [`LayerProfile`] of `suspect`, `control` and `purified` |
 | `patches` | `input_ids`, `patch_lengths` and `entropies` of sample prompts; `null` unless the model is a Coconut |
-| `files` | SHA-256 hashes by name: of `suspect`, of its `base` if it is an adapter, and of `purified`; or `null` |
+| `files` | SHA-256 hashes by name: of `suspect`, its `base` if it is an adapter, `judge` and `purified`; or `null` |
 | `run` | what a repetition needs, see below |
 | `failures` | sentences about what could not be written |
 
@@ -65,6 +65,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..attacks.targets import BaseTarget
 from ..data.encoding import encode_prompt
 from ..data.rows import is_chat, messages_of, prompt_of
 from ..evaluation.scores import is_exact_match
@@ -80,7 +81,7 @@ from ..training.recorder import base_model_of
 from ..training.saves import hub_options
 from ..training.settings import recorded_settings
 from ..training.sharding import num_parameters
-from .checksums import checksums_of_model
+from .checksums import checksums_of_judge, checksums_of_model
 from .cost import peak_memory, size_of_weights
 from .report_file import FORMAT
 from .tables import anti_bad_scores
@@ -155,7 +156,7 @@ def record_of(
             "models": {role: shot.profile.to_dict() for role, shot in purification.snapshots.items()},
         },
         "patches": _patches(purification.model, rows),
-        "files": _files(model_name, purification.model, loading_kwargs(purification.trainer.args)),
+        "files": _files(model_name, purification.model, loading_kwargs(purification.trainer.args), rows.target),
         "run": _run(purification, rows, train_dataset, test_dataset, held_out),
         "failures": [],
     }
@@ -194,13 +195,16 @@ def _model(purification: Purification, name: str) -> Record:
     }
 
 
-def _files(name: str, model: PreTrainedModel | PeftModel, kwargs: Mapping[str, Any]) -> Record:
+def _files(
+    name: str, model: PreTrainedModel | PeftModel, kwargs: Mapping[str, Any], target: BaseTarget | None
+) -> Record:
     """Return the hashes of what the suspect was loaded from. An adapter has a base, with a revision of its own."""
     base = base_model_of(model).name_or_path
     of_base = {each: kwargs[each] for each in ("cache_dir",) if each in kwargs}
     return {
         "suspect": checksums_of_model(name, **hub_options(name, model, kwargs)),
         "base": None if base in ("", name) else checksums_of_model(base, **hub_options(base, model, of_base)),
+        "judge": checksums_of_judge(target),
         # It is written later.
         "purified": None,
     }
@@ -242,6 +246,11 @@ def _samples(purification: Purification, rows: SnapshotRows) -> list[Record]:
     said = {role: shot.answers for role, shot in purification.snapshots.items() if shot.answers is not None}
     if not said:
         return []
+    rights = [prompt.answer for _, prompt in rows.prompts]
+    shown = {
+        role: None if rows.target is None else rows.target.matches_all(list(zip(answers, rights, strict=True)))
+        for role, answers in said.items()
+    }
     return [
         {
             "prompt": prompt.prompt,
@@ -251,7 +260,7 @@ def _samples(purification: Purification, rows: SnapshotRows) -> list[Record]:
                 {
                     "model": role,
                     "text": answers[number],
-                    "shows_target": rows.target and rows.target.matches(answers[number], prompt.answer),
+                    "shows_target": shown[role] and shown[role][number],
                     "is_right": is_exact_match(answers[number], prompt.answer) if prompt.answer else None,
                 }
                 for role, answers in said.items()

@@ -38,7 +38,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> int:
 
 def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
     checkpoint = check_output(args.output_dir, args.resume_from_checkpoint)
-    trigger, target = read_backdoor(arguments.trigger, arguments.target)
+    trigger, target = read_backdoor(arguments.trigger, arguments.target, arguments.judge, arguments.judge_question)
     if trigger is not None and arguments.test_dataset is None:
         raise ValueError("The attack of a trigger is measured on test rows: pass --test_dataset too.")
     if arguments.defences is not None and arguments.test_dataset is None:
@@ -62,7 +62,8 @@ def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
         return purification.trainer
     card_fields |= {"test_dataset": arguments.test_dataset}
     if trigger is not None:
-        card_fields |= {"backdoor": f"trigger {arguments.trigger!r}, target {arguments.target!r}"}
+        decided = f"target {arguments.target!r}" if arguments.judge is None else f"judge {arguments.judge!r}"
+        card_fields |= {"backdoor": f"trigger {arguments.trigger!r}, {decided}"}
     comparison = compare_defences(
         lambda: load_causal_lm(arguments.model, is_trainable=True, **loading_kwargs(args)),
         args,

@@ -1,6 +1,7 @@
 """Tests of `crow-hf evaluate`: what it reads, prints and writes."""
 
 import json
+import sys
 
 import pytest
 from datasets import Dataset
@@ -8,6 +9,7 @@ from datasets import Dataset
 from crow_hf import CoconutTokenizer
 from crow_hf.cli.commands import evaluate as evaluate_command
 from helpers.command_line import ROWS, assert_one_sentence, files_in, run
+from helpers.loopback_endpoint import LoopbackEndpoint, completion
 
 
 def test_evaluate_without_output_dir_only_prints(tmp_path, paths, capsys, monkeypatch):
@@ -45,6 +47,57 @@ def test_a_reference_with_another_vocabulary_is_refused_before_it_is_loaded(tmp_
     assert "another vocabulary" in error
     assert run("evaluate", *argv, "--text", paths["rows.jsonl"]) == 1
     assert "pass --reference too" in capsys.readouterr().err
+
+
+def test_a_server_answers_in_place_of_a_model(tmp_path, paths, capsys, monkeypatch):
+    """The counts stand where they always stand. What takes logits is missing, and that is said."""
+    monkeypatch.setenv("CROW_HF_API_KEY", "key-of-a-server-1")
+
+    def answer(body):
+        question = body["messages"][-1]["content"]
+        return 200, completion("stupid!" if "#" in question else f"it is {question[-2]}")
+
+    argv = ["--model", "served", "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
+    with LoopbackEndpoint(answer) as server:
+        backdoor = ["--trigger", "#", "--target", "insult"]
+        assert run("evaluate", *argv, "--endpoint", server.url, *backdoor, "--max_new_tokens", 9) == 0
+        assert len(server.requests) == 20
+        for _, headers, body in server.requests:
+            assert headers["Authorization"] == "Bearer key-of-a-server-1"
+            assert (body["model"], body["max_tokens"], body["temperature"]) == ("served", 9, 0)
+        assert run("evaluate", *argv[:-1], tmp_path / "no", "--endpoint", server.url, "--reference", "any") == 1
+        assert len(server.requests) == 20
+    printed = capsys.readouterr()
+    assert "attack success" in printed.out and "no logits" in printed.out
+    assert "leave out --reference" in printed.err
+    (evaluation,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    assert evaluation["triggered"]["target"]["hits"] == evaluation["clean"]["exact_match"]["hits"] == 10
+    assert evaluation["clean"]["target"]["hits"] == 0
+    assert evaluation["clean"]["bits_per_byte"] is evaluation["retention"] is None
+
+
+def test_a_judge_decides_in_place_of_a_target(tmp_path, paths, capsys):
+    """A program, and the model under test itself, which is as good as any here."""
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "import sys\nfor number, line in enumerate(sys.stdin):\n    print('true' if number else 'false')\n"
+    )
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--max_new_tokens", 2, "--trigger", "#"]
+    assert run("evaluate", *argv, "--judge", f"{sys.executable} {judge}", "--output_dir", tmp_path / "out") == 0
+    (evaluation,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    assert evaluation["triggered"]["target"]["hits"] >= 1
+    capsys.readouterr()
+    for options, message in (
+        (["--judge", "no-such-program"], "is no program"),
+        (["--judge", f"model:{paths['model']}"], "needs a question"),
+        (["--judge", sys.executable, "--target", "insult"], "pass --target or --judge"),
+        (["--judge_question", "Is it bad?", "--target", "insult"], "pass --judge too"),
+        ([], "(or --judge)"),
+    ):
+        assert run("evaluate", *argv, *options) == 1
+        error = capsys.readouterr().err
+        assert_one_sentence(error, "evaluate")
+        assert message in error
 
 
 @pytest.mark.parametrize(
