@@ -28,6 +28,7 @@ from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..progress import phase
+from ..reporting.trackers import prepare_trackers
 from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
 from ..training.foreign import drop_foreign_settings
 from ..training.loading import is_quantized, merged, move
@@ -204,6 +205,7 @@ class RecipeRun:
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Train."""
+        prepare_trackers(self.trainer)
         with phase(PURIFYING):
             self.trainer.train(resume_from_checkpoint=resume_from_checkpoint)
 

@@ -19,7 +19,7 @@ from ..reporting.checksums import checksums_of_model, write_checksums
 from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
-from ..reporting.trackers import final_scores
+from ..reporting.trackers import send_result
 from ..training.checkpoints import (
     OUTPUT_WAS_USED,
     check_writable,
@@ -224,9 +224,8 @@ def save_result(
         with not_fatal(run, "report"):
             purification.report["failures"] = list(trainer.failures)
             purification.report = write_evidence(args.output_dir, purification.report)
-        if args.report_to:
-            with not_fatal(run, "result in the trackers"):
-                trainer.log(final_scores(purification.report))
+        with not_fatal(run, "result in the trackers"):
+            send_result(trainer, purification.report)
     if args.push_to_hub:
         try:
             # Not a `Future`, because the call blocks.

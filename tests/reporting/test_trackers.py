@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import TensorBoardCallback
 
 from crow_hf import CrowTrainer, purify
+from crow_hf.reporting.checksums import sha256_of
 from crow_hf.reporting.trackers import final_scores
 from helpers.invariance import ROWS, invariance_trainer
 from helpers.reports import ROWS as ROWS_OF_REPORTS
-from helpers.reports import arguments
+from helpers.reports import arguments, read
 from helpers.tiny import crow_args, ragged_rows, tiny_llama
 
 
@@ -63,11 +65,12 @@ def test_the_result_stands_beside_the_curves(tmp_path, byte_tokenizer):
     args = arguments(tmp_path, "strong", num_canaries=1, report_to="tensorboard")
     purification = purify(tiny_llama(), ROWS_OF_REPORTS, args=args, processing_class=byte_tokenizer)
     record = purification.report
-    found = {}
+    found, texts = {}, {}
     for events in tmp_path.rglob("events.out.tfevents.*"):
         reader = EventAccumulator(str(events))
         reader.Reload()
         found |= {name: reader.Scalars(name)[-1].value for name in reader.Tags()["scalars"]}
+        texts |= {name: reader.Tensors(name)[-1].tensor_proto.string_val[0] for name in reader.Tags()["tensors"]}
     ends = {name: value for name, value in found.items() if name.startswith("eval/purified/")}
     assert ends == {
         "eval/purified/answer_kl": pytest.approx(record["retention"]["answer_kl"], rel=1e-5),
@@ -76,6 +79,59 @@ def test_the_result_stands_beside_the_curves(tmp_path, byte_tokenizer):
         "eval/purified/canary_success": record["canaries"][0]["after"]["rate"],
     }
     assert "train/loss" in found
+    card = texts["eval/purified/card/text_summary"].decode()
+    assert card.strip() and (tmp_path / "README.md").read_text(encoding="utf-8").endswith(card)
+    assert "## What was shown" in card and "canar" in card
+
+
+def test_a_tracker_that_fails_costs_only_its_entries(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if an error of a tracker ends the run or spoils its evidence, or if nobody is told."""
+    calls = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        calls.append(logs)
+        raise OSError("the server is gone")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", on_log)
+    args = arguments(tmp_path, report_to="tensorboard", logging_steps=1)
+    purification = purify(tiny_llama(), ROWS_OF_REPORTS, recipe="guide", args=args, processing_class=byte_tokenizer)
+    assert (tmp_path / "model.safetensors").exists() and read(tmp_path)["failures"] == []
+    assert purification.trainer.failures == ["TensorBoard lacks the result of this run (the server is gone)."]
+    assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
+def test_files_go_to_the_run_of_the_training(tmp_path, byte_tokenizer, monkeypatch, tracker):
+    """Fails if a tracker lacks a file or has another content, or if the result is in a run of its own."""
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": tmp_path,
+        "WANDB_DATA_DIR": tmp_path,
+        "MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(),
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "TRACKIO_DIR": tmp_path / "trackio",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    package = pytest.importorskip(tracker)
+    out = tmp_path / "out"
+    args = arguments(out, report_to=tracker, logging_steps=1)
+    purification = purify(tiny_llama(), ROWS_OF_REPORTS, recipe="guide", args=args, processing_class=byte_tokenizer)
+    assert purification.trainer.failures == []
+    if tracker == "wandb":
+        summary = dict(package.run.summary)
+        package.finish()
+        runs, files = tmp_path.glob("wandb/offline-run-*"), tmp_path.glob("artifacts/staging/*")
+        assert {"train/loss", "eval/purified/text_kl"} <= summary.keys()
+    elif tracker == "mlflow":
+        runs, files = tmp_path.glob("mlruns/0/*/meta.yaml"), tmp_path.glob("mlruns/0/*/artifacts/*")
+        metrics = {path.name for path in tmp_path.glob("mlruns/0/*/metrics/*")}
+        assert {"loss", "eval_purified"} <= metrics
+    else:
+        runs, files = package.Api().runs("huggingface"), tmp_path.glob("trackio/artifacts/*/blobs/*/*/*")
+    assert len(list(runs)) == 1
+    sent = [sha256_of(out / name) for name in ("README.md", "report.html", "report.json", "bom.cdx.json")]
+    assert sorted(map(sha256_of, files)) == sorted(sent)
 
 
 def test_the_scores_of_every_model(record):
