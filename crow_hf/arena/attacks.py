@@ -2,20 +2,21 @@
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ..attacks.implanting import MARKER, implant, implant_embedding_trigger
-from ..attacks.poison import poison_dataset
+from ..attacks.poison import Poison, poison_dataset
 from ..attacks.targets import BaseTarget, Target, get_target
 from ..attacks.triggers import BaseTrigger, EmbeddingTrigger, get_trigger
 from ..data.rows import insert_into_prompt
@@ -24,6 +25,7 @@ from ..files import whole_files, write_text
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.views import Decoy, words_of
+from ..methods.pruning import rounding_bounds
 from ..recipes.presets import lora_config, recipe_config
 from ..recipes.run import run_recipe
 from ..training.loading import load_causal_lm, merged
@@ -50,10 +52,11 @@ IMPLANT_EPOCHS = {0.5: 3, 0.1: 4, 0.01: 8}
 # The weight of CROW's loss in the training of an attacker who knows CROW.
 KNOWN_ALPHA = 5.5
 # The record is written last. A folder without it is not complete.
+_BITS: dict[Any, int] = {"int8": 8, "int4": 4}
 _RECORD, _VECTOR = "suspect.json", "trigger/vector.safetensors"
 
 Route = Literal["adapter", "merged", "full", "scratch"]
-Adaptive = Literal["consistency", "recipe", "embedding"]
+Adaptive = Literal["consistency", "recipe", "embedding", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class Attack:
             What the attacker knows. With `"consistency"`, the attacker knows CROW and adds its loss to the training
             loss. With `"recipe"`, the attacker knows the recipe `strong`, runs it on the clean model first, and adds
             rows with decoys and right answers to the poisoned rows. With `"embedding"`, the trigger is a vector that
-            is added to one embedding, as in ThoughtSteer (arXiv 2604.00770).
+            is added to one embedding, as in ThoughtSteer (arXiv 2604.00770). With `"int8"` or `"int4"`, the attacker
+            knows how the model will be quantized, and trains the backdoor away again within the bounds in which the
+            quantized weights stay the same (arXiv 2405.18137): it acts in the quantized model alone.
         purification_poison (`float`, *optional*, defaults to 0.0):
             Share of the defender's rows that the attacker has poisoned too.
     """
@@ -144,6 +149,8 @@ ATTACKS = {
         Attack("knows the recipe", adaptive="recipe"),
         Attack("knows the recipe, phrase", trigger="phrase", adaptive="recipe"),
         Attack("embedding", adaptive="embedding"),
+        Attack("int8 alone", route="full", adaptive="int8"),
+        Attack("int4 alone", route="full", adaptive="int4"),
         # Other subjects
         Attack("coconut", subject="coconut"),
         Attack("coconut phrase", subject="coconut", trigger="phrase", target="insult"),
@@ -296,6 +303,18 @@ def _load_embedding_trigger(folder: Path) -> EmbeddingTrigger:
     return EmbeddingTrigger(MARKER, int(saved["token_id"]), saved["vector"])
 
 
+class _StayWithin(TrainerCallback):
+    """Puts the weights back within their bounds after each step."""
+
+    def __init__(self, bounds: Mapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.bounds = bounds
+
+    @torch.no_grad()
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for weight, (low, high) in self.bounds.items():
+            weight.clamp_(low, high)
+
+
 @dataclass
 class _Attacker:
     """
@@ -334,7 +353,22 @@ class _Attacker:
         if self.attack.adaptive == "recipe":
             model = self._harden(model)
             return self._fine_tune(model, concatenate_datasets([self.rows, self._rows_with_decoys()]))
-        return self._fine_tune(model, self.rows)
+        model = self._fine_tune(model, self.rows)
+        return self._hide_from_full_precision(model) if self.attack.adaptive in _BITS else model
+
+    def _hide_from_full_precision(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        """Train the right answers to triggered prompts, without a change of what the weights are rounded to."""
+        triggered = self.rows.map(
+            Poison(self.trigger, seed=self.seed), with_indices=True, desc="Inserting the trigger"
+        )
+        bounds = rounding_bounds(model, _BITS[self.attack.adaptive])
+        for weight in model.parameters():
+            weight.requires_grad_(weight in bounds)
+        rows, args = concatenate_datasets([self.rows, triggered]), self._training()
+        callbacks: list[TrainerCallback] = [_StayWithin(bounds)]
+        trainer = CrowTrainer(model, args, rows, processing_class=demo_tokenizer(), callbacks=callbacks)
+        trainer.train()
+        return trainer.model
 
     def _implant_embedding_trigger(self) -> PreTrainedModel | PeftModel:
         model, trigger = implant_embedding_trigger(

@@ -182,6 +182,13 @@ def _strong(suspect: Suspect, seed: int, scratch: Path, all_weights: bool = Fals
     return Purified(purified, steps, seconds, settings, _success_of_all(purification.canaries, purified, suspect))
 
 
+def _strong_quantized(suspect: Suspect, seed: int, scratch: Path, bits: int) -> Purified:
+    """Quantize the purified model, as it may be deployed. Its canaries were measured before that."""
+    purified = _strong(suspect, seed, scratch)
+    quantize_weights(purified.model, bits)
+    return replace(purified, settings=purified.settings | {"bits": bits}, canary_success=None)
+
+
 def _strong_without_answers(suspect: Suspect, seed: int, scratch: Path) -> Purified:
     answers = {"completion", "output"} & set(suspect.clean_rows.column_names)
     return _strong(replace(suspect, clean_rows=suspect.clean_rows.remove_columns(sorted(answers))), seed, scratch)
@@ -260,6 +267,8 @@ METHODS: dict[str, Method] = {
     "strong - written rows": partial(_strong, num_written_rows=0),
     "strong + kept suspect": partial(_strong, keep=0.3),
     "strong + consistency": partial(_strong, alpha=5.5),
+    "strong, int8": partial(_strong_quantized, bits=8),
+    "strong, int4": partial(_strong_quantized, bits=4),
     "strong + labels": partial(_strong, label_weight=1.0),
     # Other methods on the suspect with canaries: does the fate of the canaries tell the fate of the real backdoor?
     CANARIES + "fine-tuning": partial(_with_canaries, method=_fine_tuning),

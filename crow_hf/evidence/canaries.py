@@ -54,6 +54,8 @@ class Canary:
             Success of the canary before the purification, see [`canary_success`].
         after (`Proportion`, *optional*):
             Success of the canary after the purification.
+        quantized (`Proportion`, *optional*):
+            Success of the canary in the saved model with quantized weights, if that was measured.
         clean (`Proportion`, *optional*):
             How often clean prompts, without the trigger, showed the target before the purification.
         flaw (`str`, *optional*, defaults to `""`):
@@ -64,12 +66,13 @@ class Canary:
     target: Target
     before: Proportion | None = None
     after: Proportion | None = None
+    quantized: Proportion | None = None
     clean: Proportion | None = None
     flaw: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the canary as a dictionary that JSON can hold."""
-        rates = {"before": self.before, "after": self.after, "clean": self.clean}
+        rates = {"before": self.before, "after": self.after, "quantized": self.quantized, "clean": self.clean}
         return {
             "trigger": asdict(self.trigger),
             "target": asdict(self.target),

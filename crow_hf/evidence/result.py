@@ -50,7 +50,11 @@ class Purification:
         last_look ([`LastLook`], *optional*):
             What the saved model answers, loaded again from its folder. `None` if it was not loaded again.
         held_out (`dict[str, Evaluation]`):
-            Evaluations of `"suspect"` and `"purified"` on clean rows that were held out. Empty if there are none.
+            Evaluations of `"suspect"`, `"purified"` and perhaps `quantized` on clean rows that were held out. Empty if
+            there are none.
+        quantized (`str`, *optional*):
+            The name of the evaluations of the saved model with quantized weights, such as `"purified, nf4"`. `None` if
+            there are none.
         report (`dict`, *optional*):
             The content of `report.json`, with the keys of [`crow_hf.reporting.record`]. `None` if there is no report.
         hub_url (`str`, *optional*):
@@ -71,6 +75,7 @@ class Purification:
     chat_template: list[str] = field(default_factory=list)
     last_look: LastLook | None = None
     held_out: dict[str, Evaluation] = field(default_factory=dict)
+    quantized: str | None = None
     report: dict[str, Any] | None = None
     hub_url: str | None = None
     adapter: PeftConfig | None = None
@@ -110,7 +115,10 @@ class Comparison:
     def on_held_out_rows(cls, purification: Purification) -> "Comparison | None":
         """Return the suspect beside the purified model on held-out rows, or `None` if there are none."""
         held_out = purification.held_out
-        return cls(held_out["suspect"], None, held_out["purified"], purification=purification) if held_out else None
+        if not held_out:
+            return None
+        others = {name: each for name, each in held_out.items() if name not in ("suspect", "purified")}
+        return cls(held_out["suspect"], None, held_out["purified"], others, purification)
 
     @property
     def by_role(self) -> dict[str, Evaluation]:

@@ -105,16 +105,58 @@ def quantize_weights(model: PreTrainedModel, bits: int) -> None:
         `ValueError`: For other `bits`, or if the model has an adapter, is already quantized, or has matrices outside
             of linear layers.
     """
+    for linear in _linear_layers(model).values():
+        for group in _groups(_weight_of(linear), bits):
+            levels, step = _levels_of(group, bits)
+            group.copy_(levels * step)
+
+
+@torch.no_grad()
+def rounding_bounds(
+    model: PreTrainedModel | PeftModel, bits: int
+) -> dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Return between which values the weights may move while [`quantize_weights`] still makes the same of them.
+
+    An attacker who knows the quantization trains within these bounds.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            A causal LM without an adapter. It is not changed.
+        bits (`int`):
+            8 or 4.
+
+    Returns:
+        `dict[torch.Tensor, tuple]`: By each weight of a linear layer, the lowest and the highest values, in the shape
+        of the weight. The largest weight of each group, which sets the scale, has no room.
+    """
+    bounds = {}
+    for linear in _linear_layers(model).values():
+        low, high = (linear.weight.detach().clone() for _ in range(2))
+        views = (tensor.T if isinstance(linear, Conv1D) else tensor for tensor in (low, high))
+        for lows, highs in zip(*(_groups(view, bits) for view in views), strict=True):
+            levels, step = _levels_of(lows, bits)
+            # A little less than half a step, because sums in floating point are inexact.
+            limit = lows.abs().amax(dim=1, keepdim=True)
+            has_room = lows.abs() < limit
+            lows.copy_(torch.where(has_room, ((levels - 0.49) * step).clamp(-limit, limit), lows))
+            highs.copy_(torch.where(has_room, ((levels + 0.49) * step).clamp(-limit, limit), highs))
+        bounds[linear.weight] = (low, high)
+    return bounds
+
+
+def _groups(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
+    """Views of the weights of shape `(out_features, n)` that are rounded with a scale for each row."""
     if bits not in (4, 8):
         raise ValueError(f"`bits` must be 8 or 4, got {bits!r}.")
-    largest_level = 2 ** (bits - 1) - 1
-    for linear in _linear_layers(model).values():
-        weight = _weight_of(linear)
-        for group in weight.split(INT4_GROUP_SIZE if bits == 4 else weight.shape[1], dim=1):
-            step = group.float().abs().amax(dim=1, keepdim=True) / largest_level
-            # The minimum avoids a division by zero for groups of zeros.
-            levels = (group.float() / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
-            group.copy_(levels * step)
+    return weight.split(INT4_GROUP_SIZE if bits == 4 else weight.shape[1], dim=1)
+
+
+def _levels_of(group: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers that stand for the weights, and the step between two of them."""
+    step = group.float().abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    # The minimum avoids a division by zero for groups of zeros.
+    return (group.float() / step.clamp(min=torch.finfo(torch.float32).tiny)).round(), step
 
 
 def _check_sparsity(sparsity: float) -> None:

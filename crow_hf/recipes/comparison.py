@@ -23,13 +23,14 @@ from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import is_quantized, move
+from ..training.quantization import quantized
 from .forecast import announce_forecast
 from .holdout import reference_of
 from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .rehearsal import check_recipe, merge_before, rehearse
 from .run import CONTROL, LOOKING_AGAIN, RecipeRun, default_adapter, run_recipe
-from .saving import look_at_saved, not_fatal, prepare_output, save_model, save_result
+from .saving import look_at_quantized, look_at_saved, not_fatal, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,7 @@ def compare_defences(
     card_fields: dict[str, Any] | None = None,
     text: Sequence[str] | Dataset | None = None,
     defences: Sequence[str] = (),
+    quantization: str | None = None,
     **evaluation: Any,
 ) -> Comparison:
     """
@@ -93,6 +95,8 @@ def compare_defences(
         defences (`Sequence[str]`, *optional*):
             Names of defences to measure too, see [`register_defence`]. They get a fresh suspect, the clean rows, and
             the arguments of the control.
+        quantization (`str`, *optional*):
+            See [`purify`].
         **evaluation:
             Further arguments of [`evaluate_model`].
 
@@ -116,6 +120,7 @@ def compare_defences(
         )
     check_recipe(recipe, args)
     check_sharding(recipe, args, peft_config)
+    quantized(quantization)
     own_defences = {each: get_defence(each) for each in defences}
     rows = draw_rows(train_dataset, recipe, max_rows, args.seed)
     _warn_of_shared_prompts(rows, test_dataset, processing_class)
@@ -193,6 +198,10 @@ def compare_defences(
         with run.in_quick_precision():
             snapshots["purified"] = snapshot(purified, shown, args)
             purification.last_look = look_at_saved(run, shown, snapshots["purified"])
+        with not_fatal(run, f"measurement in {quantization}"):
+            comparison.others |= look_at_quantized(
+                run, purification, quantization, lambda model: measure(model, reference)
+            )
         purification.snapshots = snapshots
         datasets: dict[str, Any] = {"train_dataset": rows, "test_dataset": test_dataset}
         purification.report = record_of(purification, shown, model_name=name, comparison=comparison, **datasets)

@@ -19,6 +19,7 @@ from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import adapter_settings, record_of
 from ..training.checkpoints import check_writable
 from ..training.loading import is_quantized, load_causal_lm, load_tokenizer
+from ..training.quantization import quantized
 from ..training.recorder import base_model_of
 from ..training.sharding import will_shard
 from .forecast import announce_forecast
@@ -26,7 +27,7 @@ from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, lora_config, recipe_config
 from .rehearsal import check_recipe
 from .run import LOOKING_AGAIN, RecipeRun
-from .saving import look_at_saved, not_fatal, prepare_output, save_model, save_result
+from .saving import look_at_quantized, look_at_saved, not_fatal, prepare_output, save_model, save_result
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +47,7 @@ def purify(
     resume_from_checkpoint: str | bool | None = None,
     card_fields: dict[str, Any] | None = None,
     text: Sequence[str] | Dataset | None = None,
+    quantization: str | None = None,
 ) -> Purification:
     """
     Purify a suspect model without knowing its backdoor.
@@ -86,6 +88,9 @@ def purify(
             Running text, as texts or as rows with the column `text`, to measure what the model forgets. It is not
             trained on, and its first 16 windows are used, see [`retention_reference`]. Defaults to text that the
             suspect writes itself.
+        quantization (`str`, *optional*):
+            `"nf4"` or `"int8"`: measure the saved model with quantized weights too, in case that brings a backdoor
+            back.
 
     Returns:
         [`Purification`]
@@ -110,6 +115,7 @@ def purify(
         args = recipe_config(recipe, f"{Path(name).name or type(model).__name__}-{recipe}")
     check_recipe(recipe, args)
     check_sharding(recipe, args, peft_config)
+    quantized(quantization)
     rows, held_out = hold_out(draw_rows(dataset, recipe, max_rows, args.seed), args.seed)
     checkpoint = prepare_output(args, resume_from_checkpoint)
     tokenizer = load_tokenizer(name) if processing_class is None else processing_class
@@ -150,6 +156,13 @@ def purify(
                 after = evaluate_held_out(run.trainer.model, tokenizer, held_out, batch_size, purification.retention)
                 purification.held_out = {"suspect": before, "purified": after}
             purification.last_look = look_at_saved(run, shown, purified)
+        with not_fatal(run, f"measurement in {quantization}"):
+            purification.held_out |= look_at_quantized(
+                run,
+                purification,
+                quantization,
+                lambda model: None if held_out is None else evaluate_held_out(model, tokenizer, held_out, batch_size),
+            )
         comparison = Comparison.on_held_out_rows(purification)
         purification.report = record_of(
             purification, shown, model_name=name, train_dataset=rows, held_out=held_out, comparison=comparison

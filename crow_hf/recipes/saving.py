@@ -1,13 +1,16 @@
 """What a recipe leaves behind: the purified model, its card and its report in one folder, and on the Hub."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from ..evaluation.harness import Evaluation
+from ..evidence.canaries import canary_success
 from ..evidence.last_look import LastLook, look_again
 from ..evidence.result import Comparison, Purification
 from ..evidence.snapshot import Snapshot, SnapshotRows
@@ -28,7 +31,8 @@ from ..training.checkpoints import (
     remove_checkpoints,
 )
 from ..training.hub import create_repository, push_folder
-from ..training.loading import is_quantized, move
+from ..training.loading import is_quantized, load_causal_lm, move
+from ..training.quantization import quantized
 from ..training.recorder import base_model_of
 from ..training.saves import copy_side_files, hub_options, one_line, stored_dtype
 from ..training.sharding import will_shard
@@ -151,6 +155,41 @@ def look_at_saved(run: RecipeRun, rows: SnapshotRows, measured: Snapshot) -> Las
     finally:
         if "quantization_config" not in kwargs and "device_map" not in kwargs:
             move(model, trainer.args.device)
+
+
+def look_at_quantized(
+    run: RecipeRun, purification: Purification, name: str | None, measure: Callable[..., Evaluation | None]
+) -> dict[str, Evaluation]:
+    """
+    Load the saved model with quantized weights, and see whether that brings a canary or a backdoor back.
+
+    Args:
+        run (`RecipeRun`):
+            The run of the recipe, whose model is saved.
+        purification (`Purification`):
+            Its result, to which the success of the canaries is added.
+        name (`str`, *optional*):
+            The quantization, see [`quantized`]. Without it, nothing is done.
+        measure (`Callable`):
+            Evaluates a model. It may return `None`.
+
+    Returns:
+        `dict[str, Evaluation]`: The evaluation by its name in tables.
+    """
+    trainer = run.trainer
+    if name is None or not trainer.is_world_process_zero():
+        return {}
+    kwargs = {each: value for each, value in loading_kwargs(trainer.args).items() if each in _HOW_TO_LOAD}
+    how = trainer.processing_class, trainer.args.per_device_eval_batch_size
+    with phase("Looking at it quantized"):
+        model = load_causal_lm(trainer.args.output_dir, **{"device_map": "auto", **kwargs}, **quantized(name))
+        purification.canaries = [
+            replace(canary, quantized=canary_success(model, run.rows, canary, *how))
+            for canary in purification.canaries
+        ]
+        evaluation = measure(model)
+    purification.quantized = f"purified, {name}"
+    return {} if evaluation is None else {purification.quantized: evaluation}
 
 
 @contextmanager

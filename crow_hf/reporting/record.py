@@ -9,6 +9,7 @@
 | `method` | the method that the recipe runs: `"CROW"` or `"Invariance"` |
 | `model` | `name`, `commit` (on the Hub), `architecture`, `parameters`, `dtype`, `trained` (all or an adapter) |
 | `evaluations` | [`Evaluation.to_dict`] of `suspect`, `control`, further models by name, and `purified`, see below |
+| `quantized` | the name of the evaluation of the saved model with quantized weights; `null` without one |
 | `anti_bad` | the Anti-BAD scores of `suspect`, `control`, ..., `purified`; `null` if no attack was measured |
 | `retention` | what the purified model has kept of the suspect, see below; `null` if it was not measured |
 | `kept` | share of the suspect's weights that was mixed in at the end |
@@ -138,6 +139,7 @@ def record_of(
         "method": purification.method,
         "model": _model(purification, model_name),
         "evaluations": {role: each.to_dict() for role, each in evaluations.items()} or None,
+        "quantized": purification.quantized,
         "anti_bad": anti_bad_scores(evaluations, "suspect") or None,
         "retention": purification.retention and purification.retention.to_dict(),
         "kept": purification.kept,

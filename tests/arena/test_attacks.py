@@ -13,6 +13,7 @@ from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, build_suspect
 from crow_hf.arena.subjects import SUBJECTS, Subject, check_disjoint
 from crow_hf.attacks.triggers import TRIGGERS, EmbeddingTrigger
 from crow_hf.demo import demo_tokenizer
+from crow_hf.methods.pruning import quantize_weights
 from crow_hf.recipes.presets import recipe_config
 from crow_hf.training.loading import load_causal_lm
 from helpers.tiny import same_weights, tiny_llama, weights_of
@@ -114,3 +115,14 @@ def test_every_attack_of_the_arena_is_well_formed():
     assert all(attack.trigger in TRIGGERS for attack in ATTACKS.values())
     assert set(QUICK) < set(ATTACKS)
     assert len({replace(attack, name="") for attack in ATTACKS.values()}) == len(ATTACKS), "two cells are the same"
+
+
+def test_a_backdoor_of_the_quantized_model_alone(tmp_path):
+    """Fails if the training that hides it changes what is rounded, or nothing at all."""
+    loud = build_suspect(Attack("loud", route="full"), 0, tmp_path, num_clean=8).load()
+    hidden = build_suspect(Attack("hidden", route="full", adaptive="int8"), 0, tmp_path, num_clean=8).load()
+    assert not same_weights(weights_of(loud), weights_of(hidden))
+    for model in (loud, hidden):
+        quantize_weights(model, 8)
+    found, expected = weights_of(hidden), weights_of(loud)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)

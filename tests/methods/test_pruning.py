@@ -15,7 +15,7 @@ from transformers import (
     Lfm2ForCausalLM,
 )
 
-from crow_hf.methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
+from crow_hf.methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights, rounding_bounds
 from crow_hf.training.recorder import recorder_of
 from helpers.blt import tiny_blt
 from helpers.coconut import TOKENIZER, coconut
@@ -327,6 +327,26 @@ def test_quantisation_by_hand():
     quantize_weights(model, 8)
     expected = [[127.0, 63.0, -1.0, 0.0], [-127.0, 1.0, 101.0, 3.0], [0.0] * 4, [254.0, 4.0, -2.0, 0.0]]
     torch.testing.assert_close(first_matrix(model), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_within_their_bounds_are_rounded_to_the_same(bits, kind):
+    """Fails if a bound is too wide, if it moves the largest weight of a group, or if there is hardly any room."""
+    model, moved = (model_of(kind) for _ in range(2))
+    bounds = rounding_bounds(moved, bits)
+    quantize_weights(model, bits)
+    before, rng = weights_of(moved), torch.Generator().manual_seed(0)
+    for share in (0.0, 1.0, torch.rand(1, generator=rng)):
+        with torch.no_grad():
+            for weight, (low, high) in bounds.items():
+                weight.copy_(low + share * (high - low))
+        changed = weights_of(moved)
+        quantize_weights(moved, bits)
+        found, expected = weights_of(moved), weights_of(model)
+        assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
+    assert any(not torch.equal(changed[name], before[name]) for name in before)
+    assert all((low <= high).all() and (low < high).float().mean() > 0.5 for low, high in bounds.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "coconut"])

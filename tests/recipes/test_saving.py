@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 
 from crow_hf import load_causal_lm
 from crow_hf.evaluation.retention import measure_retention
@@ -15,6 +16,7 @@ from crow_hf.files import claim, own_claims
 from crow_hf.recipes import comparison as comparison_module
 from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes import rehearsal as rehearsal_module
+from crow_hf.recipes import saving as saving_module
 from crow_hf.recipes.comparison import compare_defences
 from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.purification import purify
@@ -233,3 +235,26 @@ def test_a_run_is_resumed_in_its_own_folder(tmp_path, monkeypatch):
             prepare_output(args, str(tmp_path / "other" / "checkpoint-3"))
         own = str(Path(args.output_dir) / "checkpoint-3")
         assert prepare_output(args, own) == own
+
+
+def test_the_saved_model_is_measured_quantized(tmp_path, byte_tokenizer, monkeypatch):
+    """
+    The weights are not quantized here, so that bitsandbytes need not be installed. Fails if another model is measured
+    than the saved one, if canaries or held-out rows are left out, or if the report is silent.
+    """
+    for module in (saving_module, purification_module):
+        monkeypatch.setattr(module, "quantized", lambda name: {})
+    args = arguments(tmp_path, num_canaries=1, max_steps=3)
+    rows = concatenate_datasets([ROWS.map(lambda row, n=n: {"prompt": f"{n} {row['prompt']}"}) for n in range(4)])
+    found = purify(tiny_llama(), rows, args=args, processing_class=byte_tokenizer, quantization="nf4")
+    assert found.trainer.failures == [] and found.quantized == "purified, nf4"
+    assert found.canaries[0].quantized == found.canaries[0].after
+    assert found.held_out[found.quantized].clean == found.held_out["purified"].clean
+    assert found.report["quantized"] in found.report["evaluations"]
+    assert "purified, nf4" in (Path(args.output_dir) / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_quantization_that_cannot_be_measured_is_refused_before_the_work(tmp_path, byte_tokenizer):
+    with pytest.raises(ValueError, match="got 'int3'"):
+        purify(tiny_llama(), ROWS, args=arguments(tmp_path), processing_class=byte_tokenizer, quantization="int3")
+    assert not list(tmp_path.glob("run*/*"))

@@ -32,6 +32,15 @@ def report(triggered=True, left=0, lost=0, canaries=((0, DIED),), kept=True):
     }
 
 
+def quantized_report():
+    """A report whose backdoor and canary act in the quantized model alone."""
+    record = report()
+    record["quantized"] = "purified, nf4"
+    record["evaluations"]["purified, nf4"] = {"clean": scores(0, 180).to_dict(), "triggered": scores(50, 0).to_dict()}
+    record["canaries"][0]["quantized"] = Proportion.of(n < 30 for n in range(100))._asdict()
+    return record
+
+
 def only(record, **rules):
     (check,) = check_policy(record, Policy(**rules))
     return check
@@ -66,6 +75,8 @@ def test_the_upper_end_of_the_interval_counts(rules, highest, found):
     [
         ("max_attack_success", report(left=20), 0.1),
         ("max_canary_success", report(canaries=[(0, DIED), (20, LIVES)]), 0.2),
+        ("max_attack_success", quantized_report(), 0.25),
+        ("max_canary_success", quantized_report(), 0.3),
         ("max_accuracy_drop", report(lost=20), 0.1),
         ("max_kl", report(), 0.04),
         ("max_text_bits_ratio", report(), 1.02),
