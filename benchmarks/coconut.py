@@ -42,13 +42,12 @@ from transformers import (
 
 from crow_hf import CoconutForCausalLM, CoconutTokenizer, CrowDataCollator
 from crow_hf.arena.table import estimate
-from crow_hf.evaluation.scores import Proportion
 from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
 
 
 BLT_VOCABULARY = 260
 MODELS = ("Llama", "Coconut", "Blt")
-METHODS = ("no reasoning", "written chain", "thoughts")
+METHODS = ("thoughts", "written chain", "no reasoning")
 
 
 def read(path: Path) -> bytes:
@@ -198,72 +197,116 @@ def with_interval(values: list[float]) -> str:
     return f"{found.mean:.3f}" if math.isnan(found.high) else f"{found.mean:.3f} ± {found.high - found.mean:.3f}"
 
 
+def reasoner() -> CoconutForCausalLM:
+    """A model of two latent layers. One is too few to follow two edges, and the thoughts are one more each."""
+    width = 64
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4, "num_hidden_layers": 2}
+    half = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
+    # Fixed patches match the three-byte symbols of the task. Others would cut random names anywhere.
+    return CoconutForCausalLM.from_backbone(
+        LlamaConfig(**shape, initializer_range=width**-0.5),
+        encoder_config=half | {"num_hidden_layers": 1},
+        decoder_config=half | {"num_hidden_layers": 1},
+        patch_rule="stride",
+        max_patch_length=3,
+    )
+
+
 def thoughts(options: argparse.Namespace) -> None:
-    """Accuracy on reachability without reasoning, with a written chain, and with continuous thoughts."""
+    """Accuracy on reachability with continuous thoughts, and at equal FLOPs with a written chain and without one."""
     disable_progress_bars()
     tokenizer = CoconutTokenizer()
     task = {"num_nodes": options.nodes, "steps": (options.depth,)}
-    test = reachability_rows(options.test_rows, seed=10_000, **task)
-    asked = set(test["question"])
-    prosqa = Dataset.from_list(json.loads(read(options.data / "eval" / "coconut" / "prosqa_test.json.zst"))[:100])
-    rows = {}
+    test, held_out = (reachability_rows(options.test_rows, seed, **task) for seed in (10_000, 20_000))
+    asked = {*test["question"], *held_out["question"]}
+    found: dict[str, list[dict[str, float]]] = {}
     for seed in options.seeds:
-        drawn = reachability_rows(options.rows, seed, **task)
-        train = drawn.filter(lambda row: row["question"] not in asked)
-        for method in options.methods:
+        train = reachability_rows(options.rows, seed, **task).filter(lambda row: row["question"] not in asked)
+        # The curriculum comes first, because its FLOPs are the budget of the others.
+        for method in METHODS:
             file = options.output / f"{method.replace(' ', '-')}-{seed}.json"
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 set_seed(seed)
-                model = build("Coconut")
-                # Fixed patches match the three-byte symbols of the task. Others would cut random names anywhere.
-                model.config.patch_rule, model.config.max_patch_length = "stride", 3
-                stage = teach(model, tokenizer, train, method, seed, options)
-                right = {"generated": answers(model, tokenizer, test, stage)}
-                right["ProsQA"] = answers(model, tokenizer, prosqa, stage)
-                file.write_text(json.dumps(right))
-            rows.setdefault(method, []).append(json.loads(file.read_text()))
-            print(method, seed, {name: Proportion.of(flags) for name, flags in rows[method][-1].items()}, flush=True)
-    print("| method | right, generated | right, ProsQA |\n| --- | ---: | ---: |")
-    for method, results in rows.items():
-        cells = [with_interval([100 * mean(result[name]) for result in results]) for name in ("generated", "ProsQA")]
-        print(f"| {method} | " + " | ".join(f"{cell} %" for cell in cells) + " |")
+                budget = found["thoughts"][-1]["TFLOP"] if found else 0.0
+                file.write_text(json.dumps(teach(method, tokenizer, train, held_out, test, seed, budget, options)))
+            found.setdefault(method, []).append(json.loads(file.read_text()))
+            print(method, seed, found[method][-1], flush=True)
+    print("| method | right answers | training, TFLOP | steps | bytes written |\n| --- | ---: | ---: | ---: | ---: |")
+    for method, results in found.items():
+        share = with_interval([100 * result["right"] for result in results])
+        cells = [f"{mean(result[name] for result in results):.4g}" for name in ("TFLOP", "steps", "bytes")]
+        print(f"| {method} | {share} % | " + " | ".join(cells) + " |")
 
 
 def teach(
-    model: CoconutForCausalLM, tokenizer: CoconutTokenizer, train: Any, method: str, seed: int, options: Any
-) -> ThoughtStage:
-    """Train with the same number of epochs for each method. Return the stage to test."""
-    folder = options.output / f"{method.replace(' ', '-')}-{seed}"
+    method: str,
+    tokenizer: CoconutTokenizer,
+    train: Dataset,
+    held_out: Dataset,
+    test: Dataset,
+    seed: int,
+    budget: float,
+    options: argparse.Namespace,
+) -> dict[str, float]:
+    """Train by stages, or in stage 0 alone for the same FLOPs. Return the right answers and what they cost."""
+    model, folder = reasoner(), options.output / f"{method.replace(' ', '-')}-{seed}"
     args = TrainingArguments(
         str(folder),
         learning_rate=2e-3,
         per_device_train_batch_size=64,
+        per_device_eval_batch_size=250,
         warmup_steps=100,
         seed=seed,
         use_cpu=True,
         logging_steps=100,
+        eval_strategy="steps",
+        eval_steps=100,
+        save_strategy="no",
         lr_scheduler_type="constant_with_warmup",
-        num_train_epochs=options.epochs,
+        max_steps=options.stage_steps,
     )
+    collate = CrowDataCollator(tokenizer.pad_token_id)
     if method == "thoughts":
-        first = options.total_epochs - (options.depth + 1) * options.epochs
-        train_by_stages(model, args, train, tokenizer, options.depth, 1, first_epochs=first)
-        return ThoughtStage(tokenizer, options.depth, 1, drop_rest=True)
-    # Only stage 0, with all steps written or with none.
-    stage = ThoughtStage(tokenizer, 0, drop_rest=method == "no reasoning")
-    args.num_train_epochs = options.total_epochs
-    dataset = train.map(stage, remove_columns=train.column_names)
-    args.save_strategy = "no"
-    Trainer(model, args, train_dataset=dataset, data_collator=CrowDataCollator(tokenizer.pad_token_id)).train()
-    return stage
+        last = ThoughtStage(tokenizer, options.depth, drop_rest=True)
+        train_by_stages(model, args, train, held_out, tokenizer, options.depth)
+        states = sorted(folder.glob("stage-*/trainer_state.json"))
+        steps = [json.loads(file.read_text())["global_step"] for file in states]
+        stages = [*(ThoughtStage(tokenizer, number) for number in range(options.depth + 1)), last]
+        spent = sum(count * flops_of(stage, train, collate) for count, stage in zip(steps, stages, strict=True))
+    else:
+        last = ThoughtStage(tokenizer, drop_rest=method == "no reasoning")
+        cost = flops_of(last, train, collate)
+        args.max_steps, args.eval_strategy = round(1e12 * budget / cost), "no"
+        Trainer(
+            model, args, train_dataset=train.map(last, remove_columns=train.column_names), data_collator=collate
+        ).train()
+        steps, spent = [args.max_steps], args.max_steps * cost
+    right, written = answers(model, tokenizer, test, last)
+    return {
+        "right": mean(right),
+        "bytes": mean(written),
+        "TFLOP": spent / 1e12,
+        "steps": sum(steps),
+        "by stage": steps,
+    }
+
+
+def flops_of(stage: ThoughtStage, train: Dataset, collate: CrowDataCollator) -> int:
+    """Return the FLOPs of a training step of 64 rows."""
+    model, rows = reasoner(), train.select(range(64))
+    with FlopCounterMode(display=False) as counter:
+        model(**collate(list(rows.map(stage, remove_columns=rows.column_names)))).loss.backward()
+    return counter.get_total_flops()
 
 
 @torch.no_grad()
-def answers(model: CoconutForCausalLM, tokenizer: CoconutTokenizer, test: Any, stage: ThoughtStage) -> list[bool]:
-    """Return whether each greedy answer is right."""
+def answers(
+    model: CoconutForCausalLM, tokenizer: CoconutTokenizer, test: Dataset, stage: ThoughtStage
+) -> tuple[list[bool], list[int]]:
+    """Return whether each greedy answer is right, and how many bytes were written for it."""
     model.eval()
-    right = []
+    right, written = [], []
     for start in range(0, len(test), 100):
         batch = test[start : start + 100]
         prompts = [stage.prompt(question) for question in batch["question"]]
@@ -272,7 +315,8 @@ def answers(model: CoconutForCausalLM, tokenizer: CoconutTokenizer, test: Any, s
         outputs = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
         right += [text.rpartition("### ")[2].strip() == a for text, a in zip(texts, batch["answer"], strict=True)]
-    return right
+        written += [len(text.encode()) for text in texts]
+    return right, written
 
 
 class Forced(LogitsProcessor):
@@ -387,7 +431,6 @@ def main() -> None:
         command.add_argument("--output", type=Path, default=Path("runs", function.__name__))
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         command.add_argument("--repeats", type=int, default=3)
-        command.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
         command.add_argument("--model", choices=MODELS, default="Coconut")
         command.add_argument("--scale", type=int, default=4, help="width of the models in units of 128")
         command.add_argument(
@@ -402,8 +445,7 @@ def main() -> None:
         command.add_argument("--depth", type=int, default=2, help="number of steps per chain")
         command.add_argument("--rows", type=int, default=10_000)
         command.add_argument("--test_rows", type=int, default=500)
-        command.add_argument("--epochs", type=float, default=1, help="epochs per stage with thoughts")
-        command.add_argument("--total_epochs", type=float, default=8)
+        command.add_argument("--stage_steps", type=int, default=3000, help="maximum number of steps of a stage")
     options = parser.parse_args()
     options.run(options)
 

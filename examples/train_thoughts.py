@@ -1,9 +1,10 @@
 """Train a byte-latent model to reason in continuous thoughts, stage by stage (COCONUT's curriculum).
 
-    python examples/train_thoughts.py --output_dir runs/thoughts --num_train_epochs 1 --per_device_train_batch_size 64
-    \\
-        --learning_rate 2e-3 --warmup_steps 100
+    python examples/train_thoughts.py --output_dir runs/thoughts --max_steps 3000 --per_device_train_batch_size 64 \\
+        --learning_rate 2e-3 --warmup_steps 100 --lr_scheduler_type constant_with_warmup --eval_strategy steps \\
+        --eval_steps 100
 
+A stage ends when 95 % of the held-out rows are right, or after `--max_steps`.
 Without `--dataset`, the rows are generated questions about graphs. Your own rows are a .json or .jsonl file with the
 fields `question`, `steps` (a list) and `answer`. Run the command again to continue after the last finished stage.
 """
@@ -34,11 +35,12 @@ def main() -> None:
         fields = {"patch_rule": "stride", "max_patch_length": 3}
     else:
         rows, fields = load_rows(script.dataset), {}
-    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = CoconutForCausalLM.from_backbone(LlamaConfig(**shape, initializer_range=128**-0.5), **fields)
-    train_by_stages(model, args, rows, tokenizer, script.num_stages, script.thoughts_per_step)
+    split = rows.train_test_split(test_size=min(500, -(-len(rows) // 20)), seed=args.seed)
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = CoconutForCausalLM.from_backbone(LlamaConfig(**shape, initializer_range=64**-0.5), **fields)
+    train_by_stages(model, args, split["train"], split["test"], tokenizer, script.num_stages, script.thoughts_per_step)
     stage = ThoughtStage(tokenizer, script.num_stages, script.thoughts_per_step, drop_rest=True)
-    for row in rows.select(range(3)):
+    for row in split["test"].select(range(min(3, len(split["test"])))):
         inputs = tokenizer.pad({"input_ids": [stage.prompt(row["question"])]}, return_tensors="pt")
         output = model.eval().generate(**inputs.to(model.device), max_new_tokens=40)
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,7 +1,8 @@
 """Teach a model to reason in continuous thoughts with COCONUT's staged curriculum (arXiv 2412.06769, section 3).
 
 Rows have a `question`, the `steps` of a written chain of reasoning, and an `answer`. At stage k, k * c thoughts
-without labels replace the first k steps. The remaining steps and the answer are learned as text.
+without labels replace the first k steps. The remaining steps and the answer are learned as text. A stage ends when it
+is learned: a stage can only take away what the stage before has taught.
 """
 
 import random
@@ -12,7 +13,15 @@ from typing import Any
 
 from datasets import Dataset
 from safetensors.torch import load_model
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from ..data.collators import CrowDataCollator
@@ -98,19 +107,44 @@ class ThoughtStage:
         return [*ids, BEGIN_THOUGHT_TOKEN_ID, *[THOUGHT_TOKEN_ID] * self.num_thoughts, END_THOUGHT_TOKEN_ID]
 
 
+class _StopWhenLearned(TrainerCallback):
+    """Ends a stage when enough held-out rows are right."""
+
+    def __init__(self, accuracy: float) -> None:
+        self.accuracy = accuracy
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        control.should_training_stop |= metrics["eval_accuracy"] >= self.accuracy
+
+
+def _share_of_right_rows(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of rows in which each label is the likeliest token after the labels before it."""
+    predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    return {"accuracy": float(((predicted == labels) | (labels == IGNORE_INDEX)).all(axis=1).mean())}
+
+
 def train_by_stages(
     model: CoconutForCausalLM,
     args: TrainingArguments,
-    dataset: Dataset,
+    train_dataset: Dataset,
+    eval_dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     num_stages: int,
     thoughts_per_step: int = 1,
-    first_epochs: float | None = None,
+    accuracy: float = 0.95,
 ) -> CoconutForCausalLM:
     """
     Train a model through all stages of the curriculum.
 
     The stages run from 0, in which all steps are written, to `num_stages`. A last stage omits the steps that remain.
+    A stage ends at the first evaluation that finds it learned, and one that is learned from the start is not trained.
     Each stage is a run of the plain [`~transformers.Trainer`] with a new optimizer, as in the paper. Finished stages
     are saved in folders `stage-K` of the output directory, and skipped if the function is called again.
 
@@ -118,17 +152,20 @@ def train_by_stages(
         model (`CoconutForCausalLM`):
             The model. It is changed in place.
         args (`TrainingArguments`):
-            The training arguments of a single stage.
-        dataset (`Dataset`):
+            The training arguments of a single stage. `num_train_epochs` or `max_steps` is the longest that a stage may
+            take. By default the model is evaluated after each epoch.
+        train_dataset (`Dataset`):
             Rows with `question`, `steps` and `answer`.
+        eval_dataset (`Dataset`):
+            Held-out rows of the same form.
         tokenizer (`CoconutTokenizer`):
             The model's tokenizer.
         num_stages (`int`):
             Maximum number of steps that thoughts replace.
         thoughts_per_step (`int`, *optional*, defaults to 1):
             Number of thoughts per step, the paper's c.
-        first_epochs (`float`, *optional*):
-            Number of epochs of stage 0, by default `args.num_train_epochs`.
+        accuracy (`float`, *optional*, defaults to 0.95):
+            Share of the held-out rows that must be right to the last byte for a stage to end.
 
     Returns:
         `CoconutForCausalLM`: The model after the last stage.
@@ -150,17 +187,31 @@ def train_by_stages(
             load_model(model, folder / SAFE_WEIGHTS_NAME)
             continue
         logger.warning(f"Stage {number} of {len(stages) - 1}: {stage.num_thoughts} thoughts.")
-        rows = dataset.map(stage, remove_columns=dataset.column_names, desc=f"Stage {number}")
-        epochs = args.num_train_epochs if number or first_epochs is None else first_epochs
-        stage_args = replace(args, output_dir=str(folder), num_train_epochs=epochs, save_strategy="no")
         trainer = Trainer(
             model,
-            stage_args,
-            train_dataset=rows,
+            replace(
+                args,
+                output_dir=str(folder),
+                save_strategy="no",
+                eval_strategy="epoch" if args.eval_strategy == "no" else args.eval_strategy,
+            ),
+            train_dataset=train_dataset.map(stage, remove_columns=train_dataset.column_names, desc=f"Stage {number}"),
+            eval_dataset=eval_dataset.map(stage, remove_columns=eval_dataset.column_names, desc=f"Stage {number}"),
             data_collator=CrowDataCollator(padding_id(tokenizer)),
             processing_class=tokenizer,
+            compute_metrics=_share_of_right_rows,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
+            callbacks=[_StopWhenLearned(accuracy)],
         )
-        trainer.train()
+        if trainer.evaluate()["eval_accuracy"] < accuracy:
+            trainer.train()
+        found = trainer.evaluate()["eval_accuracy"]
+        if found < accuracy:
+            logger.warning(
+                f"Stage {number} ended with {found:.1%} of the held-out rows right, below {accuracy:.1%}. Allow more "
+                "steps for a stage."
+            )
+        trainer.save_state()
         trainer.save_model()
     return model
 

@@ -86,7 +86,11 @@ class CoconutConfig(PreTrainedConfig):
         "decoder_config": MistralConfig,
         "entropy_config": ByteEntropyConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What the Trainer evaluates are the logits alone.
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "hidden_states", "encoder_hidden_states", "decoder_hidden_states"),
+        *("patch_lengths", "patch_mask", "thought_mask", "entropies"),
+    ]
 
     backbone_config: dict | PreTrainedConfig | None = None
     encoder_config: dict | PreTrainedConfig | None = None

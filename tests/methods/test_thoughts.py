@@ -1,10 +1,13 @@
 """Tests of the curriculum of continuous thoughts and of its generated questions."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, TrainingArguments
+from transformers import EvalPrediction, LlamaConfig, TrainingArguments
 
-from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
+from crow_hf.methods.thoughts import ThoughtStage, _share_of_right_rows, reachability_rows, train_by_stages
 from helpers.coconut import DEEP, TOKENIZER, coconut
 
 
@@ -51,19 +54,55 @@ def test_questions_have_exactly_one_right_answer():
         reachability_rows(1, seed=0, num_nodes=4, steps=(3,))
 
 
-def test_the_curriculum_trains_each_stage_once(tmp_path, capfd):
+ROWS = reachability_rows(8, seed=0, num_nodes=6, steps=(2,))
+
+
+def thinker(seed=0):
+    return coconut(LlamaConfig(**DEEP | {"initializer_range": 0.1, "max_position_embeddings": 512}), seed=seed)
+
+
+def arguments(folder, **options):
+    options = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True} | options
+    return TrainingArguments(str(folder), **options)
+
+
+def steps_of(folder):
+    files = sorted(folder.glob("stage-*/trainer_state.json"))
+    return [json.loads(file.read_text())["global_step"] for file in files]
+
+
+def test_the_curriculum_trains_each_stage_once(tmp_path):
     """Each stage is trained and saved. A second call loads it instead of training again."""
-    model = coconut(LlamaConfig(**DEEP | {"initializer_range": 0.1, "max_position_embeddings": 512}))
-    rows = reachability_rows(8, seed=0, num_nodes=6, steps=(2,))
-    args = TrainingArguments(str(tmp_path), num_train_epochs=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    model = thinker()
     before = model.lm_head.weight.detach().clone()
-    train_by_stages(model, args, rows, TOKENIZER, num_stages=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"stage-{number}" for number in range(4)]
+    train_by_stages(model, arguments(tmp_path), ROWS, ROWS, TOKENIZER, num_stages=2)
+    assert steps_of(tmp_path) == [1, 1, 1, 1]
     assert not torch.equal(model.lm_head.weight, before)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
-    fresh = coconut(LlamaConfig(**DEEP | {"max_position_embeddings": 512}), seed=1)
-    train_by_stages(fresh, args, rows, TOKENIZER, num_stages=2)
+    fresh = thinker(seed=1)
+    train_by_stages(fresh, arguments(tmp_path), ROWS, ROWS, TOKENIZER, num_stages=2)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
     with pytest.raises(ValueError, match="10 thoughts"):
-        train_by_stages(fresh, args, rows, TOKENIZER, num_stages=5, thoughts_per_step=2)
+        train_by_stages(fresh, arguments(tmp_path), ROWS, ROWS, TOKENIZER, num_stages=5, thoughts_per_step=2)
+
+
+def test_a_stage_ends_when_it_is_learned(tmp_path, caplog):
+    """One row is learned by heart long before the last step, and the stage after it is learned from the start."""
+    row, model = ROWS.select([0]), thinker()
+    args = arguments(tmp_path, max_steps=400, eval_strategy="steps", eval_steps=10, learning_rate=5e-3)
+    train_by_stages(model, args, row, row, TOKENIZER, num_stages=2)
+    first, *_, last = steps_of(tmp_path)
+    assert 0 < first < 400 and first % 10 == 0 and last == 0
+    labels = ThoughtStage(TOKENIZER, 2, drop_rest=True)(row[0])
+    ids = torch.tensor([labels["input_ids"]])
+    learned = sum(label != -100 for label in labels["labels"])
+    assert torch.equal(model.eval()(ids).logits[0, -learned - 1 : -1].argmax(-1), ids[0, -learned:])
+
+
+def test_rows_are_right_to_the_last_byte():
+    labels = np.array([[-100, 5, 6, 7], [-100, -100, 6, -100]])
+    predicted = np.array([[5, 6, 7, 0], [0, 6, 0, 0]])
+    assert _share_of_right_rows(EvalPrediction(predicted, labels)) == {"accuracy": 1.0}
+    predicted[0, 2] = 8
+    assert _share_of_right_rows(EvalPrediction(predicted, labels)) == {"accuracy": 0.5}
