@@ -1,9 +1,11 @@
 """Bounds on what files and programs of others may take: bytes, time and memory."""
 
+import ctypes
 import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -79,21 +81,28 @@ def bounded() -> Iterator[None]:
     """
     Stop a `with` block of Python code that takes over [`MAX_SECONDS`] of the processor or [`MAX_MEMORY`] bytes.
 
-    The operating system keeps the bounds. They are those of the process, so only the main thread sets them. That of
-    the memory needs Linux.
+    In the main thread of Linux and macOS, the operating system keeps the bounds, which are those of the process.
+    Elsewhere, a thread watches the block, and interrupts it between two operations of Python. Bounds on memory need
+    Linux.
 
     Raises:
         `TimeoutError`: If the block takes too long.
         `MemoryError`: If it takes too much memory.
     """
-    may_bound = (
+    is_main = (
         hasattr(signal, "setitimer")
         and threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL
     )
-    if not may_bound:
-        yield
-        return
+    try:
+        with _bounded_process() if is_main else _watched():
+            yield
+    except MemoryError:
+        raise MemoryError(f"it takes over {MAX_MEMORY // 2**20} MiB of memory") from None
+
+
+@contextmanager
+def _bounded_process() -> Iterator[None]:
     used = _address_space()
     soft, hard = (0, 0) if used is None else resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGVTALRM, _stop)
@@ -104,8 +113,6 @@ def bounded() -> Iterator[None]:
             bound = used + MAX_MEMORY if soft == resource.RLIM_INFINITY else min(used + MAX_MEMORY, soft)
             resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
         yield
-    except MemoryError:
-        raise MemoryError(f"it takes over {MAX_MEMORY // 2**20} MiB of memory") from None
     finally:
         try:
             # It may ring here still.
@@ -117,7 +124,46 @@ def bounded() -> Iterator[None]:
 
 
 def _stop(*_: Any) -> None:
-    raise TimeoutError(f"it takes over {MAX_SECONDS:.0f} seconds")
+    raise _TookTooLong
+
+
+class _TookTooLong(TimeoutError):
+    def __init__(self) -> None:
+        super().__init__(f"it takes over {MAX_SECONDS:.0f} seconds")
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    thread, done = threading.get_ident(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(thread, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        try:
+            done.set()
+        finally:
+            # It may be interrupted here still, but not twice.
+            done.set()
+            watcher.join()
+            _interrupt(thread, None)
+
+
+def _watch(thread: int, done: threading.Event) -> None:
+    """Interrupt a thread that takes too long, or after which the process takes too much memory, until it is done."""
+    used, end = _address_space(), time.process_time() + MAX_SECONDS
+    while not done.wait(0.05):
+        is_large = used is not None and (_address_space() or 0) > used + MAX_MEMORY
+        if is_large or time.process_time() > end:
+            _interrupt(thread, MemoryError if is_large else _TookTooLong)
+            # Again after a while, as above.
+            done.wait(1)
+
+
+def _interrupt(thread: int, error: type[Exception] | None) -> None:
+    """Let a thread raise an error before its next operation, or withdraw one that it has not raised yet."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 def _address_space() -> int | None:

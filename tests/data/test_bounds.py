@@ -5,6 +5,7 @@ import resource
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,58 @@ def test_other_threads_leave_the_bounds_of_the_process_alone():
         thread.start()
         thread.join()
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(function).result()
+
+
+def test_other_threads_are_interrupted(monkeypatch):
+    """Fails if a template may take all time or memory where a server renders it in a thread of its own."""
+    monkeypatch.setattr(bounds, "MAX_SECONDS", 0.05)
+    held = []
+
+    def take_time():
+        with bounded():
+            while True:
+                pass
+
+    def take_memory():
+        with bounded():
+            while True:
+                held.append(bytearray(2**24))
+
+    def work_afterwards():
+        with bounded():
+            pass
+        time.sleep(0.2)
+        return "done"
+
+    with pytest.raises(TimeoutError, match="it takes over 0 seconds"):
+        in_a_thread(take_time)
+    assert in_a_thread(work_afterwards) == "done"
+    monkeypatch.setattr(bounds, "MAX_SECONDS", 60)
+    monkeypatch.setattr(bounds, "MAX_MEMORY", 2**27)
+    with pytest.raises(MemoryError, match="128 MiB"):
+        in_a_thread(take_memory)
+
+
+def test_a_late_interruption_of_a_thread_is_the_last(monkeypatch):
+    """Fails if the time that runs out at the very end of the block stops the thread later, or keeps its watcher."""
+    threads, late = threading.active_count(), []
+
+    class Event(threading.Event):
+        def set(self):
+            if not late and threading.get_ident() == threading.main_thread().ident:
+                late.append(1)
+                bounds._interrupt(threading.get_ident(), TimeoutError)
+            super().set()
+
+    monkeypatch.setattr(bounds.threading, "Event", Event)
+    with pytest.raises(TimeoutError), bounds._watched():
+        pass
+    assert late and threading.active_count() == threads
 
 
 def test_a_ring_that_nobody_hears_is_not_the_last(monkeypatch):
