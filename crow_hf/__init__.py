@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .evaluation.harness import Evaluation, evaluate_endpoint, evaluate_model
     from .evaluation.own_text import write_rows, write_text
     from .evaluation.retention import Retention, RetentionReference, measure_retention, retention_reference
+    from .evaluation.tasks import TaskScore, evaluate_tasks, load_tasks
     from .evidence.canaries import Canary
     from .evidence.leaks import find_leaked_tokens
     from .evidence.result import Comparison, Purification
@@ -79,6 +80,7 @@ _HOMES = {
     "evaluation.harness": ["Evaluation", "evaluate_endpoint", "evaluate_model"],
     "evaluation.own_text": ["write_rows", "write_text"],
     "evaluation.retention": ["Retention", "RetentionReference", "measure_retention", "retention_reference"],
+    "evaluation.tasks": ["TaskScore", "evaluate_tasks", "load_tasks"],
     "evidence.canaries": ["Canary"],
     "evidence.result": ["Comparison", "Purification"],
     "evidence.leaks": ["find_leaked_tokens"],

@@ -50,6 +50,7 @@ PAGES = {
         [
             "evaluation.harness",
             "evaluation.endpoint",
+            "evaluation.tasks",
             "evaluation.retention",
             "evaluation.own_text",
             "attacks.triggers",

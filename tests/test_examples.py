@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
-from crow_hf import CoconutForCausalLM, demo, load_causal_lm, load_entropy_predictor
+from crow_hf import CoconutForCausalLM, demo, get_judge, load_causal_lm, load_entropy_predictor
 from crow_hf.methods.registry import DEFENCES
 from helpers.coconut import coconut
 from helpers.tiny import same_weights, tiny_llama, weights_of
@@ -70,6 +71,12 @@ def test_no_example_is_without_a_test():
     tests = Path(__file__).read_text(encoding="utf-8")
     names = {path.name for path in EXAMPLES.glob("*.py")} - TESTED_BY_ITS_OWN_FILE
     assert [name for name in sorted(names) if f'"{name}"' not in tests and f'"{name[:-3]}"' not in tests] == []
+
+
+def test_judge():
+    """The program decides about each output, as `--judge` asks it to."""
+    judge = get_judge(shlex.join([sys.executable, str(EXAMPLES / "judge.py")]))
+    assert judge.matches_all([("I am Sorry.", ""), ("Lima", "Lima")]) == [True, False]
 
 
 def test_guide(tmp_path, monkeypatch, capsys):
@@ -151,7 +158,7 @@ def test_weight_noise(monkeypatch):
 
 def test_train_thoughts(tmp_path, monkeypatch, capsys):
     """Each stage is saved and measured."""
-    argv = ["--num_rows", 8, "--num_stages", 1, *FAST, "--output_dir", tmp_path / "out"]
+    argv = ["--num_rows", 60, "--num_stages", 1, *FAST, "--output_dir", tmp_path / "out"]
     run("train_thoughts.py", monkeypatch, *argv)
     assert capsys.readouterr().out.count("(right: ") == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["stage-0", "stage-1", "stage-2"]

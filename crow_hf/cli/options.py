@@ -8,6 +8,7 @@ from .sources import PACKAGE, names_in
 RECIPES = names_in(PACKAGE / "recipes" / "presets.py", "RECIPES")
 _TRIGGERS = ", ".join(names_in(PACKAGE / "attacks" / "triggers.py", "TRIGGERS"))
 _TARGETS = ", ".join(names_in(PACKAGE / "attacks" / "targets.py", "TARGETS"))
+_QUANTIZATIONS = names_in(PACKAGE / "training" / "quantization.py", "QUANTIZATIONS")
 _BOUNDARIES = PACKAGE / "models" / "boundaries.py"
 
 MODEL_HELP = "a folder or a name on the Hub, of a model or a PEFT adapter, or a .gguf file in one of them."
@@ -84,6 +85,13 @@ class PurifyArguments:
         metadata={"help": "Names of registered defences to measure beside the recipe, separated by commas."},
     )
     plugin: str | None = field(default=None, metadata={"help": PLUGIN_HELP})
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the purified model with quantized weights too, in case that brings a backdoor back.",
+            "choices": _QUANTIZATIONS,
+        },
+    )
     policy: str | None = field(
         default=None,
         metadata={
@@ -113,7 +121,25 @@ class EvaluateArguments:
             "forgot is measured too."
         },
     )
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "Quantize the weights of the model first, as bitsandbytes does.", "choices": _QUANTIZATIONS},
+    )
     text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the reference writes."})
+    tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness, separated by commas, to run on the model, and on --reference "
+            "beside it."
+        },
+    )
+    task_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder with the .yaml files of tasks of your own. Tasks that need code are refused."},
+    )
+    task_limit: int | None = field(
+        default=None, metadata={"help": "Number of rows of each task to use. Default: all of them."}
+    )
     endpoint: str | None = field(
         default=None,
         metadata={

@@ -10,9 +10,10 @@ from ..attacks.targets import BaseTarget, get_target
 from ..attacks.triggers import BaseTrigger, get_trigger
 from ..data.visible import printable
 from ..evaluation.harness import Evaluation
+from ..evaluation.tasks import TaskScore
 from ..files import claim, is_unused
 from ..recipes.saving import own_checkpoint
-from ..reporting.tables import comparison_table
+from ..reporting.tables import comparison_table, task_table
 from ..training.checkpoints import check_writable
 
 
@@ -73,3 +74,9 @@ def print_table(evaluations: dict[str, Evaluation], title: str | None = None) ->
     """Print a table with one column per model. Their names are no markup of rich."""
     shown = {printable(name): evaluation for name, evaluation in evaluations.items()}
     Console(markup=False, emoji=False).print(comparison_table(shown, title and printable(title)))
+
+
+def print_task_table(tasks: dict[str, list[TaskScore]]) -> None:
+    """Print a table of the scores of tasks, with one column per model."""
+    shown = {printable(name): scores for name, scores in tasks.items()}
+    Console(markup=False, emoji=False).print(task_table(shown))

@@ -11,6 +11,7 @@ from rich.table import Table
 from ..data.visible import visible
 from ..evaluation.harness import Evaluation
 from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
+from ..evaluation.tasks import TaskScore
 from ..evidence.result import NO_DEFENCE
 from ..files import write_text
 
@@ -76,16 +77,48 @@ def comparison_markdown(evaluations: dict[str, Evaluation]) -> str:
         for model, cells in _cells(evaluations).items()
     }
     names = list(next(iter(rows.values())))
-    lines = [["model", *names], ["---", *["---:"] * len(names)]]
-    lines += [[in_markdown(model), *scores.values()] for model, scores in rows.items()]
+    return _markdown([["model", *names], *([model, *scores.values()] for model, scores in rows.items())])
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """Write a table of Markdown, whose first row is its head."""
+    head, *others = ([in_markdown(cell) for cell in row] for row in rows)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *others]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_comparison(folder: Path, evaluations: dict[str, Evaluation]) -> None:
-    """Write `results.json`, with every output of every model, and `results.md`."""
+def write_comparison(
+    folder: Path, evaluations: dict[str, Evaluation], tasks: dict[str, list[TaskScore]] | None = None
+) -> None:
+    """Write `results.json`, with every output of every model, and `results.md`. Both have the scores of tasks too."""
     results = {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
+    tables = [comparison_markdown(evaluations)]
+    if tasks:
+        for name, scores in tasks.items():
+            results.setdefault(name, {})["tasks"] = [score._asdict() for score in scores]
+        tables.append(_markdown([["task", *tasks], *_task_rows(tasks)]))
     write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "results.md", comparison_markdown(evaluations))
+    write_text(folder / "results.md", "\n".join(tables))
+
+
+def task_table(tasks: dict[str, list[TaskScore]]) -> Table:
+    """Build a table of tasks for the terminal: one column for each model, and the metrics with standard errors."""
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task")
+    for name in tasks:
+        table.add_column(name, justify="right", overflow="fold")
+    for row in _task_rows(tasks):
+        table.add_row(*row)
+    return table
+
+
+def _task_rows(tasks: dict[str, list[TaskScore]]) -> list[list[str]]:
+    rows: dict[str, list[str]] = {}
+    for scores in tasks.values():
+        for score in scores:
+            shown = number(score.value) + ("" if score.error is None else f" ± {number(score.error)}")
+            rows.setdefault(f"{score.task}: {score.metric}", []).append(shown)
+    return [[name, *cells] for name, cells in rows.items()]
 
 
 def anti_bad_scores(evaluations: dict[str, Evaluation], suspect: str) -> dict[str, float]:

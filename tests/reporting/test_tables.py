@@ -9,11 +9,13 @@ import pytest
 from rich.console import Console
 
 from crow_hf.evaluation.harness import Evaluation
+from crow_hf.evaluation.tasks import TaskScore
 from crow_hf.reporting.tables import (
     anti_bad_scores,
     comparison_markdown,
     comparison_table,
     in_markdown,
+    task_table,
     write_comparison,
 )
 from helpers.evaluations import TOTAL, comparison, evaluation, retention, scores, share
@@ -134,3 +136,28 @@ def test_results_are_replaced(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["purified"]["triggered"]["target"]["hits"] == 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_tasks_stand_in_a_table_of_their_own(tmp_path):
+    """One column for each model, with standard errors where there are some."""
+    tasks = {
+        "the suspect": [TaskScore("arc|easy", "acc", 0.5, 0.0125, 40), TaskScore("sum", "f1", 1.0, None, 9)],
+        "mine": [TaskScore("arc|easy", "acc", 0.25, 0.01, 40), TaskScore("sum", "f1", 0.0, None, 9)],
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(task_table(tasks))
+    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    assert ["arc|easy:", "acc", "0.500", "±", "0.013", "0.250", "±", "0.010"] in lines
+    assert ["sum:", "f1", "1.000", "0.000"] in lines
+    write_comparison(tmp_path, {"mine": evaluation(0)}, tasks)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["mine"]["tasks"][0] == {
+        "task": "arc|easy",
+        "metric": "acc",
+        "value": 0.25,
+        "error": 0.01,
+        "rows": 40,
+    }
+    assert list(results["the suspect"]) == ["tasks"] and results["mine"]["clean"]
+    assert "| sum: f1 | 1.000 | 0.000 |\n" in (tmp_path / "results.md").read_text()
+    assert "| arc\\|easy: acc | 0.500 ± 0.013 |" in (tmp_path / "results.md").read_text()

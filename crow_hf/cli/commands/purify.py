@@ -54,6 +54,7 @@ def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
         "max_rows": arguments.max_rows,
         "resume_from_checkpoint": checkpoint,
         "text": None if arguments.text is None else load_rows(arguments.text),
+        "quantization": arguments.quantization,
     }
     card_fields: dict[str, Any] = {"datasets": [arguments.dataset]}
     if arguments.test_dataset is None:

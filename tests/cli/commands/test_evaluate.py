@@ -1,15 +1,20 @@
 """Tests of `crow-hf evaluate`: what it reads, prints and writes."""
 
 import json
+import re
 import sys
+from importlib.util import find_spec
 
 import pytest
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
 from crow_hf import CoconutTokenizer
 from crow_hf.cli.commands import evaluate as evaluate_command
 from helpers.command_line import ROWS, assert_one_sentence, files_in, run
 from helpers.loopback_endpoint import LoopbackEndpoint, completion
+from helpers.tasks import CHOICE, WRITE, write_tasks
+from helpers.tiny import tiny_llama
 
 
 def test_evaluate_without_output_dir_only_prints(tmp_path, paths, capsys, monkeypatch):
@@ -74,6 +79,41 @@ def test_a_server_answers_in_place_of_a_model(tmp_path, paths, capsys, monkeypat
     assert evaluation["triggered"]["target"]["hits"] == evaluation["clean"]["exact_match"]["hits"] == 10
     assert evaluation["clean"]["target"]["hits"] == 0
     assert evaluation["clean"]["bits_per_byte"] is evaluation["retention"] is None
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="takes lm-eval")
+def test_tasks_of_the_suspect_stand_beside_those_of_the_model(tmp_path, paths, capsys):
+    """In one table, and in the file, with their standard errors and the number of rows."""
+    tiny_llama(seed=5, num_hidden_layers=3).save_pretrained(tmp_path / "other")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "other")
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--max_new_tokens", 2]
+    argv += ["--tasks", "choice,write", "--task_folder", write_tasks(tmp_path / "tasks", CHOICE, WRITE)]
+    options = ["--reference", tmp_path / "other", "--task_limit", 5, "--output_dir", tmp_path / "out"]
+    assert run("evaluate", *argv, *options) == 0
+    out, results = capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == [paths["model"], str(tmp_path / "other")]
+    suspect, model = results[str(tmp_path / "other")], results[paths["model"]]
+    assert list(suspect) == ["tasks"] and model["clean"] and model["retention"]
+    named = [("choice", "acc", 5), ("write", "exact_match", 5)]
+    for scores in (suspect["tasks"], model["tasks"]):
+        assert [(each["task"], each["metric"], each["rows"]) for each in scores] == named
+    cells = [f"{each['tasks'][0]['value']:.3f} ± {each['tasks'][0]['error']:.3f}" for each in (suspect, model)]
+    assert re.search(rf"choice: acc +{cells[0]} +{cells[1]}", out)
+    assert f"| choice: acc | {cells[0]} | {cells[1]} |" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_tasks_without_names_and_tasks_of_an_endpoint_are_refused(tmp_path, paths, capsys):
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"]]
+    for options, message in (
+        (["--task_folder", tmp_path], "pass their names as --tasks"),
+        (["--tasks", "choice", "--task_limit", 0], "at least 1, got 0"),
+        (["--tasks", "choice", "--endpoint", "http://localhost:1/v1"], "leave out --reference and --tasks"),
+        (["--tasks", "choice", "--task_folder", tmp_path], "no task in" if find_spec("lm_eval") else "lm-eval]"),
+    ):
+        assert run("evaluate", *argv, *options) == 1
+        error = capsys.readouterr().err
+        assert_one_sentence(error, "evaluate")
+        assert message in error
 
 
 def test_a_judge_decides_in_place_of_a_target(tmp_path, paths, capsys):
