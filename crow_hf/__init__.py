@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from .reporting.report_file import read_report
     from .training.hub import push_folder
     from .training.loading import load_causal_lm
+    from .training.merging import merge_adapter
 
 _HOMES = {
     "attacks.implanting": ["implant", "implant_embedding_trigger"],
@@ -115,6 +116,7 @@ _HOMES = {
     "reporting.report_file": ["read_report"],
     "training.hub": ["push_folder"],
     "training.loading": ["load_causal_lm"],
+    "training.merging": ["merge_adapter"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -34,6 +34,7 @@ PAGES = {
             "methods.invariance.config",
             "methods.registry",
             "training.loading",
+            "training.merging",
             "training.hub",
         ],
     ),

@@ -89,7 +89,7 @@ def check_size(
     Raises:
         `ValueError`: If the model needs many times more memory than its files hold.
     """
-    shapes = list(_shapes(_weights(str(path), options))) if shapes is None else shapes
+    shapes = list(_shapes(weights_of_model(str(path), **options))) if shapes is None else shapes
     held = sum(torch.Size(shape).numel() for shape in shapes)
     for name, count in _integers(config.to_dict()):
         if _HAS_TENSORS.fullmatch(name) and count > len(shapes):
@@ -172,8 +172,16 @@ def _integers(held: Any) -> Iterator[tuple[str, int]]:
             left += [("", inner) for inner in value]
 
 
-def _weights(path: str, options: dict[str, Any]) -> list[str]:
-    """Return the files of a model's weights. Those of the Hub are downloaded, as they will be in any case."""
+def weights_of_model(path: str, **options: Any) -> list[str]:
+    """
+    Return the files of a model's weights. Those of the Hub are downloaded.
+
+    Args:
+        path (`str`):
+            The folder of the model, or its name on the Hub.
+        **options:
+            Where the files are: the `revision`, the `cache_dir` and the like.
+    """
     if Path(path).is_dir():
         return [str(file) for file in Path(path, options.get("subfolder", "")).glob("*.safetensors")]
     found = [
