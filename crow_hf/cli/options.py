@@ -174,6 +174,14 @@ class ImplantArguments:
 
 
 @dataclass
+class MergeArguments:
+    """Merge an adapter into the weights of its base model as they are stored, in the memory of one file."""
+
+    model: str = field(metadata={"help": "The adapter: a folder or a name on the Hub. It names its base model."})
+    output_dir: str = field(metadata={"help": "Folder for the whole model. It must be new or empty."})
+
+
+@dataclass
 class PatchArguments:
     """Cut text or bytes into patches: show one text with its entropies, or write a dataset of patches."""
 
@@ -339,6 +347,7 @@ COMMANDS: dict[str, type] = {
     "purify": PurifyArguments,
     "evaluate": EvaluateArguments,
     "implant": ImplantArguments,
+    "merge": MergeArguments,
     "patch": PatchArguments,
     "doctor": DoctorArguments,
     "chat": ChatArguments,
