@@ -22,7 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from . import template_rules as rules
+from .bounds import bounded
 from .template_growth import find_growth
+from .template_tree import arguments_of, called_by, constants_of, every, key_of, names_in
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,17 @@ def read_template(template: str) -> list[TemplateFinding]:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     try:
-        reader = _Reader(environment.parse(template), environment)
-        findings = reader.read()
-        growth = find_growth(environment.parse(template))
-        findings += [TemplateFinding(node.lineno, found) for node, found in growth]
+        with bounded():
+            findings = _Reader(environment.parse(template), environment).read()
+            growth = find_growth(environment.parse(template))
+            findings += [TemplateFinding(node.lineno, found) for node, found in growth]
     except jinja2.TemplateSyntaxError as error:
         return [TemplateFinding(error.lineno, f"The template cannot be read: {error.message}.")]
     # Such as parentheses of great depth, and numbers of many digits.
     except (RecursionError, ValueError, OverflowError, MemoryError) as error:
         return [TemplateFinding(1, f"The template cannot be read: {type(error).__name__}.")]
+    except TimeoutError as error:
+        return [TemplateFinding(1, f"The template cannot be read: {error}.")]
     return sorted(dict.fromkeys(findings), key=lambda finding: (finding.is_note, finding.line))
 
 
@@ -119,6 +123,8 @@ class _Reader:
     def __init__(self, root: nodes.Template, environment: jinja2.Environment) -> None:
         self.root, self.environment = root, environment
         self.macros = {macro.name: macro for macro in root.find_all(nodes.Macro)}
+        # Names that stand for one of the messages, until they get another value.
+        self.whole: set[str] = set()
         # The kinds of names, of values in namespaces, and of what macros return. A macro stands before its own names.
         self.kinds = {"messages": _Kind.MESSAGES, "varargs": _Kind.TEXTS, "kwargs": _Kind.TEXTS}
         self.macro = ""
@@ -143,7 +149,7 @@ class _Reader:
 
     def _judge(self, node: nodes.Node, verb: str, kind: _Kind, others: Iterable[nodes.Node]) -> None:
         """Report what is done with a text, unless it only asks for nothing or for a mark."""
-        values = [each for other in others for each in (_constants(other) or [other])]
+        values = [each for other in others for each in (constants_of(other) or [other])]
         words = [value for value in values if not isinstance(value, nodes.Node)]
         if len(words) == len(values) and words and not any(words):
             return
@@ -177,7 +183,7 @@ class _Reader:
                 self._assign(name, self._kind(default))
             self._keep(f"{node.name}()", self._explain(rules.EXPLAINING.search(node.name) is not None, node.body))
             self.macro = outer
-            if any(getattr(_called(call), "name", "") == node.name for call in node.find_all(nodes.Call)):
+            if any(getattr(called_by(call), "name", "") == node.name for call in node.find_all(nodes.Call)):
                 self._find(node, f"The macro {node.name} calls itself.", is_note=True)
             return _Kind.OTHER
         if isinstance(node, nodes.Assign):
@@ -208,8 +214,8 @@ class _Reader:
 
     def _branches(self, node: nodes.If) -> _Kind:
         self._kind(node.test)
-        values = [each.value for each in _all(node.test, nodes.Const)]
-        explains = (0 in values and "system" in values) or any(map(rules.EXPLAINING.search, _names(node.test)))
+        values = [each.value for each in every(node.test, nodes.Const)]
+        explains = (0 in values and "system" in values) or any(map(rules.EXPLAINING.search, names_in(node.test)))
         branches: list[list[Any]] = [node.body, node.elif_, node.else_]
         return max(self._explain(explains, branch) for branch in branches)
 
@@ -226,6 +232,8 @@ class _Reader:
         kind = self._kind(node.iter)
         items = {_Kind.MESSAGES: _Kind.MESSAGE, _Kind.SAID: _Kind.MESSAGE, _Kind.WORDS: _Kind.SAID}
         self._assign(node.target, items.get(kind, kind))
+        if kind == _Kind.MESSAGES and isinstance(node.target, nodes.Name):
+            self.whole.add(self.macro + node.target.name)
         if node.test is not None:
             self._kind(node.test)
         if node.recursive:
@@ -239,11 +247,11 @@ class _Reader:
 
     def _length(self, iterable: nodes.Node) -> int:
         """The number of turns of a loop. One over messages counts as one."""
-        if getattr(_called(iterable), "name", "") != "range":
+        if getattr(called_by(iterable), "name", "") != "range":
             return 1
-        numbers = [each.value for each in _all(iterable, nodes.Const) if isinstance(each.value, int)]
-        is_counted = any(each.name in ("length", "count") for each in _all(iterable, nodes.Filter))
-        if not is_counted and set(_names(iterable)) - {"range", "loop", "loop.index0", "loop.index"}:
+        numbers = [each.value for each in every(iterable, nodes.Const) if isinstance(each.value, int)]
+        is_counted = any(each.name in ("length", "count") for each in every(iterable, nodes.Filter))
+        if not is_counted and set(names_in(iterable)) - {"range", "loop", "loop.index0", "loop.index"}:
             self._find(iterable, "A loop has a computed number of turns, which may be large.")
         return max([1, *map(abs, numbers)])
 
@@ -255,6 +263,7 @@ class _Reader:
         self._keep(f".{target.attr}" if isinstance(target, nodes.NSRef) else self.macro + target.name, kind)
 
     def _keep(self, name: str, kind: _Kind) -> None:
+        self.whole.discard(name)
         self.kinds[name] = max(kind, self.kinds.get(name, _Kind.OTHER))
 
     # Texts of the template's own
@@ -266,9 +275,9 @@ class _Reader:
             self.text += node.data if isinstance(node, nodes.TemplateData) else node.value
         elif isinstance(node, (nodes.Getattr, nodes.Getitem)):
             self._collect_text(node.node)
-            if _key(node) == "role":
+            if key_of(node) == "role":
                 self.in_system = False
-        elif isinstance(node, (nodes.Name, nodes.Compare, nodes.Test)) or isinstance(_called(node), nodes.Name):
+        elif isinstance(node, (nodes.Name, nodes.Compare, nodes.Test)) or isinstance(called_by(node), nodes.Name):
             self._end_text()
         else:
             for child in node.iter_child_nodes():
@@ -305,7 +314,7 @@ class _Reader:
             self._compare(node, [node.expr, *(operand.expr for operand in node.ops)], is_member)
             return _Kind.OTHER
         if isinstance(node, nodes.Test):
-            kind, arguments = self._kind(node.node), _arguments(node)
+            kind, arguments = self._kind(node.node), arguments_of(node)
             if node.name not in self.environment.tests:
                 self._find(node, f"It uses the test {node.name!r}, which transformers does not know.")
             if arguments:
@@ -346,7 +355,7 @@ class _Reader:
 
     def _part(self, node: nodes.Getattr | nodes.Getitem) -> _Kind:
         """The kind of `node.attr` or `node[arg]`."""
-        key, whole = _key(node), self._kind(node.node)
+        key, whole = key_of(node), self._kind(node.node)
         if isinstance(key, str) and key.startswith("_"):
             self._find(node, f"It reaches for {key!r}, the inside of an object of Python.")
         if isinstance(node.node, nodes.Name):
@@ -370,7 +379,7 @@ class _Reader:
     def _filter(self, node: nodes.Filter, kind: _Kind) -> _Kind:
         """The kind of a filter of a value of this kind."""
         name, arguments = node.name, list(node.args)
-        given = max(map(self._kind, _arguments(node)), default=_Kind.OTHER)
+        given = max(map(self._kind, arguments_of(node)), default=_Kind.OTHER)
         both = max(kind, given)
         attribute = [each.value for each in node.kwargs if each.key == "attribute"]
         if name not in self.environment.filters:
@@ -413,7 +422,7 @@ class _Reader:
         return max(_Kind.SAID if kind == _Kind.WORDS and name in ("first", "last") else kind, given)
 
     def _call(self, node: nodes.Call) -> _Kind:
-        arguments = _arguments(node)
+        arguments = arguments_of(node)
         given, called = max(map(self._kind, arguments), default=_Kind.OTHER), node.node
         unpacked = arguments[len(node.args) + len(node.kwargs) :]
         if isinstance(called, nodes.Name):
@@ -432,19 +441,23 @@ class _Reader:
                 for each in node.kwargs:
                     self._keep(f".{each.key}", self._kind(each.value))
                 given = max(map(self._kind, [*node.args, *unpacked]), default=_Kind.OTHER)
-            if called.name in ("dict", "namespace"):
+            copied = node.args[0] if node.args else None
+            is_copy = isinstance(copied, nodes.Name) and self.macro + copied.name in self.whole
+            if called.name in ("dict", "namespace") and not is_copy:
                 # A list of pairs may have messages as keys.
                 self._pair(node, "", max(map(self._kind, node.args), default=_Kind.OTHER), _Kind.OTHER)
             if called.name == "dict":
                 for each in node.kwargs:
                     self._pair(node, each.key, _Kind.OTHER, self._kind(each.value))
+                if is_copy:
+                    return _Kind.MESSAGE
             kept = _Kind.TEXTS if given >= _Kind.MESSAGES else given
             returned = {"strftime_now": _Kind.DATE, "caller": _Kind.TEXTS, "raise_exception": _Kind.OTHER}
             return returned.get(called.name, kept)
         if not isinstance(called, (nodes.Getattr, nodes.Getitem)):
             self._find(node, "It calls something computed.")
             return max(given, self._kind(called))
-        name, owner = _key(called), self._kind(called.node)
+        name, owner = key_of(called), self._kind(called.node)
         if name not in rules.METHODS or name.startswith("_"):
             self._find(node, f"It calls {name!r}, which is no method of texts, lists or dictionaries.")
         if name == "get" and node.args:
@@ -465,34 +478,3 @@ class _Reader:
 def _written(kind: _Kind) -> _Kind:
     """The kind of a text that values were written into."""
     return _Kind.SAID if kind in (_Kind.MESSAGES, _Kind.MESSAGE) else kind
-
-
-def _all(node: nodes.Node, types: Any) -> list[Any]:
-    """The nodes of some types, with the node itself."""
-    return [*([node] if isinstance(node, types) else []), *node.find_all(types)]
-
-
-def _arguments(node: Any) -> list[nodes.Expr]:
-    """All arguments of a call, a filter or a test. Those that are unpacked come last."""
-    unpacked = [each for each in (node.dyn_args, node.dyn_kwargs) if each is not None]
-    return [*node.args, *(each.value for each in node.kwargs), *unpacked]
-
-
-def _constants(node: nodes.Node) -> list[Any]:
-    """The values of all constants of an expression. None if it has names."""
-    return [] if _all(node, nodes.Name) else [each.value for each in _all(node, nodes.Const)]
-
-
-def _names(node: nodes.Node) -> list[str]:
-    names = [each.name for each in _all(node, nodes.Name)]
-    owned = [each for each in _all(node, nodes.Getattr) if isinstance(each.node, nodes.Name)]
-    return names + [f"{each.node.name}.{each.attr}" for each in owned]
-
-
-def _called(node: nodes.Node) -> nodes.Node | None:
-    return node.node if isinstance(node, nodes.Call) else None
-
-
-def _key(node: nodes.Getattr | nodes.Getitem) -> Any:
-    """The key of `node.attr` or `node[arg]` if it is constant."""
-    return node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import nodes
 
 from . import template_rules as rules
+from .template_tree import key_of
 
 
 def find_growth(root: nodes.Template) -> Iterator[tuple[nodes.Node, str]]:
@@ -29,6 +30,7 @@ def find_growth(root: nodes.Template) -> Iterator[tuple[nodes.Node, str]]:
         yield power, "It computes a power, which can make it take long or fill the memory."
     _divide_names(root)
     assignments, sizes = list(_assignments(root)), dict[str, int]()
+    _join_namespaces(root, assignments)
     for target, value in assignments:
         if _summands(value).count(_name(target)) > 1:
             yield target, f"{_name(target)} is put together with itself, so that it can grow without bound."
@@ -59,6 +61,34 @@ def _divide_names(root: nodes.Template) -> None:
                     each.name = f"{each.name} {number}"
 
 
+def _join_namespaces(root: nodes.Template, assignments: list[tuple[Any, nodes.Node]]) -> None:
+    """Give one name to all variables that may hold the same namespace."""
+    # What has attributes that are set is one.
+    joined = {each.name: each.name for each in root.find_all(nodes.NSRef)}
+    for _ in range(rules.MAX_ROUNDS):
+        before = dict(joined)
+        for target, value in assignments:
+            targets = target.items if isinstance(target, (nodes.Tuple, nodes.List)) else [target]
+            names = [*map(_name, targets), *_held(value)]
+            if same := {joined[name] for name in names if name in joined}:
+                joined |= dict.fromkeys(names, min(same))
+                joined |= {name: min(same) for name, each in joined.items() if each in same}
+        if joined == before:
+            break
+    for each in root.find_all((nodes.Name, nodes.NSRef)):
+        if isinstance(each, (nodes.Name, nodes.NSRef)):
+            each.name = joined.get(each.name, each.name)
+
+
+def _held(node: nodes.Node) -> list[str]:
+    """The names of what a value is or holds. A loop, a macro or an index takes it out of a list."""
+    if isinstance(node, (nodes.List, nodes.Tuple, nodes.CondExpr, nodes.And, nodes.Or)):
+        return [name for child in node.iter_child_nodes(exclude=["test"]) for name in _held(child)]
+    if isinstance(node, nodes.Getitem) and not isinstance(key_of(node), str):
+        return _held(node.node)
+    return [node.name] if isinstance(node, nodes.Name) else []
+
+
 def _assignments(root: nodes.Template) -> Iterator[tuple[Any, nodes.Node]]:
     """Yield what gets a value, and the value, in the order of the template."""
     macros = {macro.name: macro for macro in root.find_all(nodes.Macro)}
@@ -80,8 +110,7 @@ def _name(node: nodes.Node) -> str:
     if isinstance(node, nodes.NSRef):
         return f"{node.name}.{node.attr}"
     if isinstance(node, (nodes.Getattr, nodes.Getitem)):
-        key = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
-        return f"{_name(node.node)}.{key}"
+        return f"{_name(node.node)}.{key_of(node)}"
     return node.name if isinstance(node, nodes.Name) else ""
 
 

@@ -140,7 +140,18 @@ DOUBLING = [
     "{% for t in [[n.a, n.a]] %}{% set n.a = t %}{% endfor %}",
     "{% with t = [n.a, n.a] %}{% set n.a = t %}{% endwith %}",
     "{% macro f(t) %}{% set n.a = t %}{% endmacro %}{{ f([n.a, n.a]) }}",
+    "{% set o = n %}{% set n.a = [o.a, o.a] %}",
+    "{% for o in [n] %}{% set p = o if m else n %}{% set p.a = [n.a, n.a] %}{% endfor %}",
+    "{% macro f(o) %}{% set o.a = [n.a, n.a] %}{% endmacro %}{{ f(n) }}",
+    "{% set l = [n] %}{% set o = l[0] %}{% set n.a = [o.a, o.a] %}",
 ]
+
+
+def test_namespaces_with_equal_keys_are_two():
+    program = (
+        "{% set o = namespace(a='') %}{% set p = n.b %}{% set q = n.c %}{% set o.a = n.a ~ o.a %}{% set p = p ~ q %}"
+    )
+    assert not list(find_growth(jinja2.Environment().parse(LOOP.format(program))))
 
 
 @pytest.mark.parametrize("item", ["m", "[m, m]", "{'role': m.role, 'content': m.content}", "n.text ~ m.content"])
@@ -261,6 +272,13 @@ HONEST = {
         {{ messages | map(attribute='role') | unique | join(', ') }}""",
         0,
     ),
+    "a copy of a message": (
+        r"""{% for m in messages %}
+            {% set c = dict(m) %}{% set d = dict(m, content=m.content | trim) %}
+            {% if d.role == 'user' %}{{ c.role ~ ': ' ~ d.content }}{% endif %}
+        {% endfor %}""",
+        0,
+    ),
     "a macro of parts": (
         r"""{% macro write(content, count) %}
             {% if content is string %}{{ content }}
@@ -275,6 +293,24 @@ HONEST = {
         1,
     ),
 }
+
+
+def test_copies_of_messages_hide_nothing():
+    """Fails if a copy is taken for something that says nothing, or another list of pairs for a copy."""
+    for program in (
+        "{% if dict(m).content == 'x' %}{% endif %}",
+        "{% set c = dict(m, content=m.content) %}{% if 'xy' in c.content %}{% endif %}",
+        "{% set m = [[m.content, 1]] %}{% if dict(m).x %}{% endif %}",
+        "{% for c in m.content %}{% if dict([[c, 1]]).x %}{% endif %}{% endfor %}",
+        "{% for c in m.content %}{% set m = [[c, 1]] %}{% if dict(m).x %}{% endif %}{% endfor %}",
+    ):
+        assert warnings_of(LOOP.format(program)), program
+
+
+def test_a_template_that_takes_long_to_read_is_not_read(monkeypatch):
+    monkeypatch.setattr("crow_hf.data.bounds.MAX_SECONDS", 0.02)
+    (finding,) = read_template("{{ messages[0].content | trim }}" * 2000)
+    assert finding.found == "The template cannot be read: it takes over 0 seconds."
 
 
 @pytest.mark.parametrize("shape", HONEST)

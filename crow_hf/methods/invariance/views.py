@@ -137,6 +137,8 @@ class ViewRow:
         prompts = [view.prompt for view in encoded]
         if not prompts[0]:
             raise ValueError(f"Row {index}: the prompt is empty. Fill or drop the row.")
+        # A tokenizer may drop every word of a prompt with a decoy. The views must have equally many answer tokens.
+        prompts = [prompt or prompts[0] for prompt in prompts]
         longest = max(len(prompt) for prompt in prompts)
         # An answer of white space is none.
         completion = encoded[0].completion if rendered[0].answer.strip() else []

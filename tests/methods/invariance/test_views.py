@@ -190,6 +190,18 @@ def test_views_differ_by_decoys_in_the_request_alone(case):
             assert text.startswith(around[0]) and text.endswith(around[1])
 
 
+def test_a_tokenizer_may_drop_what_holds_a_decoy(monkeypatch):
+    """Fails if a view has no prompt. Its first answer token has no label, and the training ends in the middle."""
+    encode = views_module.encode
+    monkeypatch.setattr(
+        views_module,
+        "encode",
+        lambda view, tokenizer: encode(view._replace(prompt="ask" if view.prompt == "ask" else ""), tokenizer),
+    )
+    views = ViewRow(TOKENIZER, WORDS, 500)({"prompt": "ask", "completion": "yes"}, 0)
+    assert len(views["prompts"]) == 3 and all(prompt == views["prompts"][0] != [] for prompt in views["prompts"])
+
+
 def test_decoys_depend_on_seed_and_index_alone(case):
     """Fails if there is shared random state, or if decoys repeat for another row, seed or view."""
     row, tokenizer = case
