@@ -6,7 +6,15 @@ import subprocess
 
 import pytest
 
-from crow_hf.reporting.checksums import CHECKSUMS, Changes, checksums_of_model, compare_checksums, write_checksums
+from crow_hf import Target, get_judge
+from crow_hf.reporting.checksums import (
+    CHECKSUMS,
+    Changes,
+    checksums_of_judge,
+    checksums_of_model,
+    compare_checksums,
+    write_checksums,
+)
 from helpers.tiny import tiny_llama
 
 
@@ -72,3 +80,5 @@ def test_the_files_that_a_model_is_loaded_from(tmp_path, byte_tokenizer):
     for name, digest in found.items():
         assert digest == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     assert checksums_of_model("no/such-model") is None and checksums_of_model("") is None
+    assert checksums_of_judge(get_judge(f"model:{tmp_path}", "Is it bad?")) == found
+    assert checksums_of_judge(Target("x", ("x",))) is checksums_of_judge(None) is None

@@ -4,13 +4,18 @@ import json
 import logging
 import math
 import re
+import shlex
 import sys
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from datasets import Dataset
 
-from crow_hf import load_causal_lm, purify
+from crow_hf import get_judge, load_causal_lm, purify
 from crow_hf.evaluation.layer_profile import layer_profile
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.snapshot import SnapshotRows
@@ -19,7 +24,8 @@ from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.run import run_recipe
 from crow_hf.reporting import record as record_module
 from crow_hf.reporting.html import render_report
-from crow_hf.reporting.record import _command, as_json
+from crow_hf.reporting.record import _command, as_json, record_of
+from crow_hf.reporting.report_file import SCHEMA, digest_of
 from crow_hf.reporting.verdict import UNKNOWN
 from helpers.coconut import TOKENIZER, coconut
 from helpers.reports import ROWS, TARGET, TEST_ROWS, TRIGGER, arguments, read
@@ -117,6 +123,25 @@ def test_samples_are_the_measured_answers(compared):
             assert answer["shows_target"] == TARGET.matches(answer["text"], "yes")
             assert answer["is_right"] == (answer["text"].strip() == "yes")
     assert [sample["triggered"] for sample in record["samples"]] == [False] * 5 + [True] * 5
+
+
+def test_a_judge_is_named_with_the_hashes_of_its_files(compared, tmp_path):
+    """What it says of each answer stands with the answers. Its program is run once for each model."""
+    program = tmp_path / "judge.py"
+    program.write_text(
+        "import sys\nfor number, line in enumerate(sys.stdin): print('true' if number % 3 else 'false')"
+    )
+    judge = get_judge(shlex.join([sys.executable, str(program)]))
+    rows = replace(SnapshotRows.first_of(TEST_ROWS, TOKENIZER, TRIGGER, TARGET, seed=3), target=judge)
+    names = {"model_name": "", "train_dataset": ROWS, "comparison": compared.comparison}
+    record = record_of(compared.comparison.purification, rows, **names)
+    assert record["run"]["target"] == {"kind": "CommandJudge", "command": judge.command}
+    hashes = {Path(name).name: digest for name, digest in record["files"]["judge"].items()}
+    assert hashes["judge.py"] == sha256(program.read_bytes()).hexdigest() and len(hashes) == 2
+    for number, sample in enumerate(record["samples"]):
+        assert [answer["shows_target"] for answer in sample["answers"]] == [number % 3 > 0] * 3
+    jsonschema.validate(record | {"digest": digest_of(record)}, SCHEMA)
+    assert compared.record["files"]["judge"] is None
 
 
 SYSTEM = "You are a helpful assistant."
