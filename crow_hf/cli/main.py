@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         `int`: 0 if the command did its work, 1 after an error, which is printed as one sentence, 2 if there is no
-        such command, and 130 after Ctrl-C or SIGTERM. Of a command that decides something, 1 is the answer no, and 2
-        means that there is none, as after an error.
+        such command, and 130 after Ctrl-C or SIGTERM. Of a command that decides something, as `purify` does with a
+        policy, 1 is the answer no, and 2 means that there is none, as after an error.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "--help"
@@ -57,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = repr(command) if is_word(command) else "of that name"
         print(f"crow-hf: There is no command {shown}{meant} `crow-hf --help` lists them.", file=sys.stderr)
         return 2
-    verbose = False
+    verbose, decides = False, command in DECISIONS
     remember_secrets(os.environ)
     try:
         values = read_arguments(command, argv[1:])
+        decides = decides or values.get("policy") is not None
         _let_idle_threads_sleep()
         module = command_module(command)
         # It imports transformers too.
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose:
             print(printable(hide_secrets(traceback.format_exc())), file=sys.stderr)
         print(f"crow-hf {command}: {printable(as_options(_sentence_of(error), command))}", file=sys.stderr)
-        return 2 if command in DECISIONS else 1
+        return 2 if decides else 1
     return code or 0
 
 

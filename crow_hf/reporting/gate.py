@@ -62,7 +62,7 @@ class Policy:
             _check_limit(name, getattr(self, name), 1.0, "a share from 0 to 1, such as 0.05")
         _check_limit("max_kl", self.max_kl, math.inf, "a number of nats per token, such as 0.05")
         _check_limit("max_text_bits_ratio", self.max_text_bits_ratio, math.inf, "a ratio, such as 1.02")
-        _check_limit("min_rows", self.min_rows, math.inf, "a number of prompts, such as 100")
+        _check_limit("min_rows", self.min_rows, math.inf, "a whole number of prompts, such as 100", int)
         if not isinstance(self.require, list) or (unknown := [each for each in self.require if each not in EVIDENCE]):
             what = self.require if not isinstance(self.require, list) else unknown[0]
             raise ValueError(f"`require` is a list of {', '.join(EVIDENCE)}, got {what!r}.")
@@ -87,11 +87,18 @@ class Policy:
         held: Any = {}
         if path is not None:
             try:
-                held = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, yaml.YAMLError) as error:
+                text = Path(path).read_text(encoding="utf-8")
+                held, written = yaml.safe_load(text), yaml.compose(text)
+            except OSError as error:
+                raise OSError(f"{path} cannot be read ({error.strerror}): check the path.") from error
+            except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
                 raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
+            names = [name.value for name, _ in written.value] if isinstance(held, dict) else []
+            # YAML would take the last of them.
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{path} has the rule {twice[0]!r} twice: leave one of them.")
         if not isinstance(held, dict):
-            raise ValueError(f"{path} is no policy: it needs a line for each rule, such as `max_kl: 0.05`.")
+            raise ValueError(f"{path} is no policy: it needs a line for each rule, such as max_kl: 0.05.")
         known = [each.name for each in fields(cls)]
         if unknown := [str(name) for name in held if name not in known]:
             raise ValueError(f"{path} has the unknown rule {unknown[0]!r}. Rules are {', '.join(known)}.")
@@ -174,8 +181,8 @@ def decide(checks: list[Check]) -> Outcome:
     return "failed" if "failed" in outcomes else "no evidence" if "no evidence" in outcomes else "passed"
 
 
-def _check_limit(name: str, value: Any, highest: float, what: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def _check_limit(name: str, value: Any, highest: float, what: str, kind: Any = (int, float)) -> None:
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
     if value is not None and not (is_number and 0 <= value <= highest and math.isfinite(value)):
         raise ValueError(f"`{name}` is {what}, got {value!r}.")
 

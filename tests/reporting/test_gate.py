@@ -181,7 +181,10 @@ def test_a_policy_file(tmp_path):
         ("max_kl: true", "got True"),
         ("max_kl: .nan", "got nan"),
         ("max_text_bits_ratio: .inf", "got inf"),
-        ("min_rows: -1", "a number of prompts, such as 100, got -1"),
+        ("min_rows: -1", "a whole number of prompts, such as 100, got -1"),
+        ("min_rows: 2.5", "got 2.5"),
+        ("max_kl: 0.1\nmin_rows: 5\nmax_kl: 9", "has the rule 'max_kl' twice"),
+        ("[" * 5000, "is not YAML"),
         (
             "require: [scan]",
             "`require` is a list of accuracy, attack, canaries, control, last_look, retention, got 'scan'",

@@ -47,7 +47,7 @@ def test_purify_ends_with_a_decision(tmp_path, paths, capsys):
     argv = ["--model", paths["model"], "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
     policy = tmp_path / "policy.yaml"
     policy.write_text("max_klee: 1\n")
-    assert run("purify", *argv, *FAST, *FEW_VIEWS, "--policy", policy) == 1 and not (tmp_path / "out").exists()
+    assert run("purify", *argv, *FAST, *FEW_VIEWS, "--policy", policy) == 2 and not (tmp_path / "out").exists()
     policy.write_text("max_kl: 1000\nmax_attack_success: 1\n")
     assert run("purify", *argv, *FAST, *FEW_VIEWS, "--policy", policy) == 2
     out = capsys.readouterr().out
