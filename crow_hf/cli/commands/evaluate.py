@@ -57,7 +57,7 @@ def _evaluate_model(
 ) -> Evaluation:
     """Measure the model, and add the scores of tasks, those of the reference first."""
     tokenizer, rows = load_tokenizer(arguments.model), load_rows(arguments.dataset, arguments.split)
-    tasks = None
+    form, tasks = quantized(arguments.quantization), None
     if arguments.tasks is not None:
         tasks = load_tasks(split_names(arguments.tasks), arguments.task_folder)
     options: dict[str, Any] = {"batch_size": arguments.batch_size}
@@ -75,7 +75,7 @@ def _evaluate_model(
             )
         # The two models need not fit into memory together.
         del suspect
-    model = load_causal_lm(arguments.model, device_map="auto", **quantized(arguments.quantization))
+    model = load_causal_lm(arguments.model, device_map="auto", **form)
     evaluation = evaluate_model(
         model,
         tokenizer,
@@ -100,6 +100,8 @@ def _evaluate_endpoint(
             "What a model forgot, and tasks, take logits, which an endpoint does not give: leave out --reference and "
             "--tasks."
         )
+    if arguments.quantization is not None:
+        raise ValueError("The server decides how its weights are quantized: leave out --quantization.")
     evaluation = evaluate_endpoint(
         Endpoint(arguments.endpoint, arguments.model, arguments.batch_size),
         load_rows(arguments.dataset, arguments.split),

@@ -108,6 +108,7 @@ def test_tasks_without_names_and_tasks_of_an_endpoint_are_refused(tmp_path, path
         (["--task_folder", tmp_path], "pass their names as --tasks"),
         (["--tasks", "choice", "--task_limit", 0], "at least 1, got 0"),
         (["--tasks", "choice", "--endpoint", "http://localhost:1/v1"], "leave out --reference and --tasks"),
+        (["--quantization", "nf4", "--endpoint", "http://localhost:1/v1"], "leave out --quantization"),
         (["--tasks", "choice", "--task_folder", tmp_path], "no task in" if find_spec("lm_eval") else "lm-eval]"),
     ):
         assert run("evaluate", *argv, *options) == 1
