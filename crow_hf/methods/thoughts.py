@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from safetensors.torch import load_model
 from transformers import (
@@ -126,7 +127,8 @@ class _StopWhenLearned(TrainerCallback):
 
 def _share_of_right_rows(prediction: EvalPrediction) -> dict[str, float]:
     """The share of rows in which each label is the likeliest token after the labels before it."""
-    predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    # They could be tuples, of other models.
+    predicted, labels = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
     return {"accuracy": float(((predicted == labels) | (labels == IGNORE_INDEX)).all(axis=1).mean())}
 
 
