@@ -8,6 +8,7 @@ from typing import Any
 
 from ..attacks.judges import CommandJudge, ModelJudge
 from ..attacks.targets import BaseTarget
+from ..data.bounds import check_regular
 from ..files import write_text
 from ..training.gguf import split_gguf
 from ..training.hub import PUSHED
@@ -110,6 +111,7 @@ def compare_checksums(folder: str | Path) -> Changes:
         `ValueError`: If the folder has no readable `SHA256SUMS`.
     """
     folder = Path(folder)
+    check_regular(folder / CHECKSUMS)
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.bounds import check_regular
+
 
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 # It grows when a key goes or changes its meaning.
@@ -36,6 +38,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     file = Path(path) / REPORT_DATA if Path(path).is_dir() else Path(path)
     if not file.exists():
         raise ValueError(f"{file} does not exist: wait until the purification is finished, or pass another path.")
+    check_regular(file)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

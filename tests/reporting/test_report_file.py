@@ -1,10 +1,12 @@
 """Tests of `report.json` as a file, with real reports of tiny runs."""
 
 import json
+import os
 
 import jsonschema
 import pytest
 
+from crow_hf.reporting.checksums import CHECKSUMS, compare_checksums
 from crow_hf.reporting.report_file import FORMAT, REPORT_DATA, SCHEMA, digest_of, read_report
 
 
@@ -52,3 +54,11 @@ def test_what_cannot_be_relied_on_is_refused(change, message, purified, tmp_path
         (tmp_path / REPORT_DATA).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_report(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """Fails if a folder from a stranger can stop the gate for ever."""
+    for name, read in ((REPORT_DATA, read_report), (CHECKSUMS, compare_checksums)):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            read(tmp_path)
