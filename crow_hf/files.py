@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, folders that one run at a time writes to, and links out of a folder."""
+"""Files written whole or not at all, folders that are temporary or one run's at a time, and links out of a folder."""
 
 import atexit
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -75,6 +76,26 @@ def whole_files(folder: str | Path) -> Iterator[Path]:
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
     flush(folder)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """
+    Make a folder that is removed at the end of the `with` block.
+
+    Raises:
+        `OSError`: After any error on a full disk, which might be told as a fault of the model that is written there.
+    """
+    with TemporaryDirectory() as folder:
+        try:
+            yield folder
+        except Exception as error:
+            place = Path(folder).parent
+            if shutil.disk_usage(place).free < 2**20 and "No space left" in str(error):
+                raise OSError(
+                    f"The folder for temporary files, {place}, is full: free some space, or set TMPDIR to another one."
+                ) from error
+            raise
 
 
 @contextmanager

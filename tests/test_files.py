@@ -7,7 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from crow_hf.files import _free, claim, flush, is_unused, leads_outside, own_claims, whole_files, write_text
+from crow_hf.files import (
+    _free,
+    claim,
+    flush,
+    is_unused,
+    leads_outside,
+    own_claims,
+    temporary_folder,
+    whole_files,
+    write_text,
+)
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):
@@ -103,3 +113,18 @@ def test_links_of_a_snapshot_lead_to_its_blobs(tmp_path):
         for place in (folder, folder.parent):
             (place / blobs.parent.name).symlink_to(blobs / "1")
             assert leads_outside(place / blobs.parent.name, place) is is_outside
+
+
+def test_a_full_disk_of_temporary_files_is_named(tmp_path, monkeypatch):
+    """Fails if the model is blamed, whose files were written there."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    full = ValueError("The model could not be saved (No space left on device)")
+    with pytest.raises(ValueError) as told, temporary_folder():
+        raise full
+    assert told.value is full
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=f"temporary files, {tmp_path}, is full: .*TMPDIR"), temporary_folder():
+        raise full
+    with pytest.raises(ValueError, match="other"), temporary_folder():
+        raise ValueError("other")
+    assert not list(tmp_path.iterdir())

@@ -10,7 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -26,7 +25,7 @@ from ..demo import demo_tokenizer
 from ..evaluation.harness import Evaluation, PromptScores, evaluate_model
 from ..evaluation.retention import RetentionReference, retention_reference
 from ..evaluation.scores import Proportion
-from ..files import claim, is_unused, own_claims, write_text
+from ..files import claim, is_unused, own_claims, temporary_folder, write_text
 from ..progress import phase
 from ..reporting.tables import percent
 from ..training.loading import move
@@ -255,7 +254,7 @@ def _run_group(arena: Arena, group: Runs, runs: Runs) -> None:
 
 def _reference_of(suspect: Suspect, seed: int) -> RetentionReference:
     """Record what a suspect says, with which every method is compared."""
-    with TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         model = move(suspect.load(), TrainingArguments(scratch).device)
     options: dict[str, Any] = {"batch_size": BATCH_SIZE, "seed": seed, "max_windows": NUM_TEXTS}
     return retention_reference(model, demo_tokenizer(), suspect.test_rows, **options)
@@ -267,7 +266,7 @@ def _run_method(
     tokenizer, rows = demo_tokenizer(), suspect.test_rows
     if arena.num_test is not None:
         rows = rows.select(range(min(arena.num_test, len(rows))))
-    with TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         purified = arena.methods[method](suspect, seed, Path(scratch))
         device = TrainingArguments(scratch).device
     max_new_tokens = answer_length(suspect.attack)

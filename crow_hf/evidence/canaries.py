@@ -11,7 +11,6 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from ..data.encoding import encode_prompt
 from ..data.rows import Rendered, add_empty_answers, insert_into_prompt, prompt_of, render
 from ..evaluation.generation import generate_answers
 from ..evaluation.scores import Proportion
+from ..files import temporary_folder
 from ..methods.crow.config import rows_in_step, scratch_config
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig, fine_tuning_config
@@ -252,7 +252,7 @@ def implant_canaries(
         for canary in canaries
     ]
     rows = concatenate_datasets([dataset, *poisoned])
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         implant_args = scratch_config(fine_tuning_config(args, implant_steps(args)), folder)
         CrowTrainer(model, implant_args, rows, processing_class=processing_class).train()
 

@@ -1,7 +1,6 @@
 """`compare_defences()`: a purification beside its controls, all measured in the same way."""
 
 from collections.abc import Callable, Sequence
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -16,7 +15,7 @@ from ..evaluation.harness import Evaluation, evaluate_model
 from ..evaluation.retention import RetentionReference
 from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
-from ..files import own_claims
+from ..files import own_claims, temporary_folder
 from ..methods.crow.config import CrowConfig, scratch_config
 from ..methods.registry import get_defence
 from ..progress import LOOKING, phase, restart_clock
@@ -154,7 +153,7 @@ def compare_defences(
     # Run the caller's own defences, which are the most likely to fail
     others = {}
     for each, defence in own_defences.items():
-        with TemporaryDirectory() as folder, phase(f"Measuring {each}"):
+        with temporary_folder() as folder, phase(f"Measuring {each}"):
             model = move(load_model(), args.device)
             model = move(defence(model, rows, processing_class, fine_tuning_args(folder)), args.device)
             others[each] = measure(model, reference)
@@ -162,7 +161,7 @@ def compare_defences(
 
     # Train the control, on the same weights. Without the consistency loss, the published recipes are plain
     # fine-tuning.
-    with TemporaryDirectory() as folder, phase(CONTROL):
+    with temporary_folder() as folder, phase(CONTROL):
         control_args = fine_tuning_args(folder)
         control_recipe = "guide" if recipe == "strong" else recipe
         loaded = load_model()

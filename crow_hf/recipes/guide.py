@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import temporary_folder
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
 from ..models.modeling_coconut import CoconutForCausalLM
@@ -119,7 +119,7 @@ class CROWBackdoorElimination:
             `FloatingPointError`: If a loss or a weight becomes NaN or infinite.
         """
         was_training, device, forward = self.model.training, self.model.device, vars(self.model).get("forward")
-        with TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             args = replace(self.args, output_dir=folder)
             try:
                 trainer = CrowTrainer(self.model, args, dataset, processing_class=self.processing_class)

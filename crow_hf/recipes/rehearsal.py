@@ -1,7 +1,6 @@
 """What is checked before the work: the arguments of a recipe, and a rehearsal of what would fail after hours."""
 
 from copy import deepcopy
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations, is_d
 
 from ..data.rows import fits_a_format
 from ..evidence.canaries import Canary, check_canaries, draw_canaries
+from ..files import temporary_folder
 from ..methods.crow.config import CrowConfig, scratch_config
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
@@ -126,7 +126,7 @@ def rehearse(
     if isinstance(args, InvarianceConfig) and isinstance(dataset, Dataset) and not fits_a_format(dataset.column_names):
         # The suspect will answer. Any answer shows whether the prompts can be trained on.
         dataset = Dataset.from_list([{"prompt": "prompt", "completion": "answer"}])
-    with TemporaryDirectory() as folder, quietly():
+    with temporary_folder() as folder, quietly():
         try:
             hollow = _unquantized(model) if is_quantized(model) else hollow_copy(model)
             options: dict[str, Any] = {"processing_class": processing_class, "peft_config": peft_config}

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -24,7 +23,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from ..files import leads_outside, write_text
+from ..files import leads_outside, temporary_folder, write_text
 from .foreign import without_pointers
 from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of
@@ -96,7 +95,7 @@ def rehearse_save(model: PreTrainedModel | PeftModel, processing_class: PreTrain
     Raises:
         `ValueError`: If the model or its tokenizer cannot be saved.
     """
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
             quantizer = getattr(model, "hf_quantizer", None)
             if isinstance(model, PeftModel):
