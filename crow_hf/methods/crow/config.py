@@ -150,6 +150,8 @@ class CrowConfig(TrainingArguments):
             raise ValueError("`ddp_find_unused_parameters` is not needed and fails with two passes. Leave it off.")
         self.ddp_find_unused_parameters = False
         super().__post_init__()
+        # PyTorch would warn in every loop over the rows.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
         _check_optim_args(self)
         for kwargs in (self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs):
             if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from crow_hf import CrowConfig, InvarianceConfig
@@ -78,6 +79,13 @@ def test_no_token_is_written_down(kind, tmp_path):
     ]
     assert all("float32" in text and "hf_" not in text for text in shown)
     assert config.model_init_kwargs == hidden and config.hub_token == "hf_NobodySeesThis"
+
+
+def test_memory_is_not_pinned_for_a_cpu(tmp_path, monkeypatch):
+    """Fails if PyTorch warns on machines without a GPU, or if a GPU waits for its rows."""
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(CrowConfig, "device", torch.device(device))
+        assert CrowConfig(str(tmp_path)).dataloader_pin_memory == (device == "cuda")
 
 
 def test_defaults_of_the_config(tmp_path):
