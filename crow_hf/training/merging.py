@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -121,9 +121,13 @@ def _merge_files(model: PeftModel, adapter: str, files: list[str], folder: Path)
                 continue
             hollow = layer.base_layer.weight
             layer.base_layer.weight = nn.Parameter(tensor.float(), requires_grad=False)
-            # PEFT puts an adapter on the device of its layer, so it comes after the weight.
-            own = {key: value for key, value in weights.items() if key.startswith(f"base_model.model.{owner}.")}
-            set_peft_model_state_dict(model, own, low_cpu_mem_usage=True)
+            own = {}
+            for inner, _ in layer.named_parameters():
+                # As PEFT names them in the file.
+                key = f"base_model.model.{owner}.{inner.replace('.default', '')}"
+                found = weights.get(key, weights.get(key.removesuffix(".weight")))
+                own |= {} if found is None else {inner: found.float()}
+            layer.load_state_dict(own, strict=False, assign=True)
             layer.merge(safe_merge=True)
             tensors[name] = layer.base_layer.weight.data.to(tensor.dtype)
             layer.base_layer.weight = hollow
