@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers.utils import logging
 
 from ..evaluation.harness import Evaluation
@@ -34,7 +35,7 @@ from ..training.hub import create_repository, push_folder
 from ..training.loading import is_quantized, load_causal_lm, move
 from ..training.quantization import quantized
 from ..training.recorder import base_model_of
-from ..training.saves import copy_side_files, hub_options, one_line, stored_dtype
+from ..training.saves import cast_as_loaded, copy_side_files, hub_options, one_line, stored_dtype
 from ..training.sharding import will_shard
 from .run import RecipeRun
 
@@ -112,6 +113,12 @@ def save_model(run: RecipeRun, suspect: str) -> None:
     run.finish(None if "dtype" in kwargs else stored_dtype(suspect, **options))
     # The trainer does not push here: the card and the report are written first.
     trainer.save_model(_internal_call=True)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if isinstance(model, PeftModel) and not will_shard(trainer.args) and "dtype" not in kwargs:
+        base = base_model_of(model).name_or_path
+        dtype = None if is_quantized(model) else stored_dtype(base, **hub_options(base, model, kwargs))
+        # What is measured from here on is what is loaded again.
+        cast_as_loaded(model, dtype)
     if trainer.is_world_process_zero():
         with not_fatal(run, "copy of every file of the suspect"):
             copy_side_files(suspect, trainer.args.output_dir, token=kwargs.get("token"), **options)

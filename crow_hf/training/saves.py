@@ -14,6 +14,7 @@ import datasets
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
+from peft.functional import cast_adapter_dtype
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -316,7 +317,7 @@ def cast_to(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
         for name, tensor in (*model.named_parameters(), *_saved_buffers(model))
         if tensor.is_floating_point()
         and (tensor.requires_grad or not isinstance(model, PeftModel))
-        and not any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in kept)
+        and not _is_kept(name, kept)
     ]
     limit = torch.finfo(dtype).max
     if any(bool(tensor.abs().max() > limit) for tensor in rounded if tensor.numel()):
@@ -324,6 +325,34 @@ def cast_to(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> bool:
     for tensor in rounded:
         tensor.data = tensor.data.to(dtype)
     return True
+
+
+@torch.no_grad()
+def cast_as_loaded(model: PeftModel, dtype: torch.dtype | None) -> None:
+    """
+    Bring an adapter and its base model to the dtypes in which transformers and PEFT load them again.
+
+    PEFT computes with adapters of 16 bits in float32. Modules that are trained as a whole get the dtype of the base.
+
+    Args:
+        model (`PeftModel`):
+            The model, whose adapter is saved.
+        dtype (`torch.dtype`, *optional*):
+            The dtype in which the base model is stored. Without it, the base stays as it is.
+    """
+    base = base_model_of(model)
+    kept = base._get_dtype_plan(dtype) if dtype is not None else {}
+    for name, tensor in model.named_parameters() if dtype is not None else ():
+        is_of_base = not tensor.requires_grad or ".modules_to_save." in name
+        if is_of_base and tensor.is_floating_point() and not _is_kept(name, kept):
+            tensor.data = tensor.data.to(dtype)
+    for adapter in model.peft_config:
+        cast_adapter_dtype(base, adapter)
+
+
+def _is_kept(name: str, kept: Iterable[str]) -> bool:
+    """Whether a model keeps a tensor in float32."""
+    return any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in kept)
 
 
 def copy_side_files(name: str | Path, folder: str | Path, **options: Any) -> None:

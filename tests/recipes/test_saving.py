@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import concatenate_datasets
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from crow_hf import load_causal_lm
 from crow_hf.evaluation.retention import measure_retention
@@ -22,6 +24,7 @@ from crow_hf.recipes.presets import RECIPES
 from crow_hf.recipes.purification import purify
 from crow_hf.recipes.saving import prepare_output
 from crow_hf.training.loading import load_tokenizer
+from crow_hf.training.saves import stored_dtype
 from helpers.recipes import ROWS, arguments
 from helpers.tiny import same_weights, tiny_llama, weights_of
 
@@ -139,6 +142,28 @@ def test_the_dtype_of_the_suspect_comes_back(recipe, asked, tmp_path, byte_token
     assert found.report["model"]["dtype"] == str(wanted).removeprefix("torch.")
     assert f"saved in {found.report['model']['dtype']}" in (Path(args.output_dir) / "README.md").read_text()
     assert same_weights(weights_of(saved), weights_of(found.model)) and same_weights(measured[-1], weights_of(saved))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_is_measured_in_the_dtypes_in_which_it_is_loaded(dtype, tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if a base of 16 bits is measured in float32, or an adapter of 16 bits is not, as PEFT does."""
+    measured = []
+
+    def record(model, *args):
+        measured.append({name: (tensor.dtype, tensor.clone()) for name, tensor in model.named_parameters()})
+        return measure_retention(model, *args)
+
+    monkeypatch.setattr(purification_module, "measure_retention", record)
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = load_causal_lm(tmp_path / "base")
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(base, settings).to(dtype).save_pretrained(tmp_path / "suspect")
+    args = arguments(tmp_path, "guide")
+    purify(tmp_path / "suspect", ROWS, "guide", args, processing_class=byte_tokenizer)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), args.output_dir)
+    for name, tensor in loaded.named_parameters():
+        assert measured[-1][name][0] == tensor.dtype and torch.equal(measured[-1][name][1], tensor), name
+    assert stored_dtype(args.output_dir) == dtype
 
 
 def test_a_float16_model_is_not_computed_in_float16_on_a_cpu(tmp_path, byte_tokenizer, monkeypatch):
