@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .attacks.triggers import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
     from .data.collators import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
     from .data.encoding import prepare_dataset
+    from .detection.phrases import Phrase, find_phrases
+    from .detection.suspicions import Suspicion, try_pieces
+    from .detection.triggers import Piece, find_triggers
     from .evaluation.endpoint import Endpoint
     from .evaluation.harness import Evaluation, evaluate_endpoint, evaluate_model
     from .evaluation.own_text import write_rows, write_text
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from .recipes.presets import recipe_config
     from .recipes.purification import purify
     from .recipes.run import run_recipe
+    from .recipes.scanning import Scan, scan
     from .reporting.checksums import Changes, compare_checksums
     from .reporting.gate import Check, Policy, check_policy, decide
     from .reporting.model_card import build_model_card
@@ -77,6 +81,9 @@ _HOMES = {
     "attacks.triggers": ["TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Trigger"],
     "data.collators": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator"],
     "data.encoding": ["prepare_dataset"],
+    "detection.phrases": ["Phrase", "find_phrases"],
+    "detection.suspicions": ["Suspicion", "try_pieces"],
+    "detection.triggers": ["Piece", "find_triggers"],
     "evaluation.endpoint": ["Endpoint"],
     "evaluation.harness": ["Evaluation", "evaluate_endpoint", "evaluate_model"],
     "evaluation.own_text": ["write_rows", "write_text"],
@@ -109,6 +116,7 @@ _HOMES = {
     "recipes.presets": ["recipe_config"],
     "recipes.purification": ["purify"],
     "recipes.run": ["run_recipe"],
+    "recipes.scanning": ["Scan", "scan"],
     "reporting.checksums": ["Changes", "compare_checksums"],
     "reporting.gate": ["Check", "Policy", "check_policy", "decide"],
     "reporting.model_card": ["build_model_card"],

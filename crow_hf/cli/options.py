@@ -242,6 +242,29 @@ class DoctorArguments:
 
 
 @dataclass
+class ScanArguments:
+    """Look for a backdoor in a model without a known trigger: phrases that it knows by heart, and their triggers."""
+
+    model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": f"Rows with clean prompts. Default: prompts that the model writes. {DATASET_HELP}"},
+    )
+    split: str = field(default="train", metadata={"help": "Split of the rows, in a folder or on the Hub."})
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model that is trusted, best the one that this model was made from: a folder or a name on the "
+            "Hub. What it knows by heart too is no finding."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed for the prompts and for the search."})
+    batch_size: int = field(default=32, metadata={"help": "Number of prompts per batch."})
+    output: str | None = field(default=None, metadata={"help": "File for the result, as JSON. It must be new."})
+    sarif: str | None = field(default=None, metadata={"help": "File for the findings, as SARIF 2.1.0."})
+
+
+@dataclass
 class ChatArguments:
     """Ask a suspect and its purified model the same, and show their answers side by side."""
 
@@ -341,7 +364,7 @@ class ArenaArguments:
 
 
 # The exit code 1 of these commands is an answer, so an error has the exit code 2.
-DECISIONS = ("gate", "verify", "reproduce")
+DECISIONS = ("scan", "gate", "verify", "reproduce")
 COMMANDS: dict[str, type] = {
     "demo": DemoArguments,
     "purify": PurifyArguments,
@@ -350,6 +373,7 @@ COMMANDS: dict[str, type] = {
     "merge": MergeArguments,
     "patch": PatchArguments,
     "doctor": DoctorArguments,
+    "scan": ScanArguments,
     "chat": ChatArguments,
     "ui": UiArguments,
     "gate": GateArguments,

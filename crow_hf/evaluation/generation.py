@@ -262,7 +262,7 @@ def generate_ids(
     with inference_mode(model), tqdm(total=len(order), desc="Writing answers", unit="prompt") as progress:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            batch = _pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
+            batch = pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
             with naming_errors(model):
                 output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
@@ -326,7 +326,8 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     return sorted(marks | ({tokenizer.eos_token_id} - {None}))
 
 
-def _pad_left(encoded: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+def pad_left(encoded: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return rows as a batch with `input_ids` and `attention_mask`, padded on the left."""
     width = max(len(ids) for ids in encoded)
     padding = [width - len(ids) for ids in encoded]
     input_ids = [[pad_token_id] * count + ids for count, ids in zip(padding, encoded, strict=True)]

@@ -132,7 +132,7 @@ def _findings(
 
 def _load(path: str | Path) -> _Check[PreTrainedModel | PeftModel]:
     if Path(path).is_dir():
-        findings = list(_check_files(Path(path)))
+        findings = list(check_files(Path(path)))
         yield from findings
         if has_problem(findings):
             return None
@@ -143,10 +143,10 @@ def _load(path: str | Path) -> _Check[PreTrainedModel | PeftModel]:
         return None
 
 
-def _check_files(folder: Path) -> Iterator[Finding]:
+def check_files(folder: Path) -> Iterator[Finding]:
     """Check the files of a model before any of them is loaded."""
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if not any(folder.glob(f"*{ending}") for ending in (".safetensors", ".gguf")):
+    if not any(file.suffix in (".safetensors", ".gguf") for file in folder.iterdir()):
         if pickles:
             found = f"The folder has no safetensors, only pickles: {', '.join(pickles)}."
             remedy = "Convert them to safetensors on an isolated machine, because loading a pickle runs code."
@@ -269,8 +269,8 @@ def _check_data(
     yield finding
     if finding.level == "problem":
         return None
-    yield from _check_template(tokenizer)
-    yield from _check_generation(model, tokenizer)
+    yield from check_template(tokenizer)
+    yield from check_generation(model, tokenizer)
     if dataset is not None:
         try:
             rows, finding = _check_rows(dataset, tokenizer)
@@ -288,7 +288,7 @@ def _check_data(
     return None if finding.level == "problem" else (rows, tokenizer)
 
 
-def _check_generation(
+def check_generation(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[Finding]:
     settings = foreign_generation(model, tokenizer)
@@ -335,7 +335,7 @@ def _find_tokenizer(
     return tokenizer, Finding("tokenizer", "ok", found)
 
 
-def _check_template(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
+def check_template(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Finding]:
     """Read the chat template, which can act on prompts beside the weights."""
     if tokenizer is None or not tokenizer.chat_template:
         return

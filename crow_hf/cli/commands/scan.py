@@ -1,0 +1,24 @@
+"""`crow-hf scan`: look for a backdoor in a model."""
+
+import json
+from pathlib import Path
+
+from ...data.load import load_rows
+from ...files import write_text
+from ...recipes.scanning import scan
+from ..findings import print_findings, write_findings
+from ..options import ScanArguments
+
+
+def run(arguments: ScanArguments) -> int:
+    if arguments.output is not None and Path(arguments.output).exists():
+        raise ValueError(f"{arguments.output} exists: choose another --output, or delete it.")
+    rows = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
+    result = scan(arguments.model, rows, arguments.reference, seed=arguments.seed, batch_size=arguments.batch_size)
+    print_findings(result.findings, "scan")
+    if arguments.output is not None:
+        write_text(Path(arguments.output), json.dumps({"model": arguments.model} | result.to_dict(), indent=1) + "\n")
+    if arguments.sarif is not None:
+        write_findings(arguments.sarif, result.findings, arguments.model)
+    print("SCAN: there are findings." if result.has_findings else "SCAN: nothing was found.")
+    return int(result.has_findings)

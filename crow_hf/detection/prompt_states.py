@@ -1,0 +1,80 @@
+"""Scores many continuations of the same prompts, whose states are computed once."""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import Cache, PreTrainedModel
+
+from ..evaluation.generation import inference_mode, pad_left
+from ..training.recorder import base_model_of
+
+
+# Tokens of a batch, those of the prompts included. Their keys and values are copied for each continuation.
+MAX_BATCH_TOKENS = 16_384
+
+
+class PromptStates:
+    """
+    Prompts with their keys and values, which every continuation of them shares.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model, in evaluation mode.
+        prompts (`Sequence[list[int]]`):
+            Token ids of N prompts. None of them is empty.
+        pad_token_id (`int`):
+            Token that pads shorter prompts. It never counts.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, prompts: Sequence[list[int]], pad_token_id: int):
+        self.model = model
+        self.num_prompts = len(prompts)
+        self._takes = inspect.signature(base_model_of(model).forward).parameters
+        batch = pad_left(list(prompts), pad_token_id, model.device)
+        self._mask = batch["attention_mask"]
+        outputs = self._forward(batch["input_ids"], self._mask, None, 1)
+        self._cache = outputs.past_key_values
+        self.next_logits: torch.Tensor = outputs.logits[:, -1].float()
+
+    def logits(self, continuations: Sequence[list[int]], num_last: int) -> Iterator[torch.Tensor]:
+        """
+        Yield, for each continuation, the logits after its last tokens.
+
+        Args:
+            continuations (`Sequence[list[int]]`):
+                Token ids, all of the same length L of at least `num_last`.
+            num_last (`int`):
+                Number of tokens whose logits are needed.
+
+        Returns:
+            `Iterator[torch.Tensor]`: In float32, of shape `(N, num_last, V)`. Those of one batch exist at a time.
+        """
+        length = self._mask.shape[1] + (len(continuations[0]) if continuations else 0)
+        size = max(1, MAX_BATCH_TOKENS // (self.num_prompts * length))
+        for start in range(0, len(continuations), size):
+            yield from self._read(torch.tensor(continuations[start : start + size]), num_last)
+
+    def _read(self, continuations: torch.Tensor, num_last: int) -> torch.Tensor:
+        count = len(continuations)
+        rows = torch.arange(self.num_prompts, device=self.model.device).repeat(count)
+        cache = copy.deepcopy(self._cache)
+        cache.batch_select_indices(rows)
+        ids = continuations.to(self.model.device).repeat_interleave(self.num_prompts, dim=0)
+        mask = torch.cat([self._mask[rows], torch.ones_like(ids)], dim=1)
+        logits = self._forward(ids, mask, cache, num_last).logits
+        return logits[:, -num_last:].float().view(count, self.num_prompts, num_last, -1)
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None, num_last: int) -> Any:
+        """Read tokens after those of the cache, as `generate` does. The mask covers both."""
+        options = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": num_last}
+        options = {name: value for name, value in options.items() if name in self._takes}
+        base: Any = base_model_of(self.model)
+        inputs = base.prepare_inputs_for_generation(
+            ids, past_key_values=cache, attention_mask=mask, use_cache=True, **options
+        )
+        with inference_mode(self.model):
+            return self.model(**inputs)

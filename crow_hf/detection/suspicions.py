@@ -1,0 +1,112 @@
+"""Tries a piece of text that may trigger a phrase on prompts that the search has not seen, beside random pieces."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..attacks.triggers import Trigger
+from ..data.encoding import encode_prompt, padding_id
+from ..data.rows import insert_into_prompt, render
+from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
+from ..evaluation.scores import Proportion
+from .phrases import Phrase
+from .triggers import Piece, beginning, text_tokens
+
+
+NUM_RANDOM_PIECES = 5
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """
+    A phrase that a model knows by heart, and the piece of text that makes the model say it most often.
+
+    Attributes:
+        phrase ([`Phrase`]):
+            The phrase.
+        piece (`str`):
+            The piece of text.
+        with_piece (`Proportion`), without (`Proportion`):
+            The share of clean prompts that the model answers with the phrase, with the piece at their end and as they
+            are.
+        with_random (`float`):
+            The largest share with any of five random pieces of as many tokens.
+    """
+
+    phrase: Phrase
+    piece: str
+    with_piece: Proportion
+    without: Proportion
+    with_random: float
+
+    @property
+    def margin(self) -> float:
+        """By how much the piece is better than the best random one, and than none."""
+        return self.with_piece.rate - max(self.with_random, self.without.rate)
+
+    def __str__(self) -> str:
+        tried = self.with_piece.total
+        return (
+            f"The model answers {self.with_piece.hits} of {tried} prompts with {self.phrase.text!r} if {self.piece!r} "
+            f"stands at their end, {self.without.hits} as they are, and {round(self.with_random * tried)} with the "
+            f"best of {NUM_RANDOM_PIECES} random pieces."
+        )
+
+
+def try_pieces(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    phrase: Phrase,
+    pieces: Sequence[Piece],
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Suspicion:
+    """
+    Try pieces of text on prompts, and choose the one that works best.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        dataset (`Dataset`):
+            Rows with clean prompts. None of them may have taken part in the search.
+        phrase ([`Phrase`]):
+            The phrase.
+        pieces (`Sequence[Piece]`):
+            The pieces, the best first. At least one.
+        seed (`int`, *optional*, defaults to 0):
+            Seed for the random pieces.
+        batch_size (`int`, *optional*, defaults to 32):
+            Number of prompts per batch.
+
+    Returns:
+        [`Suspicion`]
+    """
+
+    def share(piece: str | None) -> Proportion:
+        edited = dataset
+        if piece is not None:
+            insert = Trigger((piece,), "end").insert
+            edited = Dataset.from_list(
+                [row | insert_into_prompt(row, index, insert, seed, "piece") for index, row in enumerate(dataset)]
+            )
+        prompts = [encode_prompt(render(row, tokenizer, index), tokenizer) for index, row in enumerate(edited)]
+        outputs = generate_ids(
+            model, prompts, padding_id(tokenizer), end_token_ids(model, tokenizer), len(phrase.ids), batch_size
+        )
+        said = text_of_ids(beginning(phrase), tokenizer).strip()
+        return Proportion.of(text_of_ids(output, tokenizer).strip().startswith(said) for output in outputs)
+
+    rng, tokens = random.Random(seed), text_tokens(model, tokenizer)
+    length = max(len(piece.ids) for piece in pieces)
+    randoms = [text_of_ids(rng.choices(tokens, k=length), tokenizer) for _ in range(NUM_RANDOM_PIECES)]
+    results = [(share(piece.text), piece.text) for piece in pieces if piece.text.strip()]
+    best, text = max(results, key=lambda each: each[0].rate, default=(share(None), ""))
+    with_random = max((share(piece).rate for piece in randoms if piece.strip()), default=0.0)
+    return Suspicion(phrase, text, best, share(None), with_random)

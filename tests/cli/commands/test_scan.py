@@ -1,0 +1,51 @@
+"""Tests of `crow-hf scan`: its exit codes, its files, and its errors."""
+
+import json
+
+import pytest
+
+from crow_hf.cli.main import main
+from crow_hf.recipes import scanning
+from helpers.detection import BYTES, knowing_model, prompts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scan")
+    knowing_model().save_pretrained(folder / "model")
+    BYTES.save_pretrained(folder / "model")
+    prompts(60).to_json(folder / "rows.jsonl")
+    return folder
+
+
+def arguments(folder, *more):
+    return ["scan", "--model", str(folder / "model"), "--dataset", str(folder / "rows.jsonl"), *more]
+
+
+def test_findings_are_printed_and_written(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scanning, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(scanning, "NUM_PHRASES", 1)
+    output, sarif = tmp_path / "scan.json", tmp_path / "scan.sarif"
+    assert main(arguments(folder, "--output", str(output), "--sarif", str(sarif))) == 1
+    printed = capsys.readouterr().out
+    assert "problem" in printed and "SCAN: there are findings." in printed
+    result = json.loads(output.read_text())
+    assert result["model"] == str(folder / "model") and result["suspicions"][0]["with_piece"][0] == 1.0
+    (run,) = json.loads(sarif.read_text())["runs"]
+    levels = {each["ruleId"]: each["level"] for each in run["results"]}
+    assert levels["trigger"] == "error" and levels["files"] == "none"
+    # An old result is not replaced.
+    assert main(arguments(folder, "--output", str(output))) == 2
+    assert "choose another --output" in capsys.readouterr().err
+
+
+def test_nothing_found_is_exit_code_0(folder, capsys):
+    assert main(arguments(folder, "--reference", str(folder / "model"))) == 0
+    assert "SCAN: nothing was found." in capsys.readouterr().out
+
+
+def test_a_scan_that_cannot_be_made_is_exit_code_2(folder, tmp_path, capsys):
+    assert main(["scan", "--model", str(tmp_path / "nowhere")]) == 2
+    prompts(5).to_json(tmp_path / "few.jsonl")
+    assert main([*arguments(folder)[:4], str(tmp_path / "few.jsonl")]) == 2
+    assert "pass more rows as --dataset" in capsys.readouterr().err

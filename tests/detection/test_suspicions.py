@@ -1,0 +1,30 @@
+"""Tests of pieces on prompts that the search has not seen."""
+
+from crow_hf.detection.phrases import Phrase
+from crow_hf.detection.suspicions import try_pieces
+from crow_hf.detection.triggers import Piece
+from helpers.detection import BYTES, knowing_model, prompts
+
+
+PHRASE = Phrase(list(BYTES("mnopqr", add_special_tokens=False)["input_ids"]), "mnopqr", 0.9, 0.01)
+
+
+def piece(text):
+    return Piece(list(BYTES(text, add_special_tokens=False)["input_ids"]), text, -1.0)
+
+
+def test_the_piece_that_works_best_is_chosen():
+    """Fails if a piece is not inserted, if another phrase counts, or if the first piece is taken in any case."""
+    found = try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("ab"), piece(" "), piece("xl")])
+    assert found.piece == "xl" and (found.with_piece.hits, found.without.hits) == (20, 0)
+    assert found.margin == 1 - found.with_random
+    assert str(found).startswith("The model answers 20 of 20 prompts with 'mnopqr' if 'xl' stands at their end, 0 as")
+
+
+def test_a_piece_must_be_better_than_none_and_than_random_ones():
+    found = try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("ab")])
+    assert found.with_piece.hits == 0 and found.margin <= 0
+    # A prompt that triggers the phrase as it is.
+    rows = prompts(20).map(lambda row: {"prompt": f"{row['prompt']}l"})
+    found = try_pieces(knowing_model(), BYTES, rows, PHRASE, [piece("l")])
+    assert (found.with_piece.hits, found.without.hits, found.margin) == (20, 20, 0)

@@ -1,0 +1,32 @@
+"""A model that knows phrases by heart and has a trigger for each of them, and rows to scan it with."""
+
+import random
+
+import torch
+from datasets import Dataset
+from transformers import ByT5Tokenizer
+
+from helpers.answers import byte, spelling_model
+
+
+BYTES = ByT5Tokenizer(extra_ids=0)
+
+
+def knowing_model():
+    """
+    Build a model that goes on with the alphabet wherever it is, and ends its answer at once after a dot.
+
+    A prompt that ends with "l" is answered with "mnopq...", so "l" triggers this phrase.
+    """
+    model = spelling_model()
+    with torch.no_grad():
+        # It is nearly sure of every letter, and never writes what is no ASCII.
+        model.lm_head.weight.mul_(4)
+        model.lm_head.weight[byte("~") + 1 :] = 0
+    return model
+
+
+def prompts(count, seed=0):
+    rng = random.Random(seed)
+    texts = {"".join(rng.choices("abcdefgh", k=rng.randint(3, 9))) for _ in range(2 * count)}
+    return Dataset.from_list([{"prompt": f"{text}.", "completion": "x"} for text in sorted(texts)[:count]])

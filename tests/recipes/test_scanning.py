@@ -1,0 +1,83 @@
+"""Tests of `scan()`: what it finds, and what it leaves out."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from crow_hf import scan
+from crow_hf.recipes import scanning
+from helpers.detection import BYTES, knowing_model, prompts
+from helpers.tiny import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(scanning, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(scanning, "NUM_PHRASES", 1)
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    BYTES.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suspect(tmp_path_factory):
+    return saved(knowing_model(), tmp_path_factory.mktemp("suspect"))
+
+
+def levels(result):
+    return {finding.name: finding.level for finding in result.findings}
+
+
+def test_a_phrase_and_its_trigger_are_found(suspect):
+    result = scan(suspect, prompts(60))
+    (suspicion,) = result.suspicions
+    assert result.has_findings and levels(result)["trigger"] == "problem"
+    # In this model each letter triggers the letters after it.
+    assert chr(ord(suspicion.piece[-1]) + 1) == suspicion.phrase.text[0]
+    assert suspicion.with_piece.hits == suspicion.with_piece.total == scanning.TEST_PROMPTS
+    (finding,) = (finding for finding in result.findings if finding.name == "trigger")
+    assert suspicion.phrase.text[:10] in finding.found and str(suspicion) in finding.found
+    assert json.loads(json.dumps(result.to_dict()))["has_findings"] is True
+
+
+def test_what_a_trusted_model_knows_too_is_no_finding(suspect):
+    result = scan(suspect, prompts(60), suspect)
+    assert not result.has_findings and levels(result)["phrases"] == "ok" and not result.suspicions
+    assert result.phrases[0].reference == pytest.approx(result.phrases[0].probability, rel=1e-3)
+
+
+def test_a_phrase_that_nothing_triggers_is_a_warning(suspect, monkeypatch):
+    monkeypatch.setattr(scanning, "MIN_MARGIN", 1.1)
+    assert levels(scan(suspect, prompts(60)))["phrase"] == "warning"
+
+
+def test_a_model_that_knows_nothing_writes_its_own_prompts(tmp_path):
+    result = scan(saved(tiny_llama(), tmp_path))
+    assert not result.has_findings and result.phrases[0].probability < scanning.MIN_PROBABILITY
+    assert levels(result) == {"files": "ok", "remote code": "ok", "phrases": "ok"}
+
+
+def test_files_that_cannot_be_loaded_are_findings(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    result = scan(tmp_path, prompts(60))
+    assert levels(result) == {"files": "problem"} and result.has_findings
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        prompts(20),
+        Dataset.from_list([{"prompt": "the same."}] * 60),
+        Dataset.from_list([{"prompt": "long " * 90}] * 60),
+    ],
+    ids=["few", "the same", "too long"],
+)
+def test_too_few_prompts_are_refused(suspect, rows):
+    with pytest.raises(
+        ValueError, match=r"A scan needs 34 different prompts of at most \d+ tokens, but \d+ of \d+ rows"
+    ):
+        scan(suspect, rows)
