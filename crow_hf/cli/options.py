@@ -274,7 +274,7 @@ class ChatArguments:
 
 @dataclass
 class UiArguments:
-    """Show the answers of a suspect and its purified model side by side, on a page that only this computer reaches."""
+    """Ask a suspect and its purified model the same, on a page that only this computer reaches."""
 
     run: str = field(metadata={"help": "The output folder of a purification. Its report names the suspect."})
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
