@@ -73,6 +73,10 @@ def _page(partners: list[Partner], max_new_tokens: int) -> Any:
             ]
         gradio.Markdown(EXPLANATION)
         with gradio.Row():
-            tables = [gradio.HTML(min_width=300) for _ in partners]
+            tables = []
+            for _ in partners:
+                # Columns stand below each other on a narrow screen.
+                with gradio.Column(min_width=300):
+                    tables.append(gradio.HTML())
         prompt.submit(ask, prompt, [*answers, *tables], api_visibility="private")
     return page

@@ -96,6 +96,7 @@ def test_hostile_text_is_seen_and_inert(address, width):
         page.locator(".positions").nth(1).wait_for()
         for title, table in zip(("suspect", "purified"), page.locator(".positions").all(), strict=True):
             assert page.get_by_label(title).input_value() == printable(HOSTILE)
+            assert table.bounding_box()["width"] > 250
             pieces = table.locator("td:first-child").all_inner_texts()
             assert "".join(pieces) == prompt.replace("\u202e", "\ufffd" * 3)
             assert table.locator("caption").inner_text() == title and table.locator("tr i").count() == 2 * len(pieces)
