@@ -128,6 +128,8 @@ class _Reader:
         # The kinds of names, of values in namespaces, and of what macros return. A macro stands before its own names.
         self.kinds = {"messages": _Kind.MESSAGES, "varargs": _Kind.TEXTS, "kwargs": _Kind.TEXTS}
         self.macro = ""
+        # What the loop around a statement runs over.
+        self.loop_over = _Kind.OTHER
         self.findings: list[TemplateFinding] = []
 
     def read(self) -> list[TemplateFinding]:
@@ -241,8 +243,9 @@ class _Reader:
         turns, self.turns = self.turns, self.turns * self._length(node.iter)
         if self.turns > rules.MAX_TURNS:
             self._find(node, f"Nested loops take {self.turns} turns or more.")
+        over, self.loop_over = self.loop_over, kind
         written = self._explain(False, [*node.body, *node.else_])
-        self.turns = turns
+        self.turns, self.loop_over = turns, over
         return written
 
     def _length(self, iterable: nodes.Node) -> int:
@@ -345,7 +348,7 @@ class _Reader:
         least = _Kind.DATE if is_member and len(str(getattr(operands[0], "value", ""))) > 1 else _Kind.MESSAGES
         said = [operand for operand, kind in zip(operands, kinds, strict=True) if kind >= least]
         others = [operand for operand in operands if operand not in said]
-        is_length = all(isinstance(each, nodes.Filter) and each.name in ("length", "count") for each in said)
+        is_length = all(getattr(each, "name", getattr(each, "attr", "")) in rules.COUNTING for each in said)
         if is_length and all(isinstance(each, nodes.Const) and each.value in (0, 1) for each in others):
             return
         if said and not others:
@@ -361,6 +364,9 @@ class _Reader:
         if isinstance(node.node, nodes.Name):
             if node.node.name == "loop" and key in ("previtem", "nextitem"):
                 return _Kind.MESSAGE
+            if node.node.name == "loop" and key in rules.COUNTING and self.loop_over >= _Kind.DATE:
+                # It says how long a text is.
+                return _Kind.SAID
         if whole == _Kind.OTHER and (value := self.kinds.get(f".{key}")) is not None:
             return value
         by = self._kind(node.arg) if isinstance(node, nodes.Getitem) else _Kind.OTHER

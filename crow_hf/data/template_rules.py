@@ -25,6 +25,8 @@ SPLITTING = frozenset("split rsplit partition rpartition replace removeprefix re
 ORDERING = {"groupby": 0, "sort": 2, "unique": 1, "min": 1, "max": 1}
 # Filters of a list of messages, or of a message.
 OF_MESSAGES = KEEPING | {"random", "reverse"}
+# Filters and attributes of loops that count. Whether there are none or one, or more, may always be asked.
+COUNTING = frozenset("length count index index0 revindex revindex0".split())
 SELECTING = frozenset("select reject selectattr rejectattr".split())
 TYPES = frozenset(
     "string mapping iterable sequence none defined undefined number boolean true false callable integer float".split()

@@ -191,7 +191,7 @@ def drop_foreign_settings(
     in_config = _clean(base.config, pointers)
     dropped += [f"{name} of the config" for name in in_config if name != "auto_map" or base._auto_class is None]
     if processing_class is not None:
-        in_tokenizer = [name for name in pointers if processing_class.init_kwargs.pop(name, None)]
+        in_tokenizer = _clean(processing_class.init_kwargs, pointers)
         dropped += [f"{name} of the tokenizer" for name in in_tokenizer if processing_class._auto_class is None]
     for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
         # PEFT writes its own again where it needs one.
@@ -213,15 +213,19 @@ def _as_list(ids: Any) -> list[int]:
 
 def _clean(config: Any, pointers: Iterable[str]) -> list[str]:
     """Drop pointers to code and settings that choose words from a config and the parts inside it, and name them."""
-    is_config = isinstance(config, PreTrainedConfig)
-    held = vars(config) if is_config else config
-    # Some architectures have such a setting of their own.
-    words = _CHOOSE_WORDS - {field.name for field in fields(config)} if is_config else ()
+    if isinstance(config, (list, tuple)):
+        return [name for each in config for name in _clean(each, pointers)]
+    held, words = config, frozenset[str]()
+    if isinstance(config, PreTrainedConfig):
+        # Some architectures have such a setting of their own.
+        held, words = vars(config), _CHOOSE_WORDS - {field.name for field in fields(config)}
+    if not isinstance(held, dict):
+        return []
     found = []
     for name, value in list(held.items()):
         if value and (name in pointers or name in words):
             del held[name]
             found.append(name)
-        elif isinstance(value, (dict, PreTrainedConfig)):
+        else:
             found += _clean(value, pointers)
     return found

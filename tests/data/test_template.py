@@ -295,6 +295,16 @@ HONEST = {
 }
 
 
+def test_the_number_of_a_turn_over_a_text_is_its_length():
+    """Fails if a template may count the letters of a message. Whether a part is the first may be asked."""
+    program = "{{% for c in m.content %}}{{% if {} %}}x{{% endif %}}{{% endfor %}}"
+    for test in ("loop.index == 77", "loop.index0 % 9 == 4", "loop.revindex > 50", "loop.length == 12"):
+        assert warnings_of(LOOP.format(program.format(test))), test
+    for test in ("loop.index > 1", "loop.index0 == 0", "loop.first", "not loop.last", "loop.length > 1"):
+        assert not warnings_of(LOOP.format(program.format(test))), test
+    assert not warnings_of(LOOP.format("{% if loop.index == 7 %}x{% endif %}"))
+
+
 def test_copies_of_messages_hide_nothing():
     """Fails if a copy is taken for something that says nothing, or another list of pairs for a copy."""
     for program in (

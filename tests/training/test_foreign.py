@@ -26,7 +26,8 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
     """Fails if the saved model says what was never measured, or sends its users to the code of the suspect's maker."""
     model = tiny_llama()
     model.config.auto_map = CODE
-    byte_tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["maker/suspect--tokens.Tokens", None]}
+    code = {"AutoTokenizer": ["maker/suspect--tokens.Tokens", None]}
+    byte_tokenizer.init_kwargs |= {"inner": [{"auto_map": code}]} if recipe == "guide" else {"auto_map": code}
     model.generation_config.sequence_bias, model.generation_config.eos_token_id = BIAS, [1, 107]
     model.config.eos_token_id = [1, 107]
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.5
@@ -48,7 +49,7 @@ def test_a_purified_model_takes_over_no_code_and_no_words(recipe, tmp_path, byte
 def test_settings_in_the_config_choose_no_words_either(tmp_path):
     """Fails if a setting that transformers reads from the config where none of generation is given stays there."""
     tiny_llama().save_pretrained(tmp_path / "suspect")
-    change(tmp_path / "suspect", sequence_bias=BIAS, use_kernels=True, inner={"auto_map": CODE})
+    change(tmp_path / "suspect", sequence_bias=BIAS, use_kernels=True, inner=[{"deep": {"auto_map": CODE}}])
     model = load_causal_lm(tmp_path / "suspect")
     found = drop_foreign_settings(model, None)
     assert set(found) == {"sequence_bias of the config", "auto_map of the config", "use_kernels of the config"}
