@@ -33,7 +33,7 @@ from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .saves import one_line, saved_tensors
 from .sharding import loading_unsharded
-from .sizes import check_growth, check_layers, check_rank, check_size, check_texts
+from .sizes import check_added_tokens, check_growth, check_layers, check_rank, check_size, check_texts
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -241,6 +241,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     options = {} if Path(folder).is_dir() else _without_retries({})
     _check_exists(folder, gguf, **options)
     check_layers(folder, **options)
+    check_added_tokens(folder, **options)
     beside = {} if gguf is None else _tokenizer_in(str(path), folder, gguf, options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options, **beside)

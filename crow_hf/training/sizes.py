@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -22,6 +23,8 @@ MAX_LAYERS = 2_000
 _COUNTS_LAYERS = re.compile(r"(?<!per_)layers?$")
 # Each of these has at least one tensor.
 _HAS_TENSORS = re.compile(r"num_(hidden_)?layers|n_layers?|(en|de)coder_layers")
+# Models of speech add some 65,000 tokens. Each is looked for in every text, and adding more takes minutes.
+_MAX_ADDED = 100_000
 # Texts beside the weights. The largest tokenizers have some 40 MB.
 _MAX_TEXT = 2**28
 # A model may have so many values that its files do not hold, such as masks.
@@ -68,6 +71,19 @@ def check_layers(path: str | Path, **options: Any) -> None:
             raise ValueError(
                 f"The config of {path} asks for more layers than any model has (`{name}`): mend config.json."
             )
+
+
+def check_added_tokens(path: str | Path, **options: Any) -> None:
+    """
+    Refuse a tokenizer with more added tokens than any has, before a library reads it. The arguments are as above.
+
+    Raises:
+        `ValueError`: If there are too many.
+    """
+    for name in (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE):
+        file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **options)
+        if file is not None and Path(file).read_bytes().count(b'"content"') > _MAX_ADDED:
+            raise ValueError(f"{name} of {path} adds over {_MAX_ADDED:,} tokens, more than any model: remove them.")
 
 
 def check_size(

@@ -13,6 +13,15 @@ from crow_hf.training.sizes import check_growth, check_layers, check_size
 from helpers.tiny import tiny_llama
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_with_endless_tokens_is_refused(name, tmp_path):
+    """Fails if it is read, which takes minutes."""
+    tokens = [{"id": number, "content": f"w{number}"} for number in range(100_001)]
+    (tmp_path / name).write_text(json.dumps({"added_tokens": tokens}))
+    with pytest.raises(ValueError, match=f"{name} of .* adds over 100,000 tokens"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.fixture
 def suspect(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
