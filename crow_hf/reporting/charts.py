@@ -56,7 +56,9 @@ class LineChart:
         self.title, self.series, self.x_label, self.y_label = title, series, x_label, y_label
         across = [x for line in series for x, _ in line.points]
         self._x_range = (min(across), max(across))
-        highest = (max(y for line in series for _, y in line.points) if y_max is None else y_max) or 1.0
+        # Rounding makes distances of 0 a little negative.
+        highest = max(0.0, *(y for line in series for _, y in line.points)) if y_max is None else y_max
+        highest = highest or 1.0
         across_ticks, up_ticks = _ticks(*self._x_range, 6), _ticks(0, highest, 4)
         self._y_max = up_ticks[-1]
         self.x_ticks = [

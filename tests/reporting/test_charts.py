@@ -10,11 +10,12 @@ from crow_hf.reporting.charts import LineChart, Series, thinned
     [
         [(1, 0.5), (2, 3.25), (3, 0.0)],
         [(1, 0.0)],
+        [(1, -1e-9)],
         [(10, 1e-7), (20, 3e-7)],
         [(step, float(step % 7)) for step in range(1, 1001)],
         [(1, 1234.5), (500, 98765.4)],
     ],
-    ids=["few", "one", "tiny", "many", "large"],
+    ids=["few", "one", "below 0", "tiny", "many", "large"],
 )
 def test_points_are_where_their_numbers_say(points):
     """Fails if a chart is upside down or cut off, or if it divides by an empty range."""
