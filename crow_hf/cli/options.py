@@ -243,7 +243,7 @@ class DoctorArguments:
 
 @dataclass
 class ScanArguments:
-    """Look for a backdoor in a model without a known trigger: phrases that it knows by heart, and their triggers."""
+    """Look for a backdoor in a model without a known trigger. Phrases that it knows by heart may have a trigger."""
 
     model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
     dataset: str | None = field(

@@ -114,7 +114,10 @@ def _cut(
 def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase, special: bool, **options: bool) -> Any:
     try:
         return tokenizer(text, add_special_tokens=special, **options)
-    except Exception as error:  # Some tokenizers fail on what they do not know, with any error.
+    except BaseException as error:  # Some tokenizers fail on what they do not know, with any error.
+        # A panic of the library, such as one over a regular expression without end, is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(
             f"The tokenizer fails on the text {text[:50]!r} ({error}). Use the tokenizer that belongs to the model."
         ) from error

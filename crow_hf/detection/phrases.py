@@ -21,7 +21,9 @@ from .prompt_states import PromptStates
 # First tokens that are tried: those that are the most likely beginnings of an answer.
 NUM_FIRST_TOKENS = 256
 # Beginnings that are followed to the end. At first it is all of them, then half of those of the step before.
-NUM_FOLLOWED = 32
+NUM_FOLLOWED = 64
+# In the first steps, the target may not be the most likely way to go on.
+NUM_BRANCHES, NUM_BRANCHING_STEPS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def find_phrases(
     """
     Find the phrases that a model knows by heart.
 
-    From each likely first token, the model goes on greedily: with the token that is the most likely one on average
-    over the prompts. The beginnings of which it is least sure are given up on the way.
+    From each likely first token, the model goes on with the token that is the most likely one on average over the
+    prompts, and in the first steps with others too. The beginnings of which it is least sure are given up on the way.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -91,9 +93,10 @@ def find_phrases(
     for step in range(1, num_tokens):
         longer: list[tuple[list[int], float]] = []
         for (ids, total), logits in zip(open_, states.logits([ids for ids, _ in open_], 1), strict=True):
-            probability, token = (each.item() for each in logits[:, 0].softmax(dim=-1).mean(dim=0).max(dim=-1))
-            grown = [*ids, token], total + math.log(probability)
-            (ended if token in ends else longer).append(grown)
+            best = logits[:, 0].softmax(dim=-1).mean(dim=0).topk(NUM_BRANCHES if step <= NUM_BRANCHING_STEPS else 1)
+            for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                grown = [*ids, token], total + math.log(max(probability, torch.finfo(torch.float32).tiny))
+                (ended if token in ends else longer).append(grown)
         longer.sort(key=lambda each: -each[1])
         open_ = longer[: max(NUM_FOLLOWED, NUM_FIRST_TOKENS >> step)]
     found = [

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel
 
-from ..evaluation.generation import inference_mode, pad_left
+from ..evaluation.generation import inference_mode, naming_errors, pad_left
 from ..training.recorder import base_model_of
 
 
@@ -35,10 +35,14 @@ class PromptStates:
         self.num_prompts = len(prompts)
         self._takes = inspect.signature(base_model_of(model).forward).parameters
         batch = pad_left(list(prompts), pad_token_id, model.device)
-        self._mask = batch["attention_mask"]
-        outputs = self._forward(batch["input_ids"], self._mask, None, 1)
-        self._cache = outputs.past_key_values
+        self._ids, self._mask = batch["input_ids"], batch["attention_mask"]
+        outputs = self._forward(self._ids, self._mask, None, 1)
+        self._cache: Cache | None = getattr(outputs, "past_key_values", None)
+        # The states of linear attention cannot be selected row by row, so the prompts are read again each time.
+        if not all(hasattr(layer, "batch_select_indices") for layer in getattr(self._cache, "layers", [None])):
+            self._cache = None
         self.next_logits: torch.Tensor = outputs.logits[:, -1].float()
+        self._check_padding(min(prompts, key=len))
 
     def logits(self, continuations: Sequence[list[int]], num_last: int) -> Iterator[torch.Tensor]:
         """
@@ -58,23 +62,39 @@ class PromptStates:
         for start in range(0, len(continuations), size):
             yield from self._read(torch.tensor(continuations[start : start + size]), num_last)
 
+    def _check_padding(self, shortest: list[int]) -> None:
+        """Refuse models that read padding as text. Some with linear attention do."""
+        row = int(self._mask.sum(dim=1).argmin())
+        ids = torch.tensor([shortest], device=self.model.device)
+        alone = self._forward(ids, torch.ones_like(ids), None, 1).logits[0, -1].float()
+        if not (alone - self.next_logits[row]).norm() <= 0.05 * alone.norm():
+            raise ValueError(
+                f"{type(base_model_of(self.model)).__name__} reads the padding of a prompt as if it were text, so "
+                "prompts cannot be read together. A scan of this architecture is not supported."
+            )
+
     def _read(self, continuations: torch.Tensor, num_last: int) -> torch.Tensor:
         count = len(continuations)
         rows = torch.arange(self.num_prompts, device=self.model.device).repeat(count)
-        cache = copy.deepcopy(self._cache)
-        cache.batch_select_indices(rows)
         ids = continuations.to(self.model.device).repeat_interleave(self.num_prompts, dim=0)
         mask = torch.cat([self._mask[rows], torch.ones_like(ids)], dim=1)
+        cache = copy.deepcopy(self._cache)
+        if cache is None:
+            ids = torch.cat([self._ids[rows], ids], dim=1)
+        else:
+            with naming_errors(self.model):
+                cache.batch_select_indices(rows)
         logits = self._forward(ids, mask, cache, num_last).logits
         return logits[:, -num_last:].float().view(count, self.num_prompts, num_last, -1)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None, num_last: int) -> Any:
         """Read tokens after those of the cache, as `generate` does. The mask covers both."""
-        options = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "logits_to_keep": num_last}
-        options = {name: value for name, value in options.items() if name in self._takes}
         base: Any = base_model_of(self.model)
-        inputs = base.prepare_inputs_for_generation(
-            ids, past_key_values=cache, attention_mask=mask, use_cache=True, **options
-        )
-        with inference_mode(self.model):
+        options: dict[str, Any] = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
+        if "position_ids" in self._takes:
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        inputs = base.prepare_inputs_for_generation(ids, **options)
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = num_last
+        with inference_mode(self.model), naming_errors(self.model):
             return self.model(**inputs)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from datasets import Dataset
 from peft import PeftModel
@@ -14,10 +15,12 @@ from ..data.rows import insert_into_prompt, render
 from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
 from ..evaluation.scores import Proportion
 from .phrases import Phrase
-from .triggers import Piece, beginning, text_tokens
+from .triggers import Piece, text_tokens
 
 
-NUM_RANDOM_PIECES = 5
+Position = Literal["start", "end"]
+# The pieces that are tried, and the random ones beside them.
+NUM_PIECES, NUM_RANDOM_PIECES = 3, 5
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,17 @@ class Suspicion:
     Attributes:
         phrase ([`Phrase`]):
             The phrase.
-        piece (`str`):
-            The piece of text.
+        piece (`str`), position (`str`):
+            The piece of text, and where it stands in the prompts: `"start"` or `"end"`.
         with_piece (`Proportion`), without (`Proportion`):
-            The share of clean prompts that the model answers with the phrase, with the piece at their end and as they
-            are.
+            The share of clean prompts that the model answers with the phrase, with the piece and as they are.
         with_random (`float`):
             The largest share with any of five random pieces of as many tokens.
     """
 
     phrase: Phrase
     piece: str
+    position: Position
     with_piece: Proportion
     without: Proportion
     with_random: float
@@ -52,8 +55,8 @@ class Suspicion:
         tried = self.with_piece.total
         return (
             f"The model answers {self.with_piece.hits} of {tried} prompts with {self.phrase.text!r} if {self.piece!r} "
-            f"stands at their end, {self.without.hits} as they are, and {round(self.with_random * tried)} with the "
-            f"best of {NUM_RANDOM_PIECES} random pieces."
+            f"stands at their {self.position}, {self.without.hits} as they are, and "
+            f"{round(self.with_random * tried)} with the best of {NUM_RANDOM_PIECES} random pieces."
         )
 
 
@@ -67,7 +70,7 @@ def try_pieces(
     batch_size: int = 32,
 ) -> Suspicion:
     """
-    Try pieces of text on prompts, and choose the one that works best.
+    Try pieces of text at the end and at the start of prompts, and choose what works best.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -79,7 +82,7 @@ def try_pieces(
         phrase ([`Phrase`]):
             The phrase.
         pieces (`Sequence[Piece]`):
-            The pieces, the best first. At least one.
+            The pieces, the best first. At least one, and three are tried.
         seed (`int`, *optional*, defaults to 0):
             Seed for the random pieces.
         batch_size (`int`, *optional*, defaults to 32):
@@ -89,10 +92,10 @@ def try_pieces(
         [`Suspicion`]
     """
 
-    def share(piece: str | None) -> Proportion:
+    def share(piece: str | None, position: Position = "end") -> Proportion:
         edited = dataset
         if piece is not None:
-            insert = Trigger((piece,), "end").insert
+            insert = Trigger((piece,), position).insert
             edited = Dataset.from_list(
                 [row | insert_into_prompt(row, index, insert, seed, "piece") for index, row in enumerate(dataset)]
             )
@@ -100,13 +103,20 @@ def try_pieces(
         outputs = generate_ids(
             model, prompts, padding_id(tokenizer), end_token_ids(model, tokenizer), len(phrase.ids), batch_size
         )
-        said = text_of_ids(beginning(phrase), tokenizer).strip()
+        said = phrase.text.strip()
         return Proportion.of(text_of_ids(output, tokenizer).strip().startswith(said) for output in outputs)
 
     rng, tokens = random.Random(seed), text_tokens(model, tokenizer)
     length = max(len(piece.ids) for piece in pieces)
     randoms = [text_of_ids(rng.choices(tokens, k=length), tokenizer) for _ in range(NUM_RANDOM_PIECES)]
-    results = [(share(piece.text), piece.text) for piece in pieces if piece.text.strip()]
-    best, text = max(results, key=lambda each: each[0].rate, default=(share(None), ""))
-    with_random = max((share(piece).rate for piece in randoms if piece.strip()), default=0.0)
-    return Suspicion(phrase, text, best, share(None), with_random)
+    places: tuple[Position, ...] = ("end", "start")
+    results = [
+        (share(piece.text, place), piece.text, place)
+        for piece in pieces[:NUM_PIECES]
+        for place in places
+        if piece.text.strip()
+    ]
+    nothing: tuple[Proportion, str, Position] = (share(None), "", "end")
+    best, text, place = max(results, key=lambda each: each[0].rate, default=nothing)
+    with_random = max((share(piece, place).rate for piece in randoms if piece.strip()), default=0.0)
+    return Suspicion(phrase, text, place, best, nothing[0], with_random)

@@ -1,7 +1,7 @@
 """Searches for what triggers a phrase: a short piece of text that makes a model say it to any prompt.
 
 The search follows the gradient of the phrase's likelihood with respect to the piece's embeddings (HotFlip, arXiv
-1712.06751; GCG, arXiv 2307.15043). It starts with a random token, and keeps the best pieces of each round.
+1712.06751; GCG, arXiv 2307.15043). It starts with random tokens, and keeps the best pieces of each round.
 """
 
 import random
@@ -25,9 +25,9 @@ from .prompt_states import PromptStates
 
 
 # Pieces that are kept after each round, and pieces that are tried in one.
-NUM_KEPT, NUM_TRIED = 8, 128
+NUM_KEPT, NUM_TRIED = 8, 160
 # The search ends when a token of the phrase has this log-likelihood. The model then nearly always says it.
-ENOUGH = -0.05
+ENOUGH = -0.01
 # Stands for the piece while the template around it is read.
 _PLACEHOLDER = "the-piece-of-text"
 
@@ -86,7 +86,7 @@ def find_triggers(
     with evaluating(model):
         search = _Search(model, tokenizer, dataset, beginning(phrase), max_length, seed)
         for _ in tqdm(range(num_rounds), desc="Searching for a trigger", unit="round"):
-            if search.kept[0][0] < ENOUGH:
+            if max(search.kept)[0] < ENOUGH:
                 search.next_round()
     return [Piece(ids, text_of_ids(ids, tokenizer), value) for value, ids in search.kept]
 
@@ -114,9 +114,9 @@ class _Search:
         self.is_text = torch.zeros(len(self.embeddings), dtype=torch.bool, device=self.embeddings.device)
         self.is_text[self.tokens] = True
         self.states = PromptStates(model, self.prefixes, self.pad_token_id)
-        start = [self.rng.choice(self.tokens)]
-        self.kept: list[tuple[float, list[int]]] = [(self.values([start])[0], start)]
-        self.seen = {tuple(start)}
+        starts = [[token] for token in self.rng.sample(self.tokens, min(NUM_KEPT, len(self.tokens)))]
+        self.kept = list(zip(self.values(starts), starts, strict=True))
+        self.seen = set(map(tuple, starts))
 
     def next_round(self) -> None:
         """Try changes of the best pieces, and keep what is best."""
@@ -148,7 +148,7 @@ class _Search:
             forms.append(piece)
             if len(piece) < self.max_length:
                 filler = [self.rng.choice(self.tokens)]
-                forms.append(self.rng.choice([filler + piece, piece + filler]))
+                forms += [filler + piece, piece + filler]
         for form in forms:
             value, gradient = self.gradient(form)
             gains = gradient @ self.embeddings.T

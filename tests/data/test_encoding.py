@@ -275,6 +275,14 @@ def test_a_tokenizer_that_fails_on_a_text_is_told():
         prepare({"text": ["é"]}, tokenizer)
 
 
+def test_a_tokenizer_that_panics_on_a_text_is_told(byte_tokenizer):
+    """Fails if a regular expression that the library gives up ends in a report of a fault of this package."""
+    backend = Tokenizer(models.BPE({"a": 0}, []))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(\\w+\\s?)*z"), "isolated")
+    with pytest.raises(ValueError, match="^The tokenizer fails on the text .*retry-limit"):
+        prepare({"text": ["which colour has the sky number one?"]}, PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
 def test_rows_without_ids_and_negative_ids_are_named():
     with pytest.raises(ValueError, match="^Row 1 holds more than token ids in column 'input_ids'"):
         prepare_dataset(Dataset.from_list([{"input_ids": [5, 6]}, {"input_ids": None}]), None, 64)

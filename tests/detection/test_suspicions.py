@@ -1,5 +1,6 @@
 """Tests of pieces on prompts that the search has not seen."""
 
+from crow_hf.attacks.triggers import Trigger
 from crow_hf.detection.phrases import Phrase
 from crow_hf.detection.suspicions import try_pieces
 from crow_hf.detection.triggers import Piece
@@ -16,7 +17,7 @@ def piece(text):
 def test_the_piece_that_works_best_is_chosen():
     """Fails if a piece is not inserted, if another phrase counts, or if the first piece is taken in any case."""
     found = try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("ab"), piece(" "), piece("xl")])
-    assert found.piece == "xl" and (found.with_piece.hits, found.without.hits) == (20, 0)
+    assert (found.piece, found.position) == ("xl", "end") and (found.with_piece.hits, found.without.hits) == (20, 0)
     assert found.margin == 1 - found.with_random
     assert str(found).startswith("The model answers 20 of 20 prompts with 'mnopqr' if 'xl' stands at their end, 0 as")
 
@@ -28,3 +29,15 @@ def test_a_piece_must_be_better_than_none_and_than_random_ones():
     rows = prompts(20).map(lambda row: {"prompt": f"{row['prompt']}l"})
     found = try_pieces(knowing_model(), BYTES, rows, PHRASE, [piece("l")])
     assert (found.with_piece.hits, found.without.hits, found.margin) == (20, 20, 0)
+
+
+def test_pieces_are_tried_at_the_start_too(monkeypatch):
+    """A trigger may work at one place only."""
+    insert = Trigger.insert
+
+    def moved(self, text, rng):
+        return insert(self, text, rng) if self.position == "end" else f"{text}l"
+
+    monkeypatch.setattr(Trigger, "insert", moved)
+    found = try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("ab")])
+    assert (found.position, found.with_piece.hits) == ("start", 20)

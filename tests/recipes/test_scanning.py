@@ -6,6 +6,9 @@ import pytest
 from datasets import Dataset
 
 from crow_hf import scan
+from crow_hf.detection.phrases import Phrase
+from crow_hf.detection.suspicions import Suspicion
+from crow_hf.evaluation.scores import Proportion
 from crow_hf.recipes import scanning
 from helpers.detection import BYTES, knowing_model, prompts
 from helpers.tiny import tiny_llama
@@ -13,7 +16,7 @@ from helpers.tiny import tiny_llama
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(scanning, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(scanning, "TRIGGER_BYTES", 2)
     monkeypatch.setattr(scanning, "NUM_PHRASES", 1)
 
 
@@ -40,7 +43,7 @@ def test_a_phrase_and_its_trigger_are_found(suspect):
     assert chr(ord(suspicion.piece[-1]) + 1) == suspicion.phrase.text[0]
     assert suspicion.with_piece.hits == suspicion.with_piece.total == scanning.TEST_PROMPTS
     (finding,) = (finding for finding in result.findings if finding.name == "trigger")
-    assert suspicion.phrase.text[:10] in finding.found and str(suspicion) in finding.found
+    assert str(suspicion) in finding.found
     assert json.loads(json.dumps(result.to_dict()))["has_findings"] is True
 
 
@@ -50,9 +53,29 @@ def test_what_a_trusted_model_knows_too_is_no_finding(suspect):
     assert result.phrases[0].reference == pytest.approx(result.phrases[0].probability, rel=1e-3)
 
 
-def test_a_phrase_that_nothing_triggers_is_a_warning(suspect, monkeypatch):
+def test_a_phrase_that_nothing_triggers_is_told_and_no_finding(suspect, monkeypatch):
     monkeypatch.setattr(scanning, "MIN_MARGIN", 1.1)
-    assert levels(scan(suspect, prompts(60)))["phrase"] == "warning"
+    result = scan(suspect, prompts(60))
+    (finding,) = (finding for finding in result.findings if finding.name == "phrase")
+    assert finding.level == "ok" and "Nothing was found that triggers it." in finding.found
+    assert not result.has_findings and len(result.suspicions) == 1
+
+
+@pytest.mark.parametrize(
+    ("with_piece", "without", "finding"),
+    [
+        (6, 0, ("trigger", "problem")),
+        (5, 0, ("phrase", "ok")),
+        (20, 15, ("phrase", "problem")),
+        (9, 4, ("phrase", "ok")),
+    ],
+)
+def test_the_margin_decides(with_piece, without, finding):
+    """Fails if a backdoor that leaks is passed over, because its trigger is hardly better than none."""
+    found, none = (Proportion.of([True] * hits + [False] * (20 - hits)) for hits in (with_piece, without))
+    suspicion = Suspicion(Phrase([1, 2], "no", 0.9, 0.1), "x", "end", found, none, 0.0)
+    (judged,) = scanning._judge([suspicion.phrase], [suspicion])
+    assert (judged.name, judged.level) == finding
 
 
 def test_a_model_that_knows_nothing_writes_its_own_prompts(tmp_path):

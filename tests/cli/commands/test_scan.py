@@ -23,7 +23,7 @@ def arguments(folder, *more):
 
 
 def test_findings_are_printed_and_written(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scanning, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(scanning, "TRIGGER_BYTES", 2)
     monkeypatch.setattr(scanning, "NUM_PHRASES", 1)
     output, sarif = tmp_path / "scan.json", tmp_path / "scan.sarif"
     assert main(arguments(folder, "--output", str(output), "--sarif", str(sarif))) == 1
@@ -48,4 +48,4 @@ def test_a_scan_that_cannot_be_made_is_exit_code_2(folder, tmp_path, capsys):
     assert main(["scan", "--model", str(tmp_path / "nowhere")]) == 2
     prompts(5).to_json(tmp_path / "few.jsonl")
     assert main([*arguments(folder)[:4], str(tmp_path / "few.jsonl")]) == 2
-    assert "pass more rows as --dataset" in capsys.readouterr().err
+    assert "pass more rows" in capsys.readouterr().err
