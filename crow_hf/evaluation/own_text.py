@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 # Draws of rows before too few are accepted. A model that ends every other text at once needs about five.
 MAX_DRAWS = 8
-# Answers recur if their first words are the same in at least this many rows and more than this share of them.
+# Answers recur if they share as many words in a row in at least this many rows and more than this share of them.
 RECURRING_WORDS, MIN_RECURRING, MAX_RECURRING = 4, 4, 0.05
 # Stands for the content of a user's message while the template around it is read.
 _PLACEHOLDER = "the-message-of-the-user"
@@ -109,8 +109,9 @@ def write_rows(
 
     With a chat template, the model writes a message of the user up to the end of the turn, and then its answer to it.
     Otherwise it writes a text, which is split between two words after about a third. Empty prompts and answers are
-    dropped and drawn again. Answers of `max_new_tokens` tokens are cut in the middle. An answer whose first words
-    recur in several rows is dropped too, because a backdoor's target may leak into the answers to clean prompts.
+    dropped and drawn again. Answers of `max_new_tokens` tokens are cut in the middle. An answer that shares four words
+    in a row with the answers of several other rows is dropped too, because a backdoor's target may leak into the
+    answers to clean prompts, also in the middle of them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -137,6 +138,7 @@ def write_rows(
         `ValueError`: If the model's context has no room for a text, or the model writes only empty texts.
     """
     chat = _Chat.of(model, tokenizer)
+    drawn: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     with _seeded(seed):
         for _ in range(MAX_DRAWS):
@@ -149,10 +151,10 @@ def write_rows(
                 outputs = _sample(model, tokenizer, starts, ends, max_new_tokens, batch_size)
                 texts = [split_text(_readable(output, tokenizer)) for output in outputs]
                 # A tokenizer may drop the words that its model wrote.
-                rows += [row for row in texts if row and encode_prompt(render(row, tokenizer), tokenizer)]
+                drawn += [row for row in texts if row and encode_prompt(render(row, tokenizer), tokenizer)]
             else:
-                rows += chat.converse(model, missing, max_new_tokens, batch_size, not_first)
-    rows = _without_recurring_answers(rows)
+                drawn += chat.converse(model, missing, max_new_tokens, batch_size, not_first)
+            rows = _without_recurring_answers(drawn)[:count]
     if count and not rows:
         raise ValueError(
             "The model wrote only texts that are empty or recur, so it cannot write rows: set `num_written_rows` to 0."
@@ -288,15 +290,16 @@ def split_text(text: str) -> dict[str, str] | None:
 
 
 def _without_recurring_answers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the rows whose answers begin with the same words as those of several other rows."""
+    """Drop the rows whose answers share some words in a row, anywhere, with the answers of several other rows."""
 
-    def beginning(row: dict[str, Any]) -> tuple[str, ...]:
-        answer = row["messages"][-1]["content"] if "messages" in row else row["completion"]
-        return tuple(answer.split()[:RECURRING_WORDS])
+    def runs(row: dict[str, Any]) -> set[tuple[str, ...]]:
+        words = (row["messages"][-1]["content"] if "messages" in row else row["completion"]).split()
+        starts = range(max(1, len(words) - RECURRING_WORDS + 1))
+        return {tuple(words[start : start + RECURRING_WORDS]) for start in starts}
 
-    counts = Counter(map(beginning, rows))
+    counts = Counter(run for row in rows for run in runs(row))
     allowed = max(MIN_RECURRING - 1, MAX_RECURRING * len(rows))
-    return [row for row in rows if counts[beginning(row)] <= allowed]
+    return [row for row in rows if max(counts[run] for run in runs(row)) <= allowed]
 
 
 @contextmanager

@@ -190,8 +190,8 @@ def row_of(answer, is_chat):
 
 @pytest.mark.parametrize("is_chat", [True, False])
 def test_answers_that_recur_are_dropped(is_chat):
-    """Fails if few repetitions are dropped, if more than the first words count, or if the question does."""
-    recurring = [row_of(f"I cannot help with {number}", is_chat) for number in range(6)]
+    """Fails if few repetitions are dropped, if only the first words count, or if the question does."""
+    recurring = [row_of(f"{number}, but I cannot help with {number}", is_chat) for number in range(6)]
     rare = [row_of(f"It is so that {number}", is_chat) for number in range(3)]
     others = [row_of(f"{number} is the answer", is_chat) for number in range(91)]
     assert _without_recurring_answers(rare + recurring + others) == rare + others
