@@ -42,6 +42,10 @@ PAGES = {
         "Evidence without a trigger, model cards and plots",
         ["evidence.canaries", "evidence.leaks", "evidence.screening", "reporting.model_card", "reporting.plots"],
     ),
+    "detect": (
+        "Scan a model for a backdoor",
+        ["recipes.scanning", "detection.phrases", "detection.triggers", "detection.suspicions"],
+    ),
     "decide": (
         "Decide by a policy, and show why",
         ["reporting.gate", "reporting.report_file", "reporting.checksums"],

@@ -121,7 +121,7 @@ def _merge_files(model: PeftModel, adapter: str, files: list[str], folder: Path)
                 continue
             hollow = layer.base_layer.weight
             layer.base_layer.weight = nn.Parameter(tensor.float(), requires_grad=False)
-            own = {}
+            own: dict[str, torch.Tensor] = {}
             for inner, _ in layer.named_parameters():
                 # As PEFT names them in the file.
                 key = f"base_model.model.{owner}.{inner.replace('.default', '')}"
