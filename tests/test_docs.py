@@ -37,7 +37,8 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, TrainingArguments
+from peft import get_peft_model
+from transformers import AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import crow_hf
 from crow_hf import demo
@@ -47,6 +48,7 @@ from crow_hf.cli.arguments import options_of_command, parse_arguments
 from crow_hf.cli.main import main
 from crow_hf.cli.options import COMMANDS
 from crow_hf.patching import redpajama
+from crow_hf.recipes.presets import lora_config
 from crow_hf.reporting.gate import Policy
 from helpers.coconut import coconut
 from helpers.loopback_hub import TOKEN, LoopbackHub
@@ -119,6 +121,10 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     for seed, name in enumerate(("suspect", "clean-model", "decoder")):
         save_model(folder / name, seed)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "suspect"), lora_config())
+    adapted.peft_config["default"].base_model_name_or_path = "suspect"
+    adapted.save_pretrained(folder / "purified-adapter")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "purified-adapter")
     coconut().save_pretrained(folder / "coconut")
     crow_hf.CoconutTokenizer().save_pretrained(folder / "coconut")
     for name, letters in {"clean": "abcdef", "test": "mnop"}.items():
