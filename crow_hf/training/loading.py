@@ -447,6 +447,6 @@ def _check_repository(name: str, is_adapter: bool, kwargs: dict[str, Any]) -> No
     options = _hub_options(kwargs)
     if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options) for file in files):
         raise ValueError(
-            f"{name} has no {files[0]}. If it has GGUF, pass a file of it, such as {name}/model.gguf. Other weights "
-            "are pickles, and reading a pickle can run code: convert them on a machine you can afford to lose."
+            f"{name} has no {files[0]}, and reading pickled weights can run code. Convert them to safetensors on a "
+            f"machine you can afford to lose, or pass a GGUF file of the repository, such as {name}/model.gguf."
         )
