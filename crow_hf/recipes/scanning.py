@@ -103,6 +103,8 @@ def scan(
     if has_problem(findings):
         return Scan(findings)
     tokenizer = load_tokenizer(model)
+    # First, because the search for phrases takes minutes.
+    trusted_tokenizer = None if reference is None else load_tokenizer(reference)
     suspect = load_causal_lm(model, device_map="auto")
     # What nothing is said about is in order.
     findings += [*check_template(tokenizer), *check_generation(suspect, tokenizer)]
@@ -112,8 +114,8 @@ def scan(
     with phase("Looking for phrases"):
         phrases = find_phrases(suspect, tokenizer, prompts, _tokens_of(PHRASE_BYTES, rows, tokenizer))
     if reference is not None:
-        trusted, of_trusted = load_causal_lm(reference, device_map="auto"), load_tokenizer(reference)
-        phrases = in_reference(phrases, tokenizer, prompts, trusted, of_trusted, batch_size)
+        trusted = load_causal_lm(reference, device_map="auto")
+        phrases = in_reference(phrases, tokenizer, prompts, trusted, trusted_tokenizer, batch_size)
         del trusted
     suspicions = []
     searched = rows.select(range(PHRASE_PROMPTS, PHRASE_PROMPTS + SEARCH_PROMPTS))
@@ -141,17 +143,17 @@ def _usable_rows(
     dataset = add_empty_answers(dataset)
     # Room for the piece and for the phrase.
     limit = min(MAX_PROMPT_TOKENS, (context_length(model) or 2 * MAX_PROMPT_TOKENS) - PHRASE_BYTES - TRIGGER_BYTES)
-    used: dict[str, int] = {}
-    for index, row in enumerate(dataset.shuffle(seed=seed)):
+    shuffled, used = dataset.shuffle(seed=seed), dict[str, int]()
+    for index, row in enumerate(shuffled):
         prompt = prompt_of(row, index)
         if prompt.strip() and len(encode_prompt(render(row, tokenizer, index), tokenizer)) <= limit:
             used.setdefault(prompt, index)
-    if len(used) < NUM_ROWS:
-        raise ValueError(
-            f"A scan needs {NUM_ROWS} different prompts of at most {limit} tokens, but {len(used)} of {len(dataset)} "
-            "rows have one: pass more rows."
-        )
-    return dataset.shuffle(seed=seed).select(list(used.values())[:NUM_ROWS])
+        if len(used) == NUM_ROWS:
+            return shuffled.select(list(used.values()))
+    raise ValueError(
+        f"A scan needs {NUM_ROWS} different prompts of at most {limit} tokens, but {len(used)} of {len(dataset)} rows "
+        "have one: pass more rows."
+    )
 
 
 def _tokens_of(num_bytes: int, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
