@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders that are temporary or one run's at a time, and links out of a folder."""
+"""Files written whole or not at all, folders that are temporary or one run's at a time, and links and pipes."""
 
 import atexit
 import os
@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 
 
 LOCK, UNFINISHED = ".lock", ".unfinished-"
+# The files of a model that stand in a folder inside its own.
+FURTHER_TEMPLATES = "additional_chat_templates/*"
 # What the recipe or the command that runs has claimed, with the folders of the command around it, and what this
 # process has claimed where none runs.
 _claims: ContextVar[tuple[ExitStack, set[Path]]] = ContextVar("claims")
@@ -159,6 +161,17 @@ def is_unused(folder: Path) -> bool:
     """Return whether a folder has no files, apart from a lock and what a killed run left unfinished."""
     files = folder.iterdir() if folder.exists() else ()
     return all(file.name == LOCK or file.name.startswith(UNFINISHED) for file in files)
+
+
+def check_regular(path: str | Path) -> None:
+    """
+    Refuse a pipe or a device, which may never end.
+
+    Raises:
+        `ValueError`: If the path leads to something else than a file or a folder.
+    """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ValueError(f"{path} is a pipe or a device: pass a file.")
 
 
 def leads_outside(file: Path, folder: Path) -> bool:

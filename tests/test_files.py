@@ -9,6 +9,7 @@ import pytest
 
 from crow_hf.files import (
     _free,
+    check_regular,
     claim,
     flush,
     is_unused,
@@ -128,3 +129,12 @@ def test_a_full_disk_of_temporary_files_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other"), temporary_folder():
         raise ValueError("other")
     assert not list(tmp_path.iterdir())
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            check_regular(path)
+    check_regular(tmp_path)
+    check_regular(tmp_path / "missing")

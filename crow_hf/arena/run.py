@@ -27,7 +27,7 @@ from ..evaluation.retention import RetentionReference, retention_reference
 from ..evaluation.scores import Proportion
 from ..files import claim, is_unused, own_claims, temporary_folder, write_text
 from ..progress import phase
-from ..reporting.tables import percent
+from ..reporting.words import percent
 from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .defences import Method, known_methods

@@ -214,6 +214,11 @@ class _Parser(argparse.ArgumentParser):
         return f"There is no argument {shown}: see `{self.prog} --help_all`."
 
 
+def split_names(text: str | None) -> list[str]:
+    """Split names at commas. A comma before a space is part of a name."""
+    return [] if text is None else re.split(r",(?! )", text)
+
+
 def is_word(name: str) -> bool:
     """Return whether a name is made of words, and no token."""
     return re.fullmatch(r"[a-z_-]{1,40}", name) is not None

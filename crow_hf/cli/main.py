@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dis import opmap
 
 from .. import __version__
@@ -64,11 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         decides = decides or values.get("policy") is not None
         _let_idle_threads_sleep()
         module = command_module(command)
-        # It imports transformers too.
-        from .display import watched
-
         verbose = values.pop("verbose", False)
-        with _stopped_by_sigterm(), own_claims(), watched(command, verbose):
+        with _stopped_by_sigterm(), own_claims(), _shown(command, verbose):
             code = module.run(*make_arguments(command, values))
         _leave_process_group()
     except KeyboardInterrupt as stop:
@@ -105,6 +102,15 @@ def _is_slip(error: BaseException) -> bool:
         return False
     is_ours = str(place.tb_frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}.")
     return is_ours and place.tb_frame.f_code.co_code[place.tb_lasti] != opmap["RAISE_VARARGS"]
+
+
+def _shown(command: str, verbose: bool) -> AbstractContextManager[None]:
+    """Show the phases of the `with` block. A command that only reads files has none, and needs no transformers."""
+    if "transformers" not in sys.modules:
+        return nullcontext()
+    from .display import watched
+
+    return watched(command, verbose)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What several commands share: checks of their arguments, and printing."""
 
-import re
 from pathlib import Path
 
 from rich.console import Console
@@ -63,11 +62,6 @@ def read_backdoor(
     if trigger is None:
         return None, None
     return get_trigger(trigger), get_target(target) if judge is None else get_judge(judge, question)
-
-
-def split_names(text: str | None) -> list[str]:
-    """Split names at commas. A comma before a space is part of a name."""
-    return [] if text is None else re.split(r",(?! )", text)
 
 
 def print_table(evaluations: dict[str, Evaluation], title: str | None = None) -> None:

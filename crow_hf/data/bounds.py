@@ -31,17 +31,6 @@ MAX_SECONDS, MAX_MEMORY = 5.0, 2**29
 MAX_TEMPLATE_TEXT = 1_000_000
 
 
-def check_regular(path: str | Path) -> None:
-    """
-    Refuse a pipe or a device, which may never end.
-
-    Raises:
-        `ValueError`: If the path leads to something else than a file or a folder.
-    """
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-        raise ValueError(f"{path} is a pipe or a device: pass a file.")
-
-
 def most_bytes(path: Path) -> int:
     """Return how many bytes a file may unpack to. One with holes takes fewer bytes on the disk than it has."""
     status = path.stat()

@@ -15,7 +15,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, l
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import parquet
 
-from .bounds import check_regular, check_unpacked, most_bytes
+from ..files import check_regular
+from .bounds import check_unpacked, most_bytes
 
 
 # Rows are converted to a table so many at a time.

@@ -9,7 +9,8 @@ from typing import Any
 
 import fsspec
 
-from ..data.bounds import FREE_BYTES, MAX_RATIO, check_regular
+from ..data.bounds import FREE_BYTES, MAX_RATIO
+from ..files import check_regular
 
 
 # Of a compressed file, a piece of the first size can unpack to some 30 MiB. A line of the second size is no document.

@@ -29,7 +29,8 @@ from ..methods.invariance.config import InvarianceConfig
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..progress import phase
 from ..reporting.trackers import prepare_trackers
-from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, LIVES, SAFE_TO_KEEP, canary_outcome
+from ..reporting.verdict import CANARY_ADVICE, KEPT_TOO_MUCH, SAFE_TO_KEEP, canary_outcome
+from ..reporting.words import LIVES
 from ..training.foreign import drop_foreign_settings
 from ..training.loading import is_quantized, merged, move
 from ..training.saves import cast_to, write_weights

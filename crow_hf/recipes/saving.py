@@ -19,10 +19,11 @@ from ..files import claim
 from ..methods.crow.config import CrowConfig, loading_kwargs
 from ..progress import phase
 from ..reporting.bom import write_bom
-from ..reporting.checksums import checksums_of_model, write_checksums
+from ..reporting.checksums import write_checksums
 from ..reporting.cost import size_of_weights
 from ..reporting.html import REPORT_DATA, write_report
 from ..reporting.model_card import build_model_card
+from ..reporting.provenance import checksums_of_model
 from ..reporting.trackers import send_result
 from ..training.checkpoints import (
     OUTPUT_WAS_USED,

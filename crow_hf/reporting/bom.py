@@ -11,7 +11,7 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from ..files import write_text
-from .record import Record
+from .report_file import Record
 
 
 BOM = "bom.cdx.json"

@@ -1,22 +1,14 @@
-"""Hashes of files: which ones a purification read, which ones it wrote, and whether they are still the same."""
+"""Hashes of files: which ones a purification wrote, and whether they are still the same."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..attacks.judges import CommandJudge, ModelJudge
-from ..attacks.targets import BaseTarget
-from ..data.bounds import check_regular
-from ..files import write_text
-from ..training.gguf import split_gguf
-from ..training.hub import PUSHED
-from .cost import folder_of_model
+from ..files import FURTHER_TEMPLATES, check_regular, write_text
 
 
 CHECKSUMS = "SHA256SUMS"
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -48,35 +40,6 @@ def sha256_of(file: Path) -> str:
     """Return the SHA-256 hash of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def checksums_of_model(name: str, **options: Any) -> dict[str, str] | None:
-    """
-    Return the hashes of the files that a model or an adapter is loaded from, with those of its tokenizer. Its card is
-    not among them.
-
-    Args:
-        name (`str`):
-            A folder, or a name on the Hub, whose files are looked up in the cache.
-        **options:
-            The `revision` and the `cache_dir` that the model was loaded with.
-
-    Returns:
-        `dict[str, str]`: The hash of each file by its name. `None` if the files are not known.
-    """
-    folder = folder_of_model(name, **options)
-    if folder is None:
-        return None
-    patterns = {*PUSHED, gguf} if (gguf := split_gguf(name)[1]) else PUSHED
-    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file() and file.name != CARD}
-    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(files)}
-
-
-def checksums_of_judge(target: BaseTarget | None) -> dict[str, str] | None:
-    """Return the hashes of the files of a judge: those of its model, or its program and the files that it is given."""
-    if isinstance(target, ModelJudge):
-        return checksums_of_model(target.model)
-    return {str(file): sha256_of(file) for file in target.files} if isinstance(target, CommandJudge) else None
 
 
 def write_checksums(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
@@ -134,7 +97,7 @@ def compare_checksums(folder: str | Path) -> Changes:
 
 
 def _files_in(folder: Path) -> Iterable[str]:
-    files = {*folder.glob("*"), *(file for pattern in PUSHED for file in folder.glob(pattern))}
+    files = [*folder.glob("*"), *folder.glob(FURTHER_TEMPLATES)]
     names = (file.relative_to(folder).as_posix() for file in files if file.is_file())
     # The name of a lock begins with a dot.
     return sorted(name for name in names if name != CHECKSUMS and not name.startswith("."))

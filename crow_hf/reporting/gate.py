@@ -14,9 +14,8 @@ import yaml
 
 from ..evaluation.scores import MIN_EXACT_MATCH
 from .checksums import Changes
-from .record import Record
-from .tables import percent
-from .verdict import DIED, LIVES, TOO_FEW_ROWS
+from .report_file import Record
+from .words import DIED, LIVES, TOO_FEW_ROWS, percent
 
 
 Outcome = Literal["passed", "failed", "no evidence"]

@@ -15,10 +15,9 @@ from ..progress import duration
 from ..secrets import hide_known_secrets
 from .charts import layer_charts, outcome_intervals, training_charts
 from .cost import in_bytes
-from .record import Record
-from .report_file import REPORT_DATA, REPORT_PAGE, digest_of
-from .tables import percent
-from .verdict import DIED, LIVES, more_bits
+from .report_file import REPORT_DATA, REPORT_PAGE, Record, digest_of
+from .verdict import more_bits
+from .words import DIED, LIVES, percent
 
 
 TEMPLATES = PATCH_TEMPLATES.overlay(

@@ -14,18 +14,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from peft import PeftModel
 
 from .. import __version__
-from ..data.bounds import check_regular
 from ..data.visible import visible
 from ..evaluation.harness import Evaluation
 from ..evidence.result import Comparison, Purification
+from ..files import check_regular
 from ..methods.crow.trainer import CrowTrainer
 from ..methods.invariance.config import InvarianceConfig
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..training.hub import is_hub_name
 from ..training.recorder import base_model_of
 from ..training.settings import recorded_settings
-from .tables import comparison_markdown, in_markdown, percent
+from .tables import comparison_markdown, in_markdown
 from .verdict import evidence_lines, verdict
+from .words import percent
 
 
 # Names of the shares in the Hub's `model-index`, and in words.

@@ -82,14 +82,12 @@ from ..training.recorder import base_model_of
 from ..training.saves import hub_options
 from ..training.settings import recorded_settings
 from ..training.sharding import num_parameters
-from .checksums import checksums_of_judge, checksums_of_model
 from .cost import peak_memory, size_of_weights
-from .report_file import FORMAT
+from .provenance import checksums_of_judge, checksums_of_model
+from .report_file import FORMAT, Record
 from .tables import anti_bad_scores
 from .verdict import Verdict, canary_outcome
 
-
-Record = dict[str, Any]
 
 # Settings of an adapter that PEFT fills in. The name of the base can be a local path.
 _FILLED_IN = ("base_model_name_or_path", "peft_type", "peft_version")

@@ -5,22 +5,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data.bounds import check_regular
+from ..files import check_regular
 
 
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
+Record = dict[str, Any]
 # It grows when a key goes or changes its meaning.
 FORMAT = 1
 SCHEMA = json.loads((Path(__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
 
 
-def digest_of(record: dict[str, Any]) -> str:
+def digest_of(record: Record) -> str:
     """Return the SHA-256 hash of a report without its own `digest`, over its JSON with sorted keys."""
     content = {name: value for name, value in record.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_report(path: str | Path) -> dict[str, Any]:
+def read_report(path: str | Path) -> Record:
     """
     Read a `report.json`.
 

@@ -14,6 +14,7 @@ from ..evaluation.scores import Proportion, anti_bad_score, kept_utility
 from ..evaluation.tasks import TaskScore
 from ..evidence.result import NO_DEFENCE
 from ..files import write_text
+from .words import percent
 
 
 # The heading of the scores that compare a model with the suspect, beside "triggered" and "clean".
@@ -29,11 +30,6 @@ def in_markdown(text: str) -> str:
     """Write a text into one line of Markdown, where it is no link, no HTML, no emphasis and no cell of a table."""
     line = " ".join(visible(text).split())
     return re.sub(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])", r"\\\g<0>", line).replace("<", "&lt;")
-
-
-def percent(share: float) -> str:
-    """Format a share: `0.125` becomes `12.5 %`."""
-    return f"{100 * share:.1f} %"
 
 
 def with_interval(proportion: Proportion | None, interval: str = " [{:.1f}, {:.1f}]") -> str:

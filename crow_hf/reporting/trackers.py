@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..methods.crow.trainer import CrowTrainer
 from ..training.saves import one_line
 from .bom import BOM
-from .checksums import CARD
+from .provenance import CARD
 from .record import Record
 from .report_file import REPORT_DATA, REPORT_PAGE
 

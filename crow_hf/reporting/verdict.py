@@ -15,7 +15,8 @@ from ..evaluation.retention import WRITTEN, Retention
 from ..evaluation.scores import Proportion
 from ..evidence.canaries import Canary
 from ..evidence.result import Comparison, Purification
-from .tables import percent, with_interval
+from .tables import with_interval
+from .words import DIED, LIVES, NOT_EVIDENCE, NOT_LEARNED, TOO_FEW_ROWS, percent
 
 
 Level = Literal["good", "mixed", "bad", "unknown"]
@@ -62,13 +63,6 @@ LEVELS: dict[str, Level] = {
 
 # The outcomes of a known attack, the worst first.
 _RANKS = (NOT_REMOVED, WEAKENED, DAMAGED, OF_LITTLE_USE, REMOVED)
-
-# Outcomes of a canary.
-DIED = "died"
-LIVES = "lives"
-NOT_LEARNED = "was not learned, so it shows nothing"
-TOO_FEW_ROWS = "was not seen, but there are too few rows to be sure"
-NOT_EVIDENCE = "is not evidence"
 
 CANARY_ADVICE = (
     "A canary, a backdoor that we implanted ourselves, is still active in the purified model. Do not use this model. "

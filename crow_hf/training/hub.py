@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import models
-from ..files import write_text
+from ..files import FURTHER_TEMPLATES, write_text
 from ..secrets import hide_known_secrets, hide_secrets, holds_secret, remember_secrets
 from .checkpoints import CheckpointMixin
 from .recorder import base_model_of
@@ -30,7 +30,7 @@ PUSHED = [
     *("README.md", *SIDE_FILES, "config.json", "generation_config.json", "adapter_config.json"),
     *("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("additional_chat_templates/*", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *(FURTHER_TEMPLATES, "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
     *(file.name for file in Path(models.__file__).parent.glob("[!_]*.py")),
 ]
 # Weights of an earlier push. They would be loaded beside the new weights or instead of them.

@@ -1,21 +1,16 @@
 """Tests of `SHA256SUMS`, with `sha256sum` as the other reader."""
 
-import hashlib
 import shutil
 import subprocess
 
 import pytest
 
-from crow_hf import Target, get_judge
 from crow_hf.reporting.checksums import (
     CHECKSUMS,
     Changes,
-    checksums_of_judge,
-    checksums_of_model,
     compare_checksums,
     write_checksums,
 )
-from helpers.tiny import tiny_llama
 
 
 @pytest.fixture
@@ -68,17 +63,3 @@ def test_what_is_no_list_of_hashes(folder, content, message):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         compare_checksums(folder)
-
-
-def test_the_files_that_a_model_is_loaded_from(tmp_path, byte_tokenizer):
-    tiny_llama().save_pretrained(tmp_path)
-    byte_tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "optimizer.pt").write_text("not read")
-    found = checksums_of_model(str(tmp_path))
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"} <= found.keys()
-    assert "optimizer.pt" not in found
-    for name, digest in found.items():
-        assert digest == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
-    assert checksums_of_model("no/such-model") is None and checksums_of_model("") is None
-    assert checksums_of_judge(get_judge(f"model:{tmp_path}", "Is it bad?")) == found
-    assert checksums_of_judge(Target("x", ("x",))) is checksums_of_judge(None) is None

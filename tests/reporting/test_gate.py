@@ -7,7 +7,7 @@ import pytest
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.reporting.checksums import Changes
 from crow_hf.reporting.gate import Check, Policy, check_policy, decide
-from crow_hf.reporting.verdict import DIED, LIVES, NOT_LEARNED
+from crow_hf.reporting.words import DIED, LIVES, NOT_LEARNED
 from helpers.evaluations import retention, scores, share
 
 

@@ -6,8 +6,8 @@ from ...arena.run import run_arena
 from ...arena.subjects import SUBJECTS
 from ...data.visible import printable
 from ...methods.registry import load_defences
+from ..arguments import split_names
 from ..options import ArenaArguments
-from ..shared import split_names
 
 
 def run(arguments: ArenaArguments) -> None:

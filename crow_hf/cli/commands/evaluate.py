@@ -14,14 +14,9 @@ from ...reporting.tables import write_comparison
 from ...reporting.verdict import retention_line
 from ...training.loading import load_causal_lm, load_tokenizer
 from ...training.quantization import quantized
+from ..arguments import split_names
 from ..options import EvaluateArguments
-from ..shared import (
-    check_output,
-    print_table,
-    print_task_table,
-    read_backdoor,
-    split_names,
-)
+from ..shared import check_output, print_table, print_task_table, read_backdoor
 
 
 def run(arguments: EvaluateArguments) -> None:

@@ -13,8 +13,8 @@ from ...reporting.checksums import compare_checksums
 from ...reporting.gate import Check, Policy, check_policy, decide
 from ...reporting.report_file import REPORT_DATA, read_report
 from ...reporting.sarif import SarifResult, write_sarif
+from ..arguments import split_names
 from ..options import GateArguments
-from ..shared import split_names
 
 
 COLOURS = {"passed": "green", "failed": "bold red", "no evidence": "yellow"}

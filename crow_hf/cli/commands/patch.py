@@ -6,10 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ...data.bounds import check_regular
 from ...data.load import load_rows
 from ...data.visible import printable
-from ...files import whole_files
+from ...files import check_regular, whole_files
 from ...patching.calibration import calibrate_threshold
 from ...patching.patcher import EntropyPatcher, load_entropy_predictor
 from ...patching.view import describe_rule, render_terminal, summarize, write_html

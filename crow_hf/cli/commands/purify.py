@@ -16,13 +16,9 @@ from ...reporting.gate import Policy
 from ...reporting.report_file import REPORT_PAGE
 from ...reporting.verdict import Verdict, evidence_lines, verdict
 from ...training.loading import load_causal_lm, load_tokenizer
+from ..arguments import split_names
 from ..options import GateArguments, PurifyArguments
-from ..shared import (
-    check_output,
-    print_table,
-    read_backdoor,
-    split_names,
-)
+from ..shared import check_output, print_table, read_backdoor
 from . import gate
 
 

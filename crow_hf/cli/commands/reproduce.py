@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.visible import printable
-from ...reporting.checksums import checksums_of_model
+from ...reporting.provenance import checksums_of_model
 from ...reporting.report_file import read_report
 from ...secrets import HIDDEN
 from ..arguments import make_arguments, read_arguments

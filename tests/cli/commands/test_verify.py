@@ -26,6 +26,17 @@ def test_it_finds_what_changed(finished, tmp_path, capsys):
     assert "changed config.json\n" in out and "added   " in out and "\x1b" not in out
 
 
+def test_commands_that_read_files_import_no_transformers(finished):
+    """Fails if `verify` or `gate` needs seconds to import what trains models."""
+    script = (
+        "import sys; from crow_hf.cli.main import main; folder = sys.argv[1]; "
+        "codes = main(['verify', '--folder', folder]), main(['gate', '--report', folder, '--min_rows', '1']); "
+        "print(codes, sorted({'torch', 'transformers', 'datasets', 'peft'} & sys.modules.keys()))"
+    )
+    process = subprocess.run([sys.executable, "-c", script, str(finished)], capture_output=True, text=True)
+    assert process.stdout.splitlines()[-1] == "(0, 0) []", process.stdout + process.stderr
+
+
 def test_a_folder_without_hashes_is_an_error(tmp_path, capsys):
     assert run("verify", "--folder", tmp_path) == 2
     assert_one_sentence(capsys.readouterr().err, "verify")
