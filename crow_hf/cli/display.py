@@ -67,11 +67,15 @@ class _LogLines(std_logging.Handler):
     def __init__(self, command: str) -> None:
         super().__init__()
         self.command = command
+        self.printed: set[str] = set()
 
     def emit(self, record: std_logging.LogRecord) -> None:
         level = "Note" if record.levelno < std_logging.WARNING else record.levelname.capitalize()
-        text = hide_secrets(record.getMessage())
-        print(f"{level}: {printable(as_options(text, self.command))}", file=sys.stderr)
+        line = f"{level}: {printable(as_options(hide_secrets(record.getMessage()), self.command))}"
+        # Layers of bitsandbytes warn in every pass.
+        if line not in self.printed:
+            self.printed.add(line)
+            print(line, file=sys.stderr)
 
 
 @contextmanager

@@ -123,6 +123,15 @@ def test_a_live_phase_prints_log_lines_above_itself(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_warning_that_repeats_is_printed_once(capsys):
+    """Fails if each layer with 8-bit weights prints the same line in each pass: 25,000 lines in two minutes."""
+    with watched("evaluate", console=console(live=False)):
+        for number in (1, 1, 2):
+            std_logging.getLogger("bitsandbytes.somewhere").warning("inputs of layer %d will be cast", number)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"Warning: inputs of layer {number} will be cast" for number in (1, 2)]
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_log_lines_of_the_training_are_only_for_the_verbose(
     tmp_path, tiny_llama, byte_tokenizer, rows, verbose, capsys
