@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, logging
 
 from ..files import whole_files
@@ -140,6 +141,9 @@ def _save_rest(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     base: Any = base_model_of(model)
     revision = model.active_peft_config.revision
     drop_foreign_settings(base, tokenizer)
+    if base._auto_class is not None:
+        # The code of our own models, which their config names.
+        custom_object_save(base, folder, config=base.config)
     base.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     index = cached_file(

@@ -7,10 +7,11 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
-from crow_hf import load_causal_lm
+from crow_hf import CoconutTokenizer, load_causal_lm
 from crow_hf.training import merging
 from crow_hf.training.merging import merge_adapter
 from crow_hf.training.saves import stored_dtype
+from helpers.coconut import coconut
 from helpers.tiny import tiny_gpt2, tiny_llama, weights_of
 
 
@@ -97,3 +98,17 @@ def test_settings_that_choose_words_are_dropped(tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"sequence_bias": [[[5], 9.0]]}))
     merge_adapter(adapter, tmp_path / "merged")
     assert "sequence_bias" not in (tmp_path / "merged" / "generation_config.json").read_text()
+
+
+def test_our_own_models_come_with_their_code(tmp_path):
+    """Fails if the Hub cannot load a merged byte-latent model where this package is not installed."""
+    coconut().save_pretrained(tmp_path / "base")
+    CoconutTokenizer().save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(load_causal_lm(tmp_path / "base"), LoraConfig(r=3, target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    files, configs = {}, {}
+    for name in ("base", "merged"):
+        files[name] = {file.name for file in (tmp_path / name).iterdir()}
+        configs[name] = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+    assert files["merged"] == files["base"] and configs["merged"]["auto_map"] == configs["base"]["auto_map"]
