@@ -27,7 +27,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
-from ..files import leads_outside
+from ..files import FURTHER_TEMPLATES, leads_outside
 from .foreign import check_named_files, named_implementations, set_aside
 from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
@@ -121,7 +121,7 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
 
 def _load_gguf(path: str, folder: str, file: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if Path(folder).is_dir():
-        _check_links(Path(folder))
+        _check_links(Path(folder), file)
     else:
         kwargs = _without_retries(kwargs)
     options = _hub_options(kwargs)
@@ -387,7 +387,7 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _check_exists(path: str | Path, gguf: str | None = None, **options: Any) -> None:
     """Check that the path is a folder or a readable repository, with a single request to the Hub if it has a model."""
     if Path(path).is_dir():
-        _check_links(Path(path))
+        _check_links(Path(path), gguf)
         return
     file_names = (CONFIG_NAME, ADAPTER_CONFIG_NAME, TOKENIZER_CONFIG_FILE) if gguf is None else (gguf,)
     try:
@@ -404,11 +404,19 @@ def _check_exists(path: str | Path, gguf: str | None = None, **options: Any) -> 
         ) from error
 
 
-def _check_links(folder: Path) -> None:
-    """Refuse links to files elsewhere. A private key, for example, would be saved with the purified model."""
-    check_texts(folder)
-    for file in folder.rglob("*"):
-        if file.is_symlink() and leads_outside(file, folder):
+def _check_links(folder: Path, gguf: str | None = None) -> None:
+    """
+    Refuse links to files elsewhere. A private key, for example, would be saved with the purified model.
+
+    A GGUF file often lies in a folder with much else, of which nothing deeper is read with it.
+    """
+    if gguf is None:
+        files = list(folder.rglob("*"))
+    else:
+        files = [file for pattern in ("*", FURTHER_TEMPLATES) for file in folder.glob(pattern) if not file.is_dir()]
+    check_texts(folder, files)
+    for file in files:
+        if leads_outside(file, folder):
             raise ValueError(
                 f"{file.relative_to(folder)} in {folder} is a link to a place outside of the folder. If you trust "
                 "what it leads to, put that file itself there."

@@ -33,14 +33,14 @@ _FREE_VALUES = 2**24
 _MAX_GROWTH = 100
 
 
-def check_texts(folder: Path) -> None:
+def check_texts(folder: Path, files: Iterable[Path]) -> None:
     """
-    Refuse a model's folder with a pipe, a device or a text without end.
+    Refuse a pipe, a device or a text without end among the files of a model's folder.
 
     Raises:
         `ValueError`: If there is one. The message names it.
     """
-    for file in folder.rglob("*"):
+    for file in files:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise ValueError(f"{file.relative_to(folder)} in {folder} is a pipe or a device: put a file there.")
         if file.suffix in (".json", ".jinja", ".txt", ".md") and file.is_file() and file.stat().st_size > _MAX_TEXT:

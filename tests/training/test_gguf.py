@@ -134,6 +134,20 @@ def test_sizes_are_checked_before_anything_is_built(model, whole, tmp_path, monk
         load_causal_lm(whole)
 
 
+def test_much_else_may_lie_beside_a_file(model, tmp_path):
+    """Fails if a virtual environment or linked data beside the file is in the way, or if a linked template is not."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "one.jinja").write_text("secret")
+    (tmp_path / "work" / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "work" / "venv" / "bin" / "python").symlink_to(tmp_path / "data" / "one.jinja")
+    (tmp_path / "work" / "data").symlink_to(tmp_path / "data")
+    file = write_gguf(tmp_path / "work" / "tiny.gguf", model)
+    load_causal_lm(file)
+    (tmp_path / "work" / "additional_chat_templates").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="is a link to a place outside"):
+        load_causal_lm(file)
+
+
 def test_links_out_of_the_folder_are_refused(whole, tmp_path):
     (tmp_path / "model").mkdir()
     os.symlink(whole, tmp_path / "model" / "tiny.gguf")
