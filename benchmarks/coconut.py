@@ -202,6 +202,8 @@ def reasoner() -> CoconutForCausalLM:
     width = 64
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4, "num_hidden_layers": 2}
     half = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
+    # Local layers that see the whole question learn the chain themselves, and thoughts do not pass through them.
+    half |= {"sliding_window": 6}
     # Fixed patches match the three-byte symbols of the task. Others would cut random names anywhere.
     return CoconutForCausalLM.from_backbone(
         LlamaConfig(**shape, initializer_range=width**-0.5),
@@ -269,7 +271,7 @@ def teach(
     collate = CrowDataCollator(tokenizer.pad_token_id)
     if method == "thoughts":
         last = ThoughtStage(tokenizer, options.depth, drop_rest=True)
-        train_by_stages(model, args, train, held_out, tokenizer, options.depth)
+        train_by_stages(model, args, train, held_out, tokenizer, options.depth, label_thoughts=options.label_thoughts)
         states = sorted(folder.glob("stage-*/trainer_state.json"))
         steps = [json.loads(file.read_text())["global_step"] for file in states]
         stages = [*(ThoughtStage(tokenizer, number) for number in range(options.depth + 1)), last]
@@ -443,7 +445,8 @@ def main() -> None:
         command.add_argument("--blt_bytes", type=int, default=8)
         command.add_argument("--nodes", type=int, default=6)
         command.add_argument("--depth", type=int, default=2, help="number of steps per chain")
-        command.add_argument("--rows", type=int, default=10_000)
+        command.add_argument("--rows", type=int, default=40_000)
+        command.add_argument("--label_thoughts", action=argparse.BooleanOptionalAction, default=True)
         command.add_argument("--test_rows", type=int, default=500)
         command.add_argument("--stage_steps", type=int, default=3000, help="maximum number of steps of a stage")
     options = parser.parse_args()

@@ -20,9 +20,10 @@ from crow_hf.data.load import load_rows
 @dataclass
 class ScriptArguments:
     dataset: str | None = field(default=None, metadata={"help": "File with the fields question, steps and answer."})
-    num_rows: int = field(default=10_000, metadata={"help": "Number of questions to generate."})
+    num_rows: int = field(default=40_000, metadata={"help": "Number of questions to generate."})
     num_stages: int = field(default=2, metadata={"help": "Maximum number of steps that thoughts replace."})
     thoughts_per_step: int = field(default=1, metadata={"help": "Number of thoughts per replaced step."})
+    label_thoughts: bool = field(default=True, metadata={"help": "Whether thoughts learn where their steps lead."})
 
 
 def main() -> None:
@@ -31,14 +32,25 @@ def main() -> None:
     tokenizer = CoconutTokenizer()
     if script.dataset is None:
         rows = reachability_rows(script.num_rows, args.seed, num_nodes=6, steps=(2,))
-        # The symbols of the task have three bytes.
-        fields = {"patch_rule": "stride", "max_patch_length": 3}
+        # The symbols of the task have three bytes. Two of them are all that the layers over bytes see, so that the
+        # chain is learned where thoughts are: in the layers over patches.
+        local = {"sliding_window": 6, "num_hidden_layers": 1}
+        fields = {"patch_rule": "stride", "max_patch_length": 3, "encoder_config": local, "decoder_config": local}
     else:
         rows, fields = load_rows(script.dataset), {}
     split = rows.train_test_split(test_size=min(500, -(-len(rows) // 20)), seed=args.seed)
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = CoconutForCausalLM.from_backbone(LlamaConfig(**shape, initializer_range=64**-0.5), **fields)
-    train_by_stages(model, args, split["train"], split["test"], tokenizer, script.num_stages, script.thoughts_per_step)
+    train_by_stages(
+        model,
+        args,
+        split["train"],
+        split["test"],
+        tokenizer,
+        script.num_stages,
+        script.thoughts_per_step,
+        label_thoughts=script.label_thoughts,
+    )
     stage = ThoughtStage(tokenizer, script.num_stages, script.thoughts_per_step, drop_rest=True)
     for row in split["test"].select(range(min(3, len(split["test"])))):
         inputs = tokenizer.pad({"input_ids": [stage.prompt(row["question"])]}, return_tensors="pt")

@@ -1,8 +1,9 @@
 """Teach a model to reason in continuous thoughts with COCONUT's staged curriculum (arXiv 2412.06769, section 3).
 
 Rows have a `question`, the `steps` of a written chain of reasoning, and an `answer`. At stage k, k * c thoughts
-without labels replace the first k steps. The remaining steps and the answer are learned as text. A stage ends when it
-is learned: a stage can only take away what the stage before has taught.
+replace the first k steps. The remaining steps and the answer are learned as text. A stage ends when it is learned: a
+stage can only take away what the stage before has taught. Thoughts have no labels in the paper. With labels, each
+learns where its step leads, a simple form of SIM-CoT's supervision of steps (arXiv 2509.20317).
 """
 
 import random
@@ -33,7 +34,7 @@ from ..models.modeling_coconut import CoconutForCausalLM
 
 logger = logging.get_logger(__name__)
 
-_CONSONANTS = "bdfgklmnprstvz"
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
 
 
 @dataclass
@@ -53,6 +54,9 @@ class ThoughtStage:
         drop_rest (`bool`, *optional*, defaults to `False`):
             Whether to omit the remaining steps instead of writing them, as in the last stage. With `stage=0` there is
             no reasoning at all, which is the control.
+        label_thoughts (`bool`, *optional*, defaults to `False`):
+            Whether thoughts have labels: the first byte of the step after those that the thought and the thoughts
+            before it replace, or of the answer. The output that becomes the thought must then tell this byte.
 
     Raises:
         `ValueError`: If a number is too small, or a row lacks a column.
@@ -70,6 +74,7 @@ class ThoughtStage:
     stage: int = 0
     thoughts_per_step: int = 1
     drop_rest: bool = False
+    label_thoughts: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"stage": 0, "thoughts_per_step": 1}.items():
@@ -89,7 +94,20 @@ class ThoughtStage:
         steps = [] if self.drop_rest else row["steps"][self.stage :]
         text = "\n".join([*steps, f"### {row['answer']}"])
         completion = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-        return {"input_ids": prompt + completion, "labels": [IGNORE_INDEX] * len(prompt) + completion}
+        labels = [IGNORE_INDEX] * len(prompt)
+        if self.label_thoughts and self.num_thoughts:
+            # The prompt ends with the thoughts and one more token.
+            labels[-self.num_thoughts - 1 : -1] = self._labels_of_thoughts(row)
+        return {"input_ids": prompt + completion, "labels": labels + completion}
+
+    def _labels_of_thoughts(self, row: Mapping[str, Any]) -> list[int]:
+        """Return the first byte of what follows the steps up to each thought: a step, or the answer."""
+        texts = [*row["steps"], row["answer"]]
+        labels: list[int] = []
+        for number in range(1, self.stage + 1):
+            ids = self.tokenizer(texts[min(number, len(texts) - 1)], add_special_tokens=False)["input_ids"]
+            labels += (ids[:1] or [IGNORE_INDEX]) * self.thoughts_per_step
+        return labels
 
     def prompt(self, question: str) -> list[int]:
         """
@@ -141,6 +159,7 @@ def train_by_stages(
     num_stages: int,
     thoughts_per_step: int = 1,
     accuracy: float = 0.95,
+    label_thoughts: bool = False,
 ) -> CoconutForCausalLM:
     """
     Train a model through all stages of the curriculum.
@@ -168,6 +187,8 @@ def train_by_stages(
             Number of thoughts per step, the paper's c.
         accuracy (`float`, *optional*, defaults to 0.95):
             Share of the held-out rows that must be right to the last byte for a stage to end.
+        label_thoughts (`bool`, *optional*, defaults to `False`):
+            Whether the thoughts of the training rows have labels, see [`ThoughtStage`].
 
     Returns:
         `CoconutForCausalLM`: The model after the last stage.
@@ -189,6 +210,7 @@ def train_by_stages(
             load_model(model, folder / SAFE_WEIGHTS_NAME)
             continue
         logger.warning(f"Stage {number} of {len(stages) - 1}: {stage.num_thoughts} thoughts.")
+        learned = replace(stage, label_thoughts=label_thoughts)
         trainer = Trainer(
             model,
             replace(
@@ -197,7 +219,9 @@ def train_by_stages(
                 save_strategy="no",
                 eval_strategy="epoch" if args.eval_strategy == "no" else args.eval_strategy,
             ),
-            train_dataset=train_dataset.map(stage, remove_columns=train_dataset.column_names, desc=f"Stage {number}"),
+            train_dataset=train_dataset.map(
+                learned, remove_columns=train_dataset.column_names, desc=f"Stage {number}"
+            ),
             eval_dataset=eval_dataset.map(stage, remove_columns=eval_dataset.column_names, desc=f"Stage {number}"),
             data_collator=CrowDataCollator(padding_id(tokenizer)),
             processing_class=tokenizer,
@@ -225,7 +249,7 @@ def reachability_rows(count: int, seed: int, num_nodes: int = 12, steps: Sequenc
     The graph consists of two random trees. The question names the root of the first tree. The right node is a leaf of
     that tree, and the wrong node is a leaf of the other, so no single edge tells them apart. A node's name has two
     letters and is followed by a punctuation mark, so that patches of three bytes (`patch_rule="stride"`) are the
-    symbols of the task.
+    symbols of the task. The names in a graph begin with different letters.
 
     Args:
         count (`int`):
@@ -233,7 +257,7 @@ def reachability_rows(count: int, seed: int, num_nodes: int = 12, steps: Sequenc
         seed (`int`):
             Seed for the graphs.
         num_nodes (`int`, *optional*, defaults to 12):
-            Number of nodes in both trees together.
+            Number of nodes in both trees together, at most 20.
         steps (`Sequence[int]`, *optional*, defaults to `(2, 3)`):
             Distances that the two nodes may have from their roots.
 
@@ -241,8 +265,10 @@ def reachability_rows(count: int, seed: int, num_nodes: int = 12, steps: Sequenc
         `Dataset`: Columns `question`, `steps` and `answer`.
 
     Raises:
-        `ValueError`: If the graph is too small for that many steps.
+        `ValueError`: If the graph is too small for that many steps, or has too many nodes for their names.
     """
+    if num_nodes > len(_CONSONANTS):
+        raise ValueError(f"There are names for {len(_CONSONANTS)} nodes, but `num_nodes` is {num_nodes}. Lower it.")
     if 2 * (max(steps) + 1) > num_nodes:
         raise ValueError(f"{num_nodes} nodes are too few for two paths of {max(steps)} steps. Raise `num_nodes`.")
     rng = random.Random(seed)
@@ -250,7 +276,7 @@ def reachability_rows(count: int, seed: int, num_nodes: int = 12, steps: Sequenc
 
 
 def _reachability_row(rng: random.Random, num_nodes: int, length: int) -> dict[str, Any]:
-    nodes = rng.sample([consonant + vowel for consonant in _CONSONANTS for vowel in "aeiou"], num_nodes)
+    nodes = [consonant + rng.choice("aeiou") for consonant in rng.sample(_CONSONANTS, num_nodes)]
     # Two paths, then dead ends that branch off anywhere but at the two ends of the paths.
     paths = [nodes[: length + 1], nodes[length + 1 : 2 * (length + 1)]]
     edges = [edge for path in paths for edge in zip(path, path[1:], strict=False)]

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction, LlamaConfig, TrainingArguments
+from transformers import EvalPrediction, LlamaConfig, Trainer, TrainingArguments
 
+from crow_hf.methods import thoughts
 from crow_hf.methods.thoughts import ThoughtStage, _share_of_right_rows, reachability_rows, train_by_stages
 from helpers.coconut import DEEP, TOKENIZER, coconut
 
@@ -35,6 +36,27 @@ def test_stages_by_hand():
         ThoughtStage(TOKENIZER, stage=-1)
 
 
+def test_labels_of_thoughts_by_hand():
+    """A thought's label begins what follows its step: the next step, or the answer, also for rows with fewer steps."""
+    row = {"question": "Q", "steps": ["a", "bc"], "answer": "de"}
+
+    def read(row=row, **options):
+        columns = ThoughtStage(TOKENIZER, label_thoughts=True, **options)(row)
+        places = [i for i, token in enumerate(columns["input_ids"]) if TOKENIZER.decode([token]) == "<latent>"]
+        plain = ThoughtStage(TOKENIZER, **options)(row)
+        others = [i for i in range(len(plain["labels"])) if i not in places]
+        assert columns["input_ids"] == plain["input_ids"]
+        assert [columns["labels"][i] for i in others] == [plain["labels"][i] for i in others]
+        return [columns["labels"][i] for i in places]
+
+    assert read() == []
+    assert TOKENIZER.decode(read(stage=1)) == "b"
+    assert TOKENIZER.decode(read(stage=2, thoughts_per_step=2)) == "bbdd"
+    assert TOKENIZER.decode(read(stage=3, drop_rest=True)) == "bdd"
+    assert read(row | {"steps": []}, stage=1) == TOKENIZER("d", add_special_tokens=False)["input_ids"]
+    assert read(row | {"steps": ["a", ""]}, stage=1) == [-100]
+
+
 def test_questions_have_exactly_one_right_answer():
     """Only the right node can be reached, and the steps lead to it."""
     rows = reachability_rows(200, seed=0, num_nodes=9, steps=(2, 3))
@@ -48,10 +70,13 @@ def test_questions_have_exactly_one_right_answer():
         path = [step.split(">") for step in row["steps"]]
         assert path[0][0] == root and path[-1][1] == row["answer"] and all(tuple(step) in edges for step in path)
         assert all(a[1] == b[0] for a, b in zip(path, path[1:], strict=False))
+        assert len({node[0] for edge in edges for node in edge}) == 9
     assert len(set(rows["question"])) == 200
     assert reachability_rows(3, seed=5)["question"] == reachability_rows(3, seed=5)["question"]
     with pytest.raises(ValueError, match="num_nodes"):
         reachability_rows(1, seed=0, num_nodes=4, steps=(3,))
+    with pytest.raises(ValueError, match="20 nodes"):
+        reachability_rows(1, seed=0, num_nodes=21)
 
 
 ROWS = reachability_rows(8, seed=0, num_nodes=6, steps=(2,))
@@ -98,6 +123,20 @@ def test_a_stage_ends_when_it_is_learned(tmp_path, caplog):
     ids = torch.tensor([labels["input_ids"]])
     learned = sum(label != -100 for label in labels["labels"])
     assert torch.equal(model.eval()(ids).logits[0, -learned - 1 : -1].argmax(-1), ids[0, -learned:])
+
+
+def test_labels_of_thoughts_are_learned_but_not_counted(tmp_path, monkeypatch):
+    """Training rows have them. Whether a stage ends is up to the text, so held-out rows do not."""
+    seen = []
+
+    class Watched(Trainer):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            seen.append([rows[0]["labels"].count(-100) for rows in (self.eval_dataset, self.train_dataset)])
+
+    monkeypatch.setattr(thoughts, "Trainer", Watched)
+    train_by_stages(thinker(), arguments(tmp_path), ROWS, ROWS, TOKENIZER, num_stages=2, label_thoughts=True)
+    assert [unlabelled - labelled for unlabelled, labelled in seen] == [0, 1, 2, 2]
 
 
 def test_rows_are_right_to_the_last_byte():
