@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .attacks.triggers import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
     from .data.collators import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
     from .data.encoding import prepare_dataset
+    from .detection.guard import ConsistencyGuard, GuardedAnswer, Watch
     from .detection.phrases import Phrase, find_phrases
     from .detection.suspicions import Suspicion, try_pieces
     from .detection.triggers import Piece, find_triggers
@@ -81,6 +82,7 @@ _HOMES = {
     "attacks.triggers": ["TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Trigger"],
     "data.collators": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator"],
     "data.encoding": ["prepare_dataset"],
+    "detection.guard": ["ConsistencyGuard", "GuardedAnswer", "Watch"],
     "detection.phrases": ["Phrase", "find_phrases"],
     "detection.suspicions": ["Suspicion", "try_pieces"],
     "detection.triggers": ["Piece", "find_triggers"],

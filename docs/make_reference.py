@@ -44,7 +44,7 @@ PAGES = {
     ),
     "detect": (
         "Scan a model for a backdoor",
-        ["recipes.scanning", "detection.phrases", "detection.triggers", "detection.suspicions"],
+        ["recipes.scanning", "detection.phrases", "detection.triggers", "detection.suspicions", "detection.guard"],
     ),
     "decide": (
         "Decide by a policy, and show why",

@@ -265,6 +265,27 @@ class ScanArguments:
 
 
 @dataclass
+class GuardArguments:
+    """Find prompts that lead a model where clean prompts do not. Triggers of backdoors often do."""
+
+    model: str = field(metadata={"help": f"The model: {MODEL_HELP}"})
+    guard_dir: str = field(metadata={"help": "Folder of the guard. With --dataset it must be new or empty."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": f"Rows with clean prompts, to fit a new guard. 1,000 or more are best. {DATASET_HELP}"},
+    )
+    inputs: str | None = field(default=None, metadata={"help": "Rows with prompts to check, given as --dataset is."})
+    split: str = field(default="train", metadata={"help": "Split of the rows, in a folder or on the Hub."})
+    false_alarm_rate: float = field(
+        default=0.01, metadata={"help": "The share of clean prompts that may be alarms. 0.01 needs 99 prompts."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Number of prompts per batch."})
+    output: str | None = field(
+        default=None, metadata={"help": "File for the scores of --inputs, one JSON object a line. It must be new."}
+    )
+
+
+@dataclass
 class ChatArguments:
     """Ask a suspect and its purified model the same, and show their answers side by side."""
 
@@ -364,7 +385,7 @@ class ArenaArguments:
 
 
 # The exit code 1 of these commands is an answer, so an error has the exit code 2.
-DECISIONS = ("scan", "gate", "verify", "reproduce")
+DECISIONS = ("scan", "guard", "gate", "verify", "reproduce")
 COMMANDS: dict[str, type] = {
     "demo": DemoArguments,
     "purify": PurifyArguments,
@@ -374,6 +395,7 @@ COMMANDS: dict[str, type] = {
     "patch": PatchArguments,
     "doctor": DoctorArguments,
     "scan": ScanArguments,
+    "guard": GuardArguments,
     "chat": ChatArguments,
     "ui": UiArguments,
     "gate": GateArguments,

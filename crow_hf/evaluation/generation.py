@@ -1,8 +1,8 @@
 """Batched generation and scoring: the greedy answers of a model, and the likelihood that it gives to right answers."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -115,6 +115,7 @@ def write_answers(
     max_new_tokens: int,
     batch_size: int = 32,
     own_settings: bool = False,
+    around_batch: Callable[[list[int]], AbstractContextManager] = nullcontext,
 ) -> list[Answer]:
     """
     Generate greedy answers as [`generate_answers`] does, with all that an evaluation judges.
@@ -132,12 +133,15 @@ def write_answers(
             Number of prompts per batch.
         own_settings (`bool`, *optional*, defaults to `False`):
             Whether the model's own settings of generation apply, as they do for its users.
+        around_batch (`Callable`, *optional*):
+            Makes a context in which the prompts of these numbers are answered.
 
     Returns:
         `list[Answer]`: The answers in the order of the prompts.
     """
     encoded = _encode_prompts(model, tokenizer, prompts, max_new_tokens)
-    answers = _answer(model, tokenizer, encoded, max_new_tokens, batch_size, own_settings)
+    options: dict[str, Any] = {"own_settings": own_settings, "around_batch": around_batch}
+    answers = _answer(model, tokenizer, encoded, max_new_tokens, batch_size, **options)
     # A space at the end of a prompt is often part of the first token of the answer.
     return [
         answer._replace(text=answer.text.removeprefix(" "), plain=answer.plain.removeprefix(" "))
@@ -176,7 +180,7 @@ def continue_answers(
     room = min(max_new_tokens, (context_length(model) or math.inf) - max(map(len, starts), default=0))
     if room < 1:
         return list(answers)
-    further = _answer(model, tokenizer, starts, int(room), batch_size, False)
+    further = _answer(model, tokenizer, starts, int(room), batch_size)
     return [
         _decoded(tokenizer, answer.prompt_ids, answer.ids + more.ids, more.has_ended)
         for answer, more in zip(answers, further, strict=True)
@@ -189,10 +193,10 @@ def _answer(
     encoded: list[list[int]],
     max_new_tokens: int,
     batch_size: int,
-    own_settings: bool,
+    **options: Any,
 ) -> list[Answer]:
     ends = end_token_ids(model, tokenizer)
-    options: dict[str, Any] = {"do_sample": False, "own_settings": own_settings}
+    options |= {"do_sample": False}
     outputs = generate_ids(model, encoded, padding_id(tokenizer), ends, max_new_tokens, batch_size, **options)
     return [
         _decoded(tokenizer, prompt, output, output[-1:] != [] and output[-1] in ends)
@@ -214,6 +218,7 @@ def generate_ids(
     max_new_tokens: int,
     batch_size: int,
     own_settings: bool = False,
+    around_batch: Callable[[list[int]], AbstractContextManager] = nullcontext,
     **settings: Any,
 ) -> list[list[int]]:
     """
@@ -237,6 +242,8 @@ def generate_ids(
         own_settings (`bool`, *optional*, defaults to `False`):
             Whether the model's own settings of generation apply too, except for those that are passed. Only its own
             end tokens then end the writing.
+        around_batch (`Callable`, *optional*):
+            Makes a context in which the rows of these numbers are continued.
         **settings:
             Further arguments of [`~transformers.GenerationConfig`].
 
@@ -263,7 +270,7 @@ def generate_ids(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = pad_left([encoded[number] for number in numbers], pad_token_id, model.device)
-            with naming_errors(model):
+            with naming_errors(model), around_batch(numbers):
                 output = generate(**batch, generation_config=config)
             new_tokens = output[:, batch["input_ids"].shape[1] :].tolist()
             for number, tokens in zip(numbers, new_tokens, strict=True):

@@ -1,0 +1,359 @@
+"""Warns of prompts that put a model into a state in which no clean prompt puts it.
+
+The state is the one from which the model predicts the first token of its answer. A backdoor moves it towards its
+target, away from the states of clean prompts, and the distance to the nearest of them shows that.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.rows import Rendered, add_empty_answers, render
+from ..evaluation.generation import Answer, write_answers
+from ..evaluation.scores import Proportion
+from ..files import whole_files
+from ..training.recorder import base_model_of
+
+
+# As in arXiv 2204.06507, a few neighbours are steadier than one.
+NUM_NEIGHBORS = 5
+# Clean prompts whose states are computed again when a guard is loaded, and how well they agree in another precision.
+NUM_PROBES, MIN_AGREEMENT = 4, 0.98
+_STATES, _SETTINGS = "guard.safetensors", "guard.json"
+
+
+@dataclass(frozen=True)
+class GuardedAnswer:
+    """
+    An answer, and what the guard says of its prompt.
+
+    Attributes:
+        text (`str`):
+            The answer, or the refusal that stands for it.
+        score (`float`):
+            How far the prompt led the model from the states of clean prompts, from 0 to 2.
+        is_alarm (`bool`):
+            Whether that is further than the guard allows.
+    """
+
+    text: str
+    score: float
+    is_alarm: bool
+
+
+@dataclass
+class Watch:
+    """
+    What [`ConsistencyGuard.watch`] saw.
+
+    Attributes:
+        scores (`torch.Tensor` of shape `(B,)`, *optional*):
+            The scores of the prompts of a batch. `None` until the model has read them.
+        states (`torch.Tensor` of shape `(B, D)`, *optional*):
+            The states of the model after the prompts.
+    """
+
+    scores: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+
+
+class ConsistencyGuard:
+    """
+    Tells which prompts are consistent with clean ones, for a model that may have a backdoor.
+
+    The guard keeps the states of a model after clean prompts. The score of a prompt is the mean cosine distance of its
+    state to the nearest five of them, after their mean is subtracted. No clean prompt scores above the threshold more
+    often than at the chosen rate, if it is drawn as the rows were. The guard reads a state that the model computes
+    anyway. docs/is-this-input-triggered.md says which backdoors it notices.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        processing_class (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        states (`torch.Tensor` of shape `(N, D)`):
+            The states after the clean prompts.
+        probes (`list[Rendered]`):
+            The first clean prompts. They show whether a saved guard belongs to a model.
+        false_alarm_rate (`float`, *optional*, defaults to 0.01):
+            The share of clean prompts that may be alarms.
+
+    Attributes:
+        threshold (`float`):
+            The largest score that is no alarm.
+        false_alarms (`Proportion`):
+            The share of the clean prompts that are alarms, each scored by all the others.
+
+    Raises:
+        `ValueError`: If the rate is not between 0 and 1, if there are too few prompts for it, or if the states are not
+            finite.
+
+    Example:
+
+    ```python
+    from crow_hf import ConsistencyGuard
+
+    guard = ConsistencyGuard.fit(model, clean_rows, tokenizer, false_alarm_rate=0.2)
+    for answer in guard.generate(rows, refusal="This prompt is blocked.", max_new_tokens=16):
+        print(answer.score, answer.is_alarm, answer.text)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class: PreTrainedTokenizerBase,
+        states: torch.Tensor,
+        probes: list[Rendered],
+        false_alarm_rate: float = 0.01,
+    ):
+        _check_enough(len(states), false_alarm_rate)
+        if not states.isfinite().all():
+            raise ValueError("The states of the model after clean prompts are not finite. Load it in float32.")
+        self.model, self.processing_class, self.probes = model, processing_class, probes
+        self.states, self.false_alarm_rate = states.float(), false_alarm_rate
+        self._center = self.states.mean(dim=0)
+        self._directions = normalize(self.states - self._center, dim=-1)
+        scores = self._distance(self.states, is_clean=True).sort().values
+        # The rank at which a further clean prompt exceeds the threshold at most as often as chosen (split conformal
+        # prediction, arXiv 2107.07511).
+        rank = min(len(scores), math.ceil((1 - false_alarm_rate) * (len(scores) + 1)))
+        self.threshold = float(scores[rank - 1])
+        self.false_alarms = Proportion.of((scores > self.threshold).tolist())
+
+    @classmethod
+    def fit(
+        cls,
+        model: PreTrainedModel | PeftModel,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        false_alarm_rate: float = 0.01,
+        batch_size: int = 32,
+    ) -> "ConsistencyGuard":
+        """
+        Learn where clean prompts lead a model.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`):
+                The model.
+            dataset (`Dataset`):
+                Rows with clean prompts, such as the guard will see. They need no answers. 1,000 prompts notice far
+                more than 200.
+            processing_class (`PreTrainedTokenizerBase`):
+                The model's tokenizer.
+            false_alarm_rate (`float`, *optional*, defaults to 0.01):
+                The share of clean prompts that may be alarms. It needs at least `1 / false_alarm_rate - 1` prompts.
+            batch_size (`int`, *optional*, defaults to 32):
+                Number of prompts per batch.
+
+        Returns:
+            [`ConsistencyGuard`]
+
+        Raises:
+            `ValueError`: If there are too few prompts, or a prompt is empty or does not fit into the model's context.
+        """
+        # The same prompt twice would be its own nearest neighbour.
+        prompts = list({each.prompt: each for each in _rendered(dataset, processing_class)}.values())
+        _check_enough(len(prompts), false_alarm_rate)
+        _, states = _read(model, processing_class, prompts, batch_size)
+        return cls(model, processing_class, states, prompts[:NUM_PROBES], false_alarm_rate)
+
+    def score(self, dataset: Dataset, batch_size: int = 32) -> torch.Tensor:
+        """
+        Score prompts.
+
+        Args:
+            dataset (`Dataset`):
+                Rows with prompts.
+            batch_size (`int`, *optional*, defaults to 32):
+                Number of prompts per batch.
+
+        Returns:
+            `torch.Tensor`: The scores, of shape `(N,)`. Those above `threshold` are alarms.
+
+        Raises:
+            `ValueError`: If a prompt is empty, or does not fit into the model's context.
+        """
+        prompts = _rendered(dataset, self.processing_class)
+        return self._distance(_read(self.model, self.processing_class, prompts, batch_size)[1])
+
+    def generate(
+        self,
+        dataset: Dataset,
+        refusal: str | None = None,
+        max_new_tokens: int = 128,
+        batch_size: int = 32,
+    ) -> list[GuardedAnswer]:
+        """
+        Answer prompts, and say which of them are alarms.
+
+        Args:
+            dataset (`Dataset`):
+                Rows with prompts.
+            refusal (`str`, *optional*):
+                What stands for the answers to prompts that are alarms. Without it, they are answered too.
+            max_new_tokens (`int`, *optional*, defaults to 128):
+                Maximum number of tokens of an answer.
+            batch_size (`int`, *optional*, defaults to 32):
+                Number of prompts per batch.
+
+        Returns:
+            `list[GuardedAnswer]`: The greedy answers, in the order of the rows.
+
+        Raises:
+            `ValueError`: If a prompt is empty, or does not fit into the model's context.
+        """
+        prompts = _rendered(dataset, self.processing_class)
+        answers, states = _read(self.model, self.processing_class, prompts, batch_size, max_new_tokens)
+        guarded = []
+        for answer, score in zip(answers, self._distance(states).tolist(), strict=True):
+            # A score that is no number is an alarm.
+            is_alarm = not score <= self.threshold
+            is_refused = is_alarm and refusal is not None
+            guarded.append(GuardedAnswer(refusal if is_refused else answer.plain, score, is_alarm))
+        return guarded
+
+    @contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """
+        Score the prompts of the first forward pass in the `with` block, such as that of `model.generate`.
+
+        The rows must be padded on the left, as for generation. Nothing is computed twice.
+
+        Yields:
+            [`Watch`]: The scores. Those above `threshold` are alarms.
+        """
+        with _watching(self.model) as watch:
+            yield watch
+        if watch.states is not None:
+            watch.scores = self._distance(watch.states)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """
+        Save the guard, without the model, as safetensors and JSON. A guard that is there already is replaced.
+
+        The JSON file holds four of the clean prompts.
+
+        Args:
+            save_directory (`str` or `Path`):
+                A folder. It is created if it does not exist.
+        """
+        with whole_files(save_directory) as folder:
+            save_file({"states": self.states.contiguous()}, folder / _STATES)
+            settings = {
+                "false_alarm_rate": self.false_alarm_rate,
+                "threshold": self.threshold,
+                "false_alarms": self.false_alarms._asdict(),
+                "probes": [[probe.prompt, probe.templated] for probe in self.probes],
+            }
+            (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        save_directory: str | Path,
+        model: PreTrainedModel | PeftModel,
+        processing_class: PreTrainedTokenizerBase,
+    ) -> "ConsistencyGuard":
+        """
+        Load a guard for the model that it was fitted on.
+
+        Args:
+            save_directory (`str` or `Path`):
+                The folder that [`ConsistencyGuard.save_pretrained`] wrote.
+            model (`PreTrainedModel` or `PeftModel`):
+                The model.
+            processing_class (`PreTrainedTokenizerBase`):
+                The model's tokenizer.
+
+        Returns:
+            [`ConsistencyGuard`]
+
+        Raises:
+            `ValueError`: If there is no guard in the folder, or if it belongs to another model.
+        """
+        folder = Path(save_directory)
+        try:
+            settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+            probes = [Rendered(str(prompt), "", "", bool(templated)) for prompt, templated in settings["probes"]]
+            states, rate = load_file(folder / _STATES)["states"], float(settings["false_alarm_rate"])
+            guard = cls(model, processing_class, states, probes, rate)
+        except (OSError, KeyError, TypeError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no guard that can be read. Fit one with `crow-hf guard`.") from error
+        _, states = _read(model, processing_class, probes, NUM_PROBES)
+        kept = guard.states[: len(states)]
+        if states.shape != kept.shape or torch.cosine_similarity(states, kept).min() < MIN_AGREEMENT:
+            raise ValueError(f"The guard in {folder} was fitted on another model or tokenizer. Fit it on this one.")
+        return guard
+
+    def _distance(self, states: torch.Tensor, is_clean: bool = False) -> torch.Tensor:
+        """Return the mean cosine distance to the nearest clean states, of which a clean state itself is none."""
+        similarity = normalize(states.float() - self._center, dim=-1) @ self._directions.T
+        if is_clean:
+            similarity.fill_diagonal_(-torch.inf)
+        return 1 - similarity.topk(NUM_NEIGHBORS, dim=-1).values.mean(dim=-1)
+
+
+def _check_enough(num_prompts: int, false_alarm_rate: float) -> None:
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"`false_alarm_rate` must be between 0 and 1, but is {false_alarm_rate}.")
+    needed = max(NUM_NEIGHBORS + 1, math.ceil(1 / false_alarm_rate) - 1)
+    if num_prompts < needed:
+        raise ValueError(
+            f"A rate of {false_alarm_rate:g} needs at least {needed} different clean prompts, but there are "
+            f"{num_prompts}. Pass more rows, or a higher `false_alarm_rate`."
+        )
+
+
+@contextmanager
+def _watching(model: PreTrainedModel | PeftModel) -> Iterator[Watch]:
+    """Take the states from which the model predicts the next token, in the first forward pass of the block."""
+    watch = Watch()
+    head: nn.Module = base_model_of(model).get_output_embeddings()
+
+    def take(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if watch.states is None:
+            watch.states = args[0][:, -1].detach().float().cpu()
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield watch
+    finally:
+        handle.remove()
+
+
+def _rendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
+    return [render(row, tokenizer, index) for index, row in enumerate(add_empty_answers(dataset))]
+
+
+def _read(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Rendered],
+    batch_size: int,
+    max_new_tokens: int = 1,
+) -> tuple[list[Answer], torch.Tensor]:
+    """Answer prompts. Return the answers, and the states after the prompts, of shape `(N, D)`."""
+    states: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def watching(numbers: list[int]) -> Iterator[None]:
+        with _watching(model) as watch:
+            yield
+        states.update(zip(numbers, watch.states, strict=True))
+
+    answers = write_answers(model, tokenizer, prompts, max_new_tokens, batch_size, around_batch=watching)
+    return answers, torch.stack([states[number] for number in range(len(prompts))]) if prompts else torch.empty(0, 0)
