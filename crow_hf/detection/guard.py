@@ -31,6 +31,8 @@ from ..training.recorder import base_model_of
 NUM_NEIGHBORS = 5
 # Clean prompts whose states are computed again when a guard is loaded, and how well they agree in another precision.
 NUM_PROBES, MIN_AGREEMENT = 4, 0.98
+# States that are compared with all clean ones at a time.
+MAX_COMPARED = 1_024
 _STATES, _SETTINGS = "guard.safetensors", "guard.json"
 
 
@@ -301,10 +303,14 @@ class ConsistencyGuard:
 
     def _distance(self, states: torch.Tensor, is_clean: bool = False) -> torch.Tensor:
         """Return the mean cosine distance to the nearest clean states, of which a clean state itself is none."""
-        similarity = normalize(states.float() - self._center, dim=-1) @ self._directions.T
-        if is_clean:
-            similarity.fill_diagonal_(-torch.inf)
-        return 1 - similarity.topk(NUM_NEIGHBORS, dim=-1).values.mean(dim=-1)
+        distances = [states.new_empty(0)]
+        for start in range(0, len(states), MAX_COMPARED):
+            part = normalize(states[start : start + MAX_COMPARED] - self._center, dim=-1)
+            similarity = part @ self._directions.T
+            if is_clean:
+                similarity.diagonal(start).fill_(-torch.inf)
+            distances.append(1 - similarity.topk(NUM_NEIGHBORS, dim=-1).values.mean(dim=-1))
+        return torch.cat(distances)
 
 
 def _check_enough(num_prompts: int, false_alarm_rate: float) -> None:

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from crow_hf.data.encoding import encode_prompt
 from crow_hf.data.rows import render
+from crow_hf.detection import guard as guard_module
 from crow_hf.detection.guard import ConsistencyGuard
 from crow_hf.evaluation.generation import generate_answers, pad_left
 from helpers.answers import byte
@@ -114,6 +115,15 @@ def test_a_generation_of_the_model_itself_can_be_watched():
         model(batch["input_ids"][-1:, batch["attention_mask"][-1] > 0])
     assert watch.scores.tolist() == pytest.approx(guard.score(TEST.select([len(TEST) - 1])).tolist(), abs=1e-4)
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_states_are_compared_in_parts(monkeypatch):
+    whole = fitted(backdoored_llama())
+    monkeypatch.setattr(guard_module, "MAX_COMPARED", 7)
+    parts = fitted(backdoored_llama())
+    assert parts.threshold == pytest.approx(whole.threshold, abs=1e-5)
+    assert parts.score(TEST).tolist() == pytest.approx(whole.score(TEST).tolist(), abs=1e-5)
+    assert parts.score(TEST.select([])).shape == (0,) and parts.generate(TEST.select([]), max_new_tokens=1) == []
 
 
 def test_the_same_prompt_twice_counts_once():
