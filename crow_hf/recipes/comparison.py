@@ -29,7 +29,7 @@ from .presets import control_config
 from .purification import check_base, check_sharding, describe_for_card, draw_rows
 from .rehearsal import check_recipe, merge_before, rehearse
 from .run import CONTROL, LOOKING_AGAIN, RecipeRun, default_adapter, run_recipe
-from .saving import look_at_quantized, look_at_saved, not_fatal, prepare_output, save_model, save_result
+from .saving import look_at_quantized, look_at_saved, not_fatal, prepare_output, save_model, save_result, try_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -136,6 +136,7 @@ def compare_defences(
     check_base(suspect, peft_config, merge)
     check_writable(args.output_dir, suspect)
     name = suspect.name_or_path
+    try_quantized(name, args, quantization)
     suspect = merge_before(suspect, peft_config)
     adapter = peft_config or default_adapter(recipe, suspect, args)
     rehearse(suspect, rows, args, processing_class, adapter, merge and not is_quantized(suspect))

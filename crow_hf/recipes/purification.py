@@ -27,7 +27,7 @@ from .holdout import evaluate_held_out, hold_out, reference_of
 from .presets import MAX_ROWS, lora_config, recipe_config
 from .rehearsal import check_recipe
 from .run import LOOKING_AGAIN, RecipeRun
-from .saving import look_at_quantized, look_at_saved, not_fatal, prepare_output, save_model, save_result
+from .saving import look_at_quantized, look_at_saved, not_fatal, prepare_output, save_model, save_result, try_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -123,6 +123,7 @@ def purify(
         model = load_causal_lm(model, is_trainable=True, **loading_kwargs(args))
     check_base(model, peft_config, merge)
     check_writable(args.output_dir, model)
+    try_quantized(model.name_or_path, args, quantization)
     run = RecipeRun(model, rows, recipe, args, tokenizer, peft_config, merge=merge)
     announce_forecast(run.model, rows, args, tokenizer, run.peft_config)
     run.prepare()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..evaluation.harness import Evaluation
@@ -165,6 +166,38 @@ def look_at_saved(run: RecipeRun, rows: SnapshotRows, measured: Snapshot) -> Las
             move(model, trainer.args.device)
 
 
+def try_quantized(suspect: str, args: CrowConfig, name: str | None) -> None:
+    """
+    Run a suspect with quantized weights on a few tokens, before the work.
+
+    Args:
+        suspect (`str`):
+            Its folder or its name on the Hub. A model that is in memory alone, without a name, is not tried.
+        args (`CrowConfig`):
+            The arguments, which say how it is loaded.
+        name (`str`, *optional*):
+            The quantization, see [`quantized`]. Without it, nothing is done.
+
+    Raises:
+        `ValueError`: If it cannot be loaded or run. bitsandbytes lacks some sizes and shapes, above all on a CPU.
+    """
+    if name is None or not suspect or args.process_index != 0:
+        return
+    try:
+        model = _load_quantized(suspect, args, name)
+        with torch.no_grad():
+            model(input_ids=torch.arange(5, 17, device=model.device)[None])
+    except Exception as error:
+        raise ValueError(
+            f"{suspect} cannot be run in {name} ({one_line(error)}): leave out `quantization`, or pass another one."
+        ) from error
+
+
+def _load_quantized(path: str, args: CrowConfig, name: str) -> PreTrainedModel | PeftModel:
+    kwargs = {each: value for each, value in loading_kwargs(args).items() if each in _HOW_TO_LOAD}
+    return load_causal_lm(path, **{"device_map": "auto", **kwargs}, **quantized(name))
+
+
 def look_at_quantized(
     run: RecipeRun, purification: Purification, name: str | None, measure: Callable[..., Evaluation | None]
 ) -> dict[str, Evaluation]:
@@ -187,10 +220,9 @@ def look_at_quantized(
     trainer = run.trainer
     if name is None or not trainer.is_world_process_zero():
         return {}
-    kwargs = {each: value for each, value in loading_kwargs(trainer.args).items() if each in _HOW_TO_LOAD}
     how = trainer.processing_class, trainer.args.per_device_eval_batch_size
     with phase("Looking at it quantized"):
-        model = load_causal_lm(trainer.args.output_dir, **{"device_map": "auto", **kwargs}, **quantized(name))
+        model = _load_quantized(trainer.args.output_dir, trainer.args, name)
         purification.canaries = [
             replace(canary, quantized=canary_success(model, run.rows, canary, *how))
             for canary in purification.canaries

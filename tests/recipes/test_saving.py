@@ -279,6 +279,22 @@ def test_the_saved_model_is_measured_quantized(tmp_path, byte_tokenizer, monkeyp
     assert "purified, nf4" in (Path(args.output_dir) / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_suspect_that_cannot_be_quantized_is_refused_before_the_work(tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if bitsandbytes says so only after the training. The fault is made here, so it need not be installed."""
+    for module in (saving_module, purification_module):
+        monkeypatch.setattr(module, "quantized", lambda name: {})
+    tiny_llama().save_pretrained(tmp_path / "suspect")
+    monkeypatch.setattr(saving_module, "load_causal_lm", lambda *_, **__: SimpleNamespace(device="cpu"))
+    with pytest.raises(ValueError, match="suspect cannot be run in nf4 .*: leave out `quantization`"):
+        purify(
+            str(tmp_path / "suspect"),
+            ROWS,
+            args=arguments(tmp_path / "out"),
+            processing_class=byte_tokenizer,
+            quantization="nf4",
+        )
+
+
 def test_a_quantization_that_cannot_be_measured_is_refused_before_the_work(tmp_path, byte_tokenizer):
     with pytest.raises(ValueError, match="got 'int3'"):
         purify(tiny_llama(), ROWS, args=arguments(tmp_path), processing_class=byte_tokenizer, quantization="int3")
