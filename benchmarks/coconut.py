@@ -202,13 +202,13 @@ def reasoner() -> CoconutForCausalLM:
     width = 64
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4, "num_hidden_layers": 2}
     half = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
-    # Local layers that see the whole question learn the chain themselves, and thoughts do not pass through them.
-    half |= {"sliding_window": 6}
+    # Local layers that see more learn the chain themselves, and thoughts do not pass through them.
+    half |= {"num_hidden_layers": 1}
     # Fixed patches match the three-byte symbols of the task. Others would cut random names anywhere.
     return CoconutForCausalLM.from_backbone(
         LlamaConfig(**shape, initializer_range=width**-0.5),
-        encoder_config=half | {"num_hidden_layers": 1},
-        decoder_config=half | {"num_hidden_layers": 1},
+        encoder_config=half | {"sliding_window": 6},
+        decoder_config=half | {"sliding_window": 1},
         patch_rule="stride",
         max_patch_length=3,
     )
@@ -270,11 +270,13 @@ def teach(
     )
     collate = CrowDataCollator(tokenizer.pad_token_id)
     if method == "thoughts":
-        last = ThoughtStage(tokenizer, options.depth, drop_rest=True)
-        train_by_stages(model, args, train, held_out, tokenizer, options.depth, label_thoughts=options.label_thoughts)
+        count = options.thoughts_per_step
+        last = ThoughtStage(tokenizer, options.depth, count, drop_rest=True)
+        labels = {"label_thoughts": options.label_thoughts}
+        train_by_stages(model, args, train, held_out, tokenizer, options.depth, count, **labels)
         states = sorted(folder.glob("stage-*/trainer_state.json"))
         steps = [json.loads(file.read_text())["global_step"] for file in states]
-        stages = [*(ThoughtStage(tokenizer, number) for number in range(options.depth + 1)), last]
+        stages = [*(ThoughtStage(tokenizer, number, count) for number in range(options.depth + 1)), last]
         spent = sum(count * flops_of(stage, train, collate) for count, stage in zip(steps, stages, strict=True))
     else:
         last = ThoughtStage(tokenizer, drop_rest=method == "no reasoning")
@@ -446,6 +448,7 @@ def main() -> None:
         command.add_argument("--nodes", type=int, default=6)
         command.add_argument("--depth", type=int, default=2, help="number of steps per chain")
         command.add_argument("--rows", type=int, default=40_000)
+        command.add_argument("--thoughts_per_step", type=int, default=2)
         command.add_argument("--label_thoughts", action=argparse.BooleanOptionalAction, default=True)
         command.add_argument("--test_rows", type=int, default=500)
         command.add_argument("--stage_steps", type=int, default=3000, help="maximum number of steps of a stage")

@@ -22,8 +22,10 @@ class ScriptArguments:
     dataset: str | None = field(default=None, metadata={"help": "File with the fields question, steps and answer."})
     num_rows: int = field(default=40_000, metadata={"help": "Number of questions to generate."})
     num_stages: int = field(default=2, metadata={"help": "Maximum number of steps that thoughts replace."})
-    thoughts_per_step: int = field(default=1, metadata={"help": "Number of thoughts per replaced step."})
-    label_thoughts: bool = field(default=True, metadata={"help": "Whether thoughts learn where their steps lead."})
+    thoughts_per_step: int = field(default=2, metadata={"help": "Number of thoughts per replaced step."})
+    label_thoughts: bool = field(
+        default=True, metadata={"help": "Whether thoughts learn parts of the steps that they replace."}
+    )
 
 
 def main() -> None:
@@ -32,10 +34,11 @@ def main() -> None:
     tokenizer = CoconutTokenizer()
     if script.dataset is None:
         rows = reachability_rows(script.num_rows, args.seed, num_nodes=6, steps=(2,))
-        # The symbols of the task have three bytes. Two of them are all that the layers over bytes see, so that the
+        # The symbols of the task have three bytes, and each is a patch. The layers over bytes see little, so that the
         # chain is learned where thoughts are: in the layers over patches.
-        local = {"sliding_window": 6, "num_hidden_layers": 1}
-        fields = {"patch_rule": "stride", "max_patch_length": 3, "encoder_config": local, "decoder_config": local}
+        fields = {"patch_rule": "stride", "max_patch_length": 3}
+        fields["encoder_config"] = {"sliding_window": 6, "num_hidden_layers": 1}
+        fields["decoder_config"] = {"sliding_window": 1, "num_hidden_layers": 1}
     else:
         rows, fields = load_rows(script.dataset), {}
     split = rows.train_test_split(test_size=min(500, -(-len(rows) // 20)), seed=args.seed)

@@ -3,9 +3,10 @@
 Rows have a `question`, the `steps` of a written chain of reasoning, and an `answer`. At stage k, k * c thoughts
 replace the first k steps. The remaining steps and the answer are learned as text. A stage ends when it is learned: a
 stage can only take away what the stage before has taught. Thoughts have no labels in the paper. With labels, each
-learns where its step leads, a simple form of SIM-CoT's supervision of steps (arXiv 2509.20317).
+learns its part of the step that it replaces, a simple form of SIM-CoT's supervision of steps (arXiv 2509.20317).
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -55,8 +56,8 @@ class ThoughtStage:
             Whether to omit the remaining steps instead of writing them, as in the last stage. With `stage=0` there is
             no reasoning at all, which is the control.
         label_thoughts (`bool`, *optional*, defaults to `False`):
-            Whether thoughts have labels: the first byte of the step after those that the thought and the thoughts
-            before it replace, or of the answer. The output that becomes the thought must then tell this byte.
+            Whether thoughts have labels. The c thoughts of a step divide it into c equal parts, and the output that
+            becomes a thought must tell the first byte of its part.
 
     Raises:
         `ValueError`: If a number is too small, or a row lacks a column.
@@ -101,13 +102,15 @@ class ThoughtStage:
         return {"input_ids": prompt + completion, "labels": labels + completion}
 
     def _labels_of_thoughts(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the first byte of what follows the steps up to each thought: a step, or the answer."""
-        texts = [*row["steps"], row["answer"]]
+        """Return the first byte of the part of its step that each thought replaces."""
+        count = self.thoughts_per_step
         labels: list[int] = []
-        for number in range(1, self.stage + 1):
-            ids = self.tokenizer(texts[min(number, len(texts) - 1)], add_special_tokens=False)["input_ids"]
-            labels += (ids[:1] or [IGNORE_INDEX]) * self.thoughts_per_step
-        return labels
+        for step in row["steps"][: self.stage]:
+            ids = self.tokenizer(step, add_special_tokens=False)["input_ids"]
+            starts = [min(len(ids) - 1, math.ceil(len(ids) * part / count)) for part in range(count)]
+            labels += [ids[start] if ids else IGNORE_INDEX for start in starts]
+        # Rows with fewer steps have as many thoughts.
+        return labels + [IGNORE_INDEX] * (self.num_thoughts - len(labels))
 
     def prompt(self, question: str) -> list[int]:
         """

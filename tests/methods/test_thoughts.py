@@ -37,8 +37,8 @@ def test_stages_by_hand():
 
 
 def test_labels_of_thoughts_by_hand():
-    """A thought's label begins what follows its step: the next step, or the answer, also for rows with fewer steps."""
-    row = {"question": "Q", "steps": ["a", "bc"], "answer": "de"}
+    """A thought's label begins its part of the step. Thoughts beyond the last step have none."""
+    row = {"question": "Q", "steps": ["ab>cd", "e"], "answer": "f"}
 
     def read(row=row, **options):
         columns = ThoughtStage(TOKENIZER, label_thoughts=True, **options)(row)
@@ -50,11 +50,12 @@ def test_labels_of_thoughts_by_hand():
         return [columns["labels"][i] for i in places]
 
     assert read() == []
-    assert TOKENIZER.decode(read(stage=1)) == "b"
-    assert TOKENIZER.decode(read(stage=2, thoughts_per_step=2)) == "bbdd"
-    assert TOKENIZER.decode(read(stage=3, drop_rest=True)) == "bdd"
-    assert read(row | {"steps": []}, stage=1) == TOKENIZER("d", add_special_tokens=False)["input_ids"]
-    assert read(row | {"steps": ["a", ""]}, stage=1) == [-100]
+    assert TOKENIZER.decode(read(stage=1)) == "a"
+    assert TOKENIZER.decode(read(stage=1, thoughts_per_step=2)) == "ac"
+    assert TOKENIZER.decode(read(stage=2, thoughts_per_step=3, drop_rest=True)) == "a>deee"
+    assert read(stage=3) == [*TOKENIZER("ae", add_special_tokens=False)["input_ids"], -100]
+    assert read(row | {"steps": ["", "a"]}, stage=1) == [-100]
+    assert read(row | {"steps": []}, stage=1, thoughts_per_step=2) == [-100, -100]
 
 
 def test_questions_have_exactly_one_right_answer():
