@@ -208,7 +208,7 @@ def reasoner() -> CoconutForCausalLM:
     return CoconutForCausalLM.from_backbone(
         LlamaConfig(**shape, initializer_range=width**-0.5),
         encoder_config=half | {"sliding_window": 6},
-        decoder_config=half | {"sliding_window": 1},
+        decoder_config=half | {"sliding_window": 2},
         patch_rule="stride",
         max_patch_length=3,
     )

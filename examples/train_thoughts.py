@@ -38,7 +38,7 @@ def main() -> None:
         # chain is learned where thoughts are: in the layers over patches.
         fields = {"patch_rule": "stride", "max_patch_length": 3}
         fields["encoder_config"] = {"sliding_window": 6, "num_hidden_layers": 1}
-        fields["decoder_config"] = {"sliding_window": 1, "num_hidden_layers": 1}
+        fields["decoder_config"] = {"sliding_window": 2, "num_hidden_layers": 1}
     else:
         rows, fields = load_rows(script.dataset), {}
     split = rows.train_test_split(test_size=min(500, -(-len(rows) // 20)), seed=args.seed)

@@ -78,12 +78,22 @@ class ByteEntropyConfig(MistralConfig):
         """Raise a `ValueError` if a threshold is not between 0 and 1."""
         PatchRule(threshold=self.patch_threshold, relative_threshold=self.patch_relative_threshold)
 
+    def validate_window(self) -> None:
+        """Raise a `ValueError` if the sliding window is too short."""
+        check_window(self.sliding_window, "sliding_window")
+
     @property
     def receptive_field(self) -> int | None:
         """Number of bytes that a prediction depends on, including the last one. `None` if it depends on all."""
         if self.sliding_window is None:
             return None
         return self.num_hidden_layers * (self.sliding_window - 1) + 1
+
+
+def check_window(size: int | None, name: str) -> None:
+    """Raise a `ValueError` for a sliding window of one byte, which transformers' cache takes for no window (5.23)."""
+    if size is not None and size < 2:
+        raise ValueError(f"`{name}` must be at least 2 bytes, or `None` for no window, got {size}.")
 
 
 __all__ = ["ByteEntropyConfig"]

@@ -7,7 +7,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedConfi
 
 from .boundaries import PatchRule
 from .byte_vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE
-from .configuration_byte_entropy import ByteEntropyConfig
+from .configuration_byte_entropy import ByteEntropyConfig, check_window
 
 
 ThoughtMode = Literal["sequential", "recompute", "jacobi"]
@@ -164,6 +164,8 @@ class CoconutConfig(PreTrainedConfig):
                 f"The byte encoder is {self.encoder_config.hidden_size} wide and the byte decoder "
                 f"{self.decoder_config.hidden_size}. Both must be equally wide."
             )
+        for name in ("encoder_config", "decoder_config"):
+            check_window(getattr(self, name).sliding_window, f"{name}.sliding_window")
         if self.encoder_config.hidden_size % self.cross_attention_heads:
             raise ValueError(
                 f"`cross_attention_heads`={self.cross_attention_heads} does not divide the width of the byte encoder, "

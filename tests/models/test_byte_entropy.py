@@ -98,6 +98,12 @@ def test_cached_pieces_equal_the_whole(kwargs, cuts):
         torch.testing.assert_close(torch.cat(logits, dim=1), predictor(ids).logits, atol=1e-4, rtol=0)
 
 
+def test_a_window_of_one_byte_is_refused():
+    """The cache of transformers keeps every byte of it."""
+    with pytest.raises(Exception, match="`sliding_window` must be at least 2"):
+        ByteEntropyConfig(sliding_window=1)
+
+
 def test_filled_cache_needs_positions():
     predictor = tiny_predictor()
     cache = predictor(ids_of(b"ab"), use_cache=True).past_key_values

@@ -369,6 +369,8 @@ def test_bad_inputs_are_refused_on_one_line(changes, message):
         ({"cross_attention_heads": 3}, "divide"),
         ({"hash_ngram_sizes": [1]}, "hash_ngram_sizes"),
         ({"encoder_config": {"hidden_size": 64}}, "equally wide"),
+        ({"encoder_config": {"sliding_window": 1}}, "`encoder_config.sliding_window` must be at least 2"),
+        ({"decoder_config": {"sliding_window": 0}}, "`decoder_config.sliding_window` must be at least 2"),
     ],
 )
 def test_bad_configurations_are_refused(fields, message):

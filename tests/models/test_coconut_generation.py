@@ -53,6 +53,16 @@ def test_any_chunks_equal_one_pass(texts, rng):
     assert_same(in_chunks(MODEL, batch, cuts)[real], MODEL(**batch).logits[real], 1e-3)
 
 
+@pytest.mark.parametrize("window", [2, 3, 6])
+@torch.no_grad()
+def test_short_windows_continue_from_the_cache(window):
+    local = {"sliding_window": window, "num_hidden_layers": 2}
+    model = coconut(encoder_config=local, decoder_config=local)
+    batch = batch_of(TEXTS[:3])
+    real = batch.attention_mask.bool()
+    assert_same(in_chunks(model, batch, range(batch.input_ids.shape[1]))[real], model(**batch).logits[real])
+
+
 @pytest.mark.parametrize("rule", ["global", "monotonic", "both", "running_minimum", "stride"])
 @torch.no_grad()
 def test_every_rule_continues_from_the_cache(rule):
