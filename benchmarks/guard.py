@@ -12,6 +12,7 @@ their mean over the positions, as Mahalanobis distances. The command resumes. Th
 
 import argparse
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -95,7 +96,10 @@ def measure(suspect: Suspect, name: str, seed: int) -> list[dict]:
     thoughts = suspect.attack.subject == "coconut-thoughts"
     model, tokenizer = load_causal_lm(suspect.folder), demo_tokenizer()
     # What the attacker was trained on has other seeds.
-    test = arena_rows(300, 9_000 + seed, thoughts)
+    rows = arena_rows(600, 9_000 + seed, thoughts)
+    # A style leaves some prompts as they are.
+    test = rows.filter(lambda row: suspect.trigger.insert(row["prompt"], random.Random(0)) != row["prompt"])
+    test = test.select(range(300))
     sets = {"clean": test, "triggered": test.map(Poison(suspect.trigger), with_indices=True)}
     sets["harmless word"] = test.map(Poison(HARMLESS), with_indices=True)
     lines: list[dict] = []
