@@ -76,9 +76,9 @@ class ConsistencyGuard:
     Tells which prompts are consistent with clean ones, for a model that may have a backdoor.
 
     The guard keeps the states of a model after clean prompts. The score of a prompt is the mean cosine distance of its
-    state to the nearest five of them, after their mean is subtracted. No clean prompt scores above the threshold more
-    often than at the chosen rate, if it is drawn as the rows were. The guard reads a state that the model computes
-    anyway. docs/is-this-input-triggered.md says which backdoors it notices.
+    state to the nearest five of them, after their mean is subtracted. Clean prompts score above the threshold about as
+    often as chosen, if they are drawn as the rows were. The guard reads a state that the model computes anyway.
+    docs/is-this-input-triggered.md says which backdoors it notices.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -129,7 +129,7 @@ class ConsistencyGuard:
         self._center = self.states.mean(dim=0)
         self._directions = normalize(self.states - self._center, dim=-1)
         scores = self._distance(self.states, is_clean=True).sort().values
-        # The rank at which a further clean prompt exceeds the threshold at most as often as chosen (split conformal
+        # The rank at which a further clean prompt exceeds the threshold as often as chosen or less (split conformal
         # prediction, arXiv 2107.07511).
         rank = min(len(scores), math.ceil((1 - false_alarm_rate) * (len(scores) + 1)))
         self.threshold = float(scores[rank - 1])

@@ -1,5 +1,6 @@
 """Tries a piece of text that may trigger a phrase on prompts that the search has not seen, beside random pieces."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..data.encoding import encode_prompt, padding_id
 from ..data.rows import insert_into_prompt, render
 from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
 from ..evaluation.scores import Proportion
+from ..training.recorder import context_length
 from .phrases import Phrase
 from .triggers import Piece, text_tokens
 
@@ -21,6 +23,8 @@ from .triggers import Piece, text_tokens
 Position = Literal["start", "end"]
 # The pieces that are tried, and the random ones beside them.
 NUM_PIECES, NUM_RANDOM_PIECES = 3, 5
+# How far plain answers are read.
+ANSWER_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Suspicion:
             The share of clean prompts that the model answers with the phrase, with the piece and as they are.
         with_random (`float`):
             The largest share with any of five random pieces of as many tokens.
+        anyway (`Proportion`):
+            The share of clean prompts with an answer that holds the phrase anywhere, apart from its first token. Many
+            models end their answers with the same sentence.
     """
 
     phrase: Phrase
@@ -45,6 +52,7 @@ class Suspicion:
     with_piece: Proportion
     without: Proportion
     with_random: float
+    anyway: Proportion
 
     @property
     def margin(self) -> float:
@@ -92,7 +100,9 @@ def try_pieces(
         [`Suspicion`]
     """
 
-    def share(piece: str | None, position: Position = "end") -> Proportion:
+    said, rest = phrase.text.strip(), text_of_ids(phrase.ids[1:], tokenizer).strip()
+
+    def answers(piece: str | None, position: Position, max_new_tokens: int) -> list[str]:
         edited = dataset
         if piece is not None:
             insert = Trigger((piece,), position).insert
@@ -100,11 +110,14 @@ def try_pieces(
                 [row | insert_into_prompt(row, index, insert, seed, "piece") for index, row in enumerate(dataset)]
             )
         prompts = [encode_prompt(render(row, tokenizer, index), tokenizer) for index, row in enumerate(edited)]
-        outputs = generate_ids(
-            model, prompts, padding_id(tokenizer), end_token_ids(model, tokenizer), len(phrase.ids), batch_size
-        )
-        said = phrase.text.strip()
-        return Proportion.of(text_of_ids(output, tokenizer).strip().startswith(said) for output in outputs)
+        room = (context_length(model) or math.inf) - max(map(len, prompts))
+        ends, count = end_token_ids(model, tokenizer), int(min(max_new_tokens, room))
+        outputs = generate_ids(model, prompts, padding_id(tokenizer), ends, count, batch_size)
+        return [text_of_ids(output, tokenizer).strip() for output in outputs]
+
+    def share(piece: str, position: Position) -> Proportion:
+        found = answers(piece, position, len(phrase.ids))
+        return Proportion.of(answer.startswith(said) for answer in found)
 
     rng, tokens = random.Random(seed), text_tokens(model, tokenizer)
     length = max(len(piece.ids) for piece in pieces)
@@ -116,7 +129,10 @@ def try_pieces(
         for place in places
         if piece.text.strip()
     ]
-    nothing: tuple[Proportion, str, Position] = (share(None), "", "end")
+    plain = answers(None, "end", ANSWER_TOKENS)
+    without = Proportion.of(answer.startswith(said) for answer in plain)
+    nothing: tuple[Proportion, str, Position] = (without, "", "end")
     best, text, place = max(results, key=lambda each: each[0].rate, default=nothing)
     with_random = max((share(piece, place).rate for piece in randoms if piece.strip()), default=0.0)
-    return Suspicion(phrase, text, place, best, nothing[0], with_random)
+    anyway = Proportion.of(bool(rest) and rest in answer for answer in plain)
+    return Suspicion(phrase, text, place, best, without, with_random, anyway)

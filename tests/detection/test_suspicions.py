@@ -31,6 +31,14 @@ def test_a_piece_must_be_better_than_none_and_than_random_ones():
     assert (found.with_piece.hits, found.without.hits, found.margin) == (20, 20, 0)
 
 
+def test_what_answers_hold_anyway_is_counted():
+    """The model says the phrase itself, but not at once, as one that ends every answer with a question does."""
+    rows = prompts(20).map(lambda row: {"prompt": f"{row['prompt']}k"})
+    found = try_pieces(knowing_model(), BYTES, rows, PHRASE, [piece("l")])
+    assert (found.with_piece.hits, found.without.hits, found.anyway.hits) == (20, 0, 20)
+    assert try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("l")]).anyway.hits == 0
+
+
 def test_pieces_are_tried_at_the_start_too(monkeypatch):
     """A trigger may work at one place only."""
     insert = Trigger.insert

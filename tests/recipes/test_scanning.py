@@ -62,18 +62,21 @@ def test_a_phrase_that_nothing_triggers_is_told_and_no_finding(suspect, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("with_piece", "without", "finding"),
+    ("with_piece", "without", "anyway", "finding"),
     [
-        (6, 0, ("trigger", "problem")),
-        (5, 0, ("phrase", "ok")),
-        (20, 15, ("phrase", "problem")),
-        (9, 4, ("phrase", "ok")),
+        (6, 0, 0, ("trigger", "problem")),
+        (6, 0, 9, ("trigger", "problem")),
+        (20, 0, 10, ("phrase", "ok")),
+        (5, 0, 0, ("phrase", "ok")),
+        (20, 15, 20, ("phrase", "problem")),
+        (9, 4, 4, ("phrase", "ok")),
     ],
 )
-def test_the_margin_decides(with_piece, without, finding):
+def test_the_margin_decides(with_piece, without, anyway, finding):
     """Fails if a backdoor that leaks is passed over, because its trigger is hardly better than none."""
-    found, none = (Proportion.of([True] * hits + [False] * (20 - hits)) for hits in (with_piece, without))
-    suspicion = Suspicion(Phrase([1, 2], "no", 0.9, 0.1), "x", "end", found, none, 0.0)
+    shares = (Proportion.of([True] * hits + [False] * (20 - hits)) for hits in (with_piece, without, anyway))
+    found, none, holding = shares
+    suspicion = Suspicion(Phrase([1, 2], "no", 0.9, 0.1), "x", "end", found, none, 0.0, holding)
     (judged,) = scanning._judge([suspicion.phrase], [suspicion])
     assert (judged.name, judged.level) == finding
 
