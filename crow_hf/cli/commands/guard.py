@@ -68,6 +68,8 @@ def _check(arguments: GuardArguments, folder: Path) -> None:
     """Refuse what would replace something, and what would do nothing, before the model is loaded."""
     if arguments.dataset is None and arguments.inputs is None:
         raise ValueError("There is nothing to do: pass --dataset to fit a guard, --inputs to check prompts, or both.")
+    if arguments.dataset is None and is_unused(folder):
+        raise ValueError(f"There is no guard in {folder}: pass --dataset to fit one.")
     if arguments.dataset is not None and not is_unused(folder):
         raise ValueError(
             f"{folder} is not empty: choose another --guard_dir, or leave out --dataset to use its guard."

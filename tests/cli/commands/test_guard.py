@@ -50,10 +50,12 @@ def test_what_would_replace_something_or_do_nothing_is_refused(folder, capsys):
     assert main(arguments(folder)) == 2
     assert "nothing to do" in capsys.readouterr().err
     assert main(arguments(folder, inputs=folder / "inputs.jsonl")) == 2
-    assert "holds no guard that can be read" in capsys.readouterr().err
+    assert "There is no guard in" in capsys.readouterr().err
     (folder / "guard").mkdir()
     (folder / "guard" / "guard.json").write_text("{}")
     assert main(arguments(folder, dataset=folder / "clean.jsonl")) == 2
     assert "is not empty: choose another --guard_dir" in capsys.readouterr().err
+    assert main(arguments(folder, inputs=folder / "inputs.jsonl")) == 2
+    assert "holds no guard that can be read" in capsys.readouterr().err
     assert main(arguments(folder, inputs=folder / "inputs.jsonl", output=folder / "clean.jsonl")) == 2
     assert "choose another --output" in capsys.readouterr().err
