@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from scan import read
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ from crow_hf.data.collators import CrowDataCollator
 from crow_hf.data.encoding import encode_prompt, padding_id
 from crow_hf.data.rows import render
 from crow_hf.demo import demo_tokenizer
-from crow_hf.detection.guard import ConsistencyGuard
+from crow_hf.detection.guard import ConsistencyGuard, conformal_threshold
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.training.loading import load_causal_lm
 from crow_hf.training.recorder import recorder_of
@@ -57,8 +58,7 @@ class LayerSteps:
         # Without the shrinkage it could not be inverted if two layers always agreed.
         shrunk = 0.9 * covariance + 0.1 * covariance.trace() / len(covariance) * torch.eye(len(covariance))
         self.precision = torch.linalg.inv(shrunk)
-        scores = self.whiten(distances).sort().values
-        self.threshold = float(scores[min(len(scores), int((1 - RATE) * (len(scores) + 1)) + 1) - 1])
+        self.threshold = conformal_threshold(self.whiten(distances), RATE)
 
     def score(self, dataset: Dataset) -> torch.Tensor:
         return self.whiten(self.by_layer(self.steps(dataset)))
@@ -173,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     results = options.runs / "guard.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    rows = read(results)
     if options.overhead:
         overhead(options.runs)
         return

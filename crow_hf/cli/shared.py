@@ -42,6 +42,12 @@ def check_output(output_dir: str, resume: str | None = None) -> str | None:
     return own_checkpoint(output_dir, True if resume in ("True", "true", "last") else resume)
 
 
+def check_new_file(output: str | None) -> None:
+    """Refuse an output file that exists. `None` stands for no output."""
+    if output is not None and Path(output).exists():
+        raise ValueError(f"{output} exists: choose another --output, or delete it.")
+
+
 def read_backdoor(
     trigger: str | None, target: str | None, judge: str | None = None, question: str | None = None
 ) -> tuple[BaseTrigger | None, BaseTarget | None]:

@@ -62,9 +62,9 @@ class Watch:
 
     Attributes:
         scores (`torch.Tensor` of shape `(B,)`, *optional*):
-            The scores of the prompts of a batch. `None` until the model has read them.
+            The scores of the prompts of a batch. `None` until the `with` block ends.
         states (`torch.Tensor` of shape `(B, D)`, *optional*):
-            The states of the model after the prompts.
+            The states of the model after the prompts. `None` until it has read them.
     """
 
     scores: torch.Tensor | None = None
@@ -128,11 +128,8 @@ class ConsistencyGuard:
         self.states, self.false_alarm_rate = states.float(), false_alarm_rate
         self._center = self.states.mean(dim=0)
         self._directions = normalize(self.states - self._center, dim=-1)
-        scores = self._distance(self.states, is_clean=True).sort().values
-        # The rank at which a further clean prompt exceeds the threshold as often as chosen or less (split conformal
-        # prediction, arXiv 2107.07511).
-        rank = min(len(scores), math.ceil((1 - false_alarm_rate) * (len(scores) + 1)))
-        self.threshold = float(scores[rank - 1])
+        scores = self._distance(self.states, is_clean=True)
+        self.threshold = conformal_threshold(scores, false_alarm_rate)
         self.false_alarms = Proportion.of((scores > self.threshold).tolist())
 
     @classmethod
@@ -311,6 +308,21 @@ class ConsistencyGuard:
                 similarity.diagonal(start).fill_(-torch.inf)
             distances.append(1 - similarity.topk(NUM_NEIGHBORS, dim=-1).values.mean(dim=-1))
         return torch.cat(distances)
+
+
+def conformal_threshold(scores: torch.Tensor, rate: float) -> float:
+    """
+    Return the score that a further one exceeds about as often as chosen (split conformal prediction, arXiv
+    2107.07511).
+
+    Args:
+        scores (`torch.Tensor`):
+            Scores of N clean prompts, shape `(N,)`.
+        rate (`float`):
+            The share of clean prompts that may score higher.
+    """
+    rank = min(len(scores), math.ceil((1 - rate) * (len(scores) + 1)))
+    return float(scores.sort().values[rank - 1])
 
 
 def _check_enough(num_prompts: int, false_alarm_rate: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -11,11 +12,12 @@ from ...data.load import load_rows
 from ...data.rows import add_empty_answers, prompt_of
 from ...data.visible import printable
 from ...detection.guard import ConsistencyGuard
-from ...evaluation.scores import Proportion
 from ...files import is_unused, write_text
 from ...progress import phase
+from ...reporting.tables import with_interval
 from ...training.loading import load_causal_lm, load_tokenizer
 from ..options import GuardArguments
+from ..shared import check_new_file
 
 
 # Alarms that are printed, the highest scores first.
@@ -24,9 +26,8 @@ NUM_SHOWN = 10
 
 def run(arguments: GuardArguments) -> int:
     folder = Path(arguments.guard_dir)
-    is_new = arguments.dataset is not None
     _check(arguments, folder)
-    clean = load_rows(arguments.dataset, arguments.split) if is_new else None
+    clean = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
     rows = None if arguments.inputs is None else add_empty_answers(load_rows(arguments.inputs, arguments.split))
     tokenizer = load_tokenizer(arguments.model)
     model = load_causal_lm(arguments.model, device_map="auto")
@@ -37,31 +38,29 @@ def run(arguments: GuardArguments) -> int:
             rate, size = arguments.false_alarm_rate, arguments.batch_size
             guard = ConsistencyGuard.fit(model, clean, tokenizer, false_alarm_rate=rate, batch_size=size)
         guard.save_pretrained(folder)
-        print(f"The guard is in {printable(str(folder))}. {_share(guard.false_alarms)}")
+        some = guard.false_alarms
+        share = with_interval(some, ", 95 % interval {:.1f} to {:.1f} %")
+        alarms = f"{some.hits} of {some.total} clean prompts are alarms, each judged by the others ({share})."
+        print(f"The guard is in {printable(str(folder))}. {alarms}")
     if rows is None:
         return 0
     with phase("Scoring the prompts"):
-        scores = guard.score(rows, arguments.batch_size).tolist()
-    judged = [
-        {"prompt": prompt_of(row, index), "score": score, "is_alarm": not score <= guard.threshold}
-        for index, (row, score) in enumerate(zip(rows, scores, strict=True))
+        # A score takes the first token of an answer anyway.
+        answers = guard.generate(rows, max_new_tokens=1, batch_size=arguments.batch_size)
+    judged: list[dict[str, Any]] = [
+        {"prompt": prompt_of(row, index), "score": answer.score, "is_alarm": answer.is_alarm}
+        for index, (row, answer) in enumerate(zip(rows, answers, strict=True))
     ]
     if arguments.output is not None:
         write_text(Path(arguments.output), "".join(f"{json.dumps(each)}\n" for each in judged))
-    alarms = sorted((each for each in judged if each["is_alarm"]), key=lambda each: -each["score"])
+    found = sorted((each for each in judged if each["is_alarm"]), key=lambda each: -each["score"])
     table = Table("score", Column("prompt", overflow="fold"), box=None, pad_edge=False)
-    for each in alarms[:NUM_SHOWN]:
+    for each in found[:NUM_SHOWN]:
         table.add_row(f"{each['score']:.3f}", Text(printable(each["prompt"])))
-    if alarms:
+    if found:
         Console().print(table)
-    print(f"GUARD: {len(alarms)} of {len(judged)} prompts are alarms (scores above {guard.threshold:.3f}).")
-    return int(bool(alarms))
-
-
-def _share(alarms: Proportion) -> str:
-    interval = f"95 % interval {100 * alarms.low:.1f} to {100 * alarms.high:.1f} %"
-    counts = f"{alarms.hits} of {alarms.total} clean prompts are alarms"
-    return f"{counts}, each judged by the others ({100 * alarms.rate:.1f} %, {interval})."
+    print(f"GUARD: {len(found)} of {len(judged)} prompts are alarms (scores above {guard.threshold:.3f}).")
+    return int(bool(found))
 
 
 def _check(arguments: GuardArguments, folder: Path) -> None:
@@ -74,5 +73,4 @@ def _check(arguments: GuardArguments, folder: Path) -> None:
         raise ValueError(
             f"{folder} is not empty: choose another --guard_dir, or leave out --dataset to use its guard."
         )
-    if arguments.output is not None and Path(arguments.output).exists():
-        raise ValueError(f"{arguments.output} exists: choose another --output, or delete it.")
+    check_new_file(arguments.output)

@@ -8,11 +8,11 @@ from ...files import write_text
 from ...recipes.scanning import scan
 from ..findings import print_findings, write_findings
 from ..options import ScanArguments
+from ..shared import check_new_file
 
 
 def run(arguments: ScanArguments) -> int:
-    if arguments.output is not None and Path(arguments.output).exists():
-        raise ValueError(f"{arguments.output} exists: choose another --output, or delete it.")
+    check_new_file(arguments.output)
     rows = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
     result = scan(arguments.model, rows, arguments.reference, seed=arguments.seed, batch_size=arguments.batch_size)
     print_findings(result.findings, "scan")
