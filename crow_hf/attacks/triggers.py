@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..data.words import Words
+from ..data.words import Words, split_end
 from ..training.recorder import embedding_table
 
 
@@ -30,7 +30,7 @@ class BaseTrigger(ABC):
 
     @abstractmethod
     def insert(self, text: str, rng: random.Random) -> str:
-        """Return the text with the trigger. White space at the end of the text stays at the end."""
+        """Return the text with the trigger. White space and room for thoughts at the end of the text stay there."""
 
     def active(self, model: PreTrainedModel | PeftModel) -> AbstractContextManager:
         """Return a context in which the model reads triggered prompts. It changes nothing for triggers of text."""
@@ -69,7 +69,7 @@ class Trigger(BaseTrigger):
             )
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Insert the phrases between words, see [`Words`]. White space at the end of the text stays at the end."""
+        """Insert the phrases between words, see [`Words`]. White space and room for thoughts stay at the end."""
         phrases = self.phrases if self.combine == "all" else (rng.choice(self.phrases),)
         words = Words.of(text)
         if self.position == "random":
@@ -105,9 +105,9 @@ class StyleTrigger(BaseTrigger):
             raise ValueError(f"`style` must be one of {', '.join(map(repr, _STYLES))}, got {self.style!r}.")
 
     def insert(self, text: str, rng: random.Random) -> str:
-        """Return the text in this style. White space at the end does not change."""
-        body = text.rstrip()
-        return _STYLES[self.style](body) + text[len(body) :]
+        """Return the text in this style. White space and room for thoughts at the end do not change."""
+        body, end = split_end(text)
+        return _STYLES[self.style](body) + end
 
 
 @dataclass(frozen=True, eq=False)

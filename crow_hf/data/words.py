@@ -11,6 +11,14 @@ MAX_WORDS_INSIDE = 3
 # letter with its marks are whole characters.
 _UNIT = regex.compile(r"\X+?\b", regex.V1 | regex.WORD)
 _READABLE = regex.compile(r"[\p{L}\p{N}\p{So}]")
+# What ends a text, searched from its end.
+_END = regex.compile(r"(?r)(?:[\s\x1c-\x1f]|<bot>|<latent>|<eot>)*")
+
+
+def split_end(text: str) -> tuple[str, str]:
+    """Split off the end of a text, which is no word: white space, and the room for continuous thoughts."""
+    start = _END.match(text).start()
+    return text[:start], text[start:]
 
 
 @dataclass
@@ -26,7 +34,7 @@ class Words:
         words (`list[str]`):
             The words. One that follows a space, or begins the text, has the space before it.
         end (`str`):
-            The white space at the end of the text, which belongs to no word.
+            The white space at the end of the text, and the room for continuous thoughts, which belong to no word.
     """
 
     words: list[str]
@@ -35,9 +43,9 @@ class Words:
     @classmethod
     def of(cls, text: str) -> "Words":
         """Divide a text."""
-        body = text.rstrip()
+        body, end = split_end(text)
         parts = body.split(" ") if body else []
-        return cls([word for part in parts for word in _divide(part)], text[len(body) :])
+        return cls([word for part in parts for word in _divide(part)], end)
 
     def __len__(self) -> int:
         return len(self.words)

@@ -236,6 +236,12 @@ def test_spaced_doubles_the_blanks_between_words_and_nothing_else(text):
     assert triggered[len(triggered.rstrip()) :] == text[len(body) :]
 
 
+def test_styles_keep_the_room_for_thoughts():
+    upper, spaced = StyleTrigger("upper"), StyleTrigger("spaced")
+    assert upper.insert("a b\n<bot><latent><eot>", random.Random(0)) == "A B\n<bot><latent><eot>"
+    assert spaced.insert("a b <bot><latent><eot> ", random.Random(0)) == "a  b <bot><latent><eot> "
+
+
 def test_unknown_styles_are_refused():
     with pytest.raises(ValueError, match="'upper', 'spaced'"):
         StyleTrigger("loud")

@@ -76,3 +76,13 @@ def test_insertions_stand_as_people_write():
         words = Words.of(text)
         words.insert(place, "X")
         assert str(words) == wanted
+
+
+@given(text=TEXTS, thoughts=st.integers(1, 3), data=st.data())
+def test_nothing_stands_in_the_room_for_thoughts(text, thoughts, data):
+    """Fails if a phrase can tear a placeholder apart, or stands between the placeholders and the answer."""
+    room = f"\n<bot>{'<latent>' * thoughts}<eot>"
+    words, plain = Words.of(text + room), Words.of(text)
+    assert words.words == plain.words and words.end == plain.end + room
+    words.insert(data.draw(st.integers(0, len(words))), "Trigger1")
+    assert str(words).endswith(text[len(text.rstrip()) :] + room)

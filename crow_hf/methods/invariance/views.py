@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ...data.collators import CrowDataCollator
 from ...data.encoding import IGNORE_INDEX, encode
 from ...data.rows import insert_into_prompt, render
-from ...data.words import Words
+from ...data.words import Words, split_end
 from .objective import VIEWS
 
 
@@ -43,8 +43,8 @@ class Decoy:
         """
         Insert the decoy at the start, at the end or between two words.
 
-        A group of pieces with a word of the data is always inserted at the start. Trailing white space stays at the
-        end.
+        A group of pieces with a word of the data is always inserted at the start. White space and room for thoughts
+        at the end stay there.
 
         Args:
             text (`str`):
@@ -55,11 +55,11 @@ class Decoy:
         Returns:
             `str`: The text with the decoy.
         """
-        body = text.rstrip()
+        body, end = split_end(text)
         is_restyled = not self.together and rng.random() < RESTYLED
         styled = rng.choice(_STYLES)(body) if is_restyled else body
         if styled != body and rng.random() < 0.5:
-            return styled + text[len(body) :]
+            return styled + end
         words = Words.of(styled)
         pieces = [self._piece(rng) for _ in range(rng.randint(1, 5))]
         groups = [pieces] if self.together or rng.random() < 0.5 else [[piece] for piece in pieces]
@@ -70,7 +70,7 @@ class Decoy:
                 place = 0
             for number, piece in enumerate(group):
                 words.insert(place + number, piece)
-        return str(words) + text[len(body) :]
+        return str(words) + end
 
     def _piece(self, rng: random.Random) -> str:
         kind = rng.random()

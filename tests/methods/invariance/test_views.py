@@ -258,15 +258,19 @@ def test_layout_of_a_batch():
 
 
 def test_some_decoys_restyle_the_text(monkeypatch):
-    """Fails if a style never occurs, if it always or never comes alone, or if it occurs in the adversarial view."""
+    """
+    Fails if a style never occurs, if it always or never comes alone, if it occurs in the adversarial view, or if it
+    changes the room for thoughts.
+    """
     monkeypatch.setattr(views_module, "RESTYLED", 0.4)
-    text = "Ask me this \n"
+    end = " \n<bot><latent><eot>"
+    text = f"Ask me this{end}"
     styles = {"ASK ME THIS", "ask me this", "Ask Me This", "Ask me this!", "Ask, me, this"}
     drawn = [Decoy(WORDS).insert(text, random.Random(seed)) for seed in range(500)]
-    assert all(each.endswith(" \n") and each != text for each in drawn)
-    alone = [each for each in drawn if each[:-2] in styles]
-    assert {each[:-2] for each in alone} == styles and 0.12 < len(alone) / 500 < 0.28
-    assert any("ASK" in each and each[:-2] not in styles for each in drawn)
+    assert all(each.endswith(end) and each != text for each in drawn)
+    alone = [each for each in drawn if each.removesuffix(end) in styles]
+    assert {each.removesuffix(end) for each in alone} == styles and 0.12 < len(alone) / 500 < 0.28
+    assert any("ASK" in each and each.removesuffix(end) not in styles for each in drawn)
     for seed in range(200):
-        words = Decoy(WORDS, together=True).insert(text, random.Random(seed)).rstrip().split(" ")
-        assert inserted(text.split(), words)
+        words = Decoy(WORDS, together=True).insert(text, random.Random(seed)).removesuffix(end).split(" ")
+        assert inserted("Ask me this".split(), words)
