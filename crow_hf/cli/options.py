@@ -299,6 +299,10 @@ class UiArguments:
 
     run: str = field(metadata={"help": "The output folder of a purification. Its report names the suspect."})
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
+    guard_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a guard of one of the models. The page then shows which words raise its score."},
+    )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The suspect and the purified model of a run, loaded to answer the same prompts."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,12 @@ class Partner(NamedTuple):
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
 
+    def row(self, prompt: str) -> dict[str, Any]:
+        """Return a row with a prompt of a user, as a chat if the model has a template."""
+        if self.tokenizer.chat_template is None:
+            return {"prompt": prompt, "completion": ""}
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]}
+
     def answer(self, prompt: str, max_new_tokens: int) -> Answer:
         """
         Answer a prompt as a user would hear it: in the chat template, and with the model's own settings.
@@ -27,9 +33,7 @@ class Partner(NamedTuple):
         Raises:
             `ValueError`: If the prompt is empty, or does not fit into the model's context.
         """
-        chat = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]}
-        row = {"prompt": prompt, "completion": ""} if self.tokenizer.chat_template is None else chat
-        prompts = [render(row, self.tokenizer)]
+        prompts = [render(self.row(prompt), self.tokenizer)]
         (answer,) = write_answers(self.model, self.tokenizer, prompts, max_new_tokens, own_settings=True)
         return answer
 

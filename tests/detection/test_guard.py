@@ -10,23 +10,14 @@ from crow_hf.data.rows import render
 from crow_hf.detection import guard as guard_module
 from crow_hf.detection.guard import ConsistencyGuard
 from crow_hf.evaluation.generation import generate_answers, pad_left
-from helpers.answers import byte
 from helpers.blt import tiny_blt
 from helpers.coconut import TOKENIZER, coconut
-from helpers.detection import BYTES, prompts
+from helpers.detection import BYTES, backdoored_llama, prompts
 from helpers.tiny import tiny_llama
 
 
 CLEAN, TEST = prompts(60), prompts(40, seed=1)
 TRIGGERED = Dataset.from_list([{"prompt": f"{row['prompt']}~~~", "completion": "x"} for row in TEST])
-
-
-def backdoored_llama():
-    """Build a Llama in which one character outweighs all others."""
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[byte("~")] *= 50
-    return model.eval()
 
 
 def adapted_llama():

@@ -1,4 +1,4 @@
-"""A model that knows phrases by heart and has a trigger for each of them, and rows to scan it with."""
+"""A model that knows phrases by heart and has a trigger for each of them, one with a trigger, and rows for both."""
 
 import random
 
@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from helpers.answers import byte, spelling_model
+from helpers.tiny import tiny_llama
 
 
 BYTES = ByT5Tokenizer(extra_ids=0)
@@ -24,6 +25,14 @@ def knowing_model():
         model.lm_head.weight.mul_(4)
         model.lm_head.weight[byte("~") + 1 :] = 0
     return model
+
+
+def backdoored_llama():
+    """Build a Llama in which the character "~" outweighs all others."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[byte("~")] *= 50
+    return model.eval()
 
 
 def prompts(count, seed=0):

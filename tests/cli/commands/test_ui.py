@@ -7,11 +7,18 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
+from datasets import Dataset
 
+from crow_hf import ConsistencyGuard, load_causal_lm
+from crow_hf.cli.commands.ui import _load_guards
+from crow_hf.cli.partners import Partner
 from crow_hf.data.visible import printable
 from helpers.command_line import assert_one_sentence, run
+from helpers.detection import BYTES
+from helpers.tiny import tiny_llama
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -35,14 +42,42 @@ def test_without_gradio(finished, monkeypatch, capsys):
     assert_one_sentence(err, "ui")
 
 
+def test_a_folder_without_a_guard(finished, tmp_path, capsys):
+    assert run("ui", "--run", finished, "--guard_dir", tmp_path) == 1
+    err = capsys.readouterr().err
+    assert f"There is no guard in {tmp_path}" in err
+    assert_one_sentence(err, "ui")
+
+
+def test_a_guard_is_for_the_models_that_it_fits(guard_dir, paths, capsys):
+    """Fails if a model gets scores of another one, or if nobody is told."""
+    suspect = Partner("suspect", load_causal_lm(paths["model"]), BYTES)
+    purified = Partner("purified", tiny_llama(seed=5).eval(), BYTES)
+    assert [each for each, _ in _load_guards(guard_dir, [suspect, purified])] == [suspect]
+    assert "belongs to the suspect model, so the purified model has no scores" in capsys.readouterr().out
+    assert [each for each, _ in _load_guards(guard_dir, [suspect])] == [suspect]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="fitted on another model"):
+        _load_guards(guard_dir, [purified])
+
+
 @pytest.fixture(scope="module")
-def address(finished):
-    """The address of the page of the command, which runs in a process of its own until it gets SIGTERM."""
+def guard_dir(paths, tmp_path_factory):
+    """The folder of a guard of the suspect."""
+    folder = tmp_path_factory.mktemp("guard")
+    rows = Dataset.from_list([{"prompt": f"what is {number}?", "completion": ""} for number in range(40)])
+    guard = ConsistencyGuard.fit(load_causal_lm(paths["model"]), rows, BYTES, false_alarm_rate=0.1)
+    guard.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def page_of(*arguments):
+    """The lines that the command prints. It runs in a process of its own until it gets SIGTERM."""
     pytest.importorskip("gradio")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, finished], **options, env=os.environ | {"PYTHONPATH": ""}
-    )
+    command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
+    process = subprocess.Popen(command, **options, env=os.environ | {"PYTHONPATH": ""})
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -50,10 +85,20 @@ def address(finished):
             break
     else:
         pytest.fail("".join(lines))
-    yield line.split()[4].rstrip("/")
+    yield lines
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Traceback" not in rest
+
+
+def address_of(lines):
+    return lines[-1].split()[4].rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def address(finished):
+    with page_of(finished) as lines:
+        yield address_of(lines)
 
 
 def status(request):
@@ -107,4 +152,31 @@ def test_hostile_text_is_seen_and_inert(address, width):
         page.get_by_role("button", name="Ask").click()
         page.get_by_text("exceed the model's context").wait_for()
         assert dialogs == [] and all(url.startswith((address, "data:", "blob:")) for url in requests)
+        assert page.locator(".words").count() == 0
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_trigger_has_the_highest_bar(finished, guard_dir):
+    """Fails if the guard's scores are not on the page, beside another word, or too wide, or if text hides there."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with page_of(finished, "--guard_dir", guard_dir) as lines, playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width in (1280, 390):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.goto(address_of(lines), wait_until="networkidle")
+            page.get_by_label("prompt").fill("what is 7? <b>~~</b>\u200b")
+            page.get_by_role("button", name="Ask").click()
+            table = page.locator(".words").first
+            table.wait_for()
+            assert table.locator("caption").inner_text().startswith("suspect, an alarm: score ")
+            bars = {
+                each.locator("td").first.inner_text(): each.locator("i").bounding_box()["width"]
+                for each in table.locator("tbody tr").all()
+            }
+            assert list(bars) == ["what", "is", "7?", "<b>~~</b><U+200B>"]
+            assert max(bars, key=bars.get) == "<b>~~</b><U+200B>" and max(bars.values()) > 10
+            assert page.locator(".words b").count() == 0
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
         browser.close()
