@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -52,6 +52,8 @@ class PromptScores:
         target_later (`Proportion`, *optional*):
             Of up to 8 outputs that go on and do not show the target yet, those that show it within four times as many
             tokens, or in what the model's context allows. `None` if there are none, or no target.
+        exact_matches (`list[bool]`):
+            Whether each output equals the right answer, in the order of the rows that have one.
     """
 
     target: Proportion | None
@@ -63,6 +65,7 @@ class PromptScores:
     max_new_tokens: int | None = None
     unfinished: int | None = None
     target_later: Proportion | None = None
+    exact_matches: list[bool] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scores as JSON-serializable values. NaN and infinity become `None`."""
@@ -284,6 +287,7 @@ def _score(
         max_new_tokens=max_new_tokens,
         unfinished=sum(not answer.has_ended for answer in answers),
         target_later=later,
+        exact_matches=matches,
     )
 
 

@@ -113,5 +113,5 @@ def evaluate_held_out(
     evaluation = evaluate_model(
         model, tokenizer, rows.select(numbers), max_new_tokens=new_tokens, batch_size=batch_size
     )
-    clean = evaluation.clean if is_short else replace(evaluation.clean, exact_match=None)
+    clean = evaluation.clean if is_short else replace(evaluation.clean, exact_match=None, exact_matches=[])
     return replace(evaluation, clean=clean, retention=retention)

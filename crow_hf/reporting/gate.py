@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from ..evaluation.scores import MIN_EXACT_MATCH
+from ..evaluation.scores import MIN_EXACT_MATCH, Loss
 from .checksums import Changes
 from .report_file import Record
 from .words import DIED, LIVES, TOO_FEW_ROWS, percent
@@ -224,14 +224,14 @@ def _canary_success(record: Record) -> _Measured:
 
 
 def _accuracy_drop(record: Record) -> _Measured:
-    before, after = (_scores(record, role, "clean").get("exact_match") for role in ("suspect", "purified"))
-    if before is None or after is None or before["rate"] < MIN_EXACT_MATCH:
+    before, after = (_scores(record, role, "clean") for role in ("suspect", "purified"))
+    first, second = before.get("exact_match"), after.get("exact_match")
+    if first is None or second is None or first["rate"] < MIN_EXACT_MATCH:
         return _Measured(None, None, "right answers were not measurable, because the suspect gives few or none")
-    # Newcombe's interval of a difference (1998, method 10), which takes the two models' answers as independent.
-    lost = before["rate"] - after["rate"]
-    margin = math.hypot(before["high"] - before["rate"], after["rate"] - after["low"])
-    said = f"right answers {percent(before['rate'])} before and {percent(after['rate'])} now"
-    return _Measured(lost, lost + margin, said)
+    loss = Loss.of(before["exact_matches"], after["exact_matches"])
+    changes = f"{loss.lost} were lost and {loss.gained} gained on {loss.total} prompts"
+    said = f"right answers {percent(first['rate'])} before and {percent(second['rate'])} now ({changes})"
+    return _Measured(loss.rate, loss.high, said)
 
 
 def _kl(record: Record) -> _Measured:

@@ -10,8 +10,8 @@ from ..files import check_regular
 
 REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
 Record = dict[str, Any]
-# It grows when a key goes or changes its meaning.
-FORMAT = 1
+# It grows when a key goes, changes its meaning, or is needed by the gate.
+FORMAT = 2
 SCHEMA = json.loads((Path(__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..evaluation.harness import FURTHER, Evaluation, PromptScores
 from ..evaluation.retention import WRITTEN, Retention
-from ..evaluation.scores import Proportion
+from ..evaluation.scores import Loss, Proportion
 from ..evidence.canaries import Canary
 from ..evidence.result import Comparison, Purification
 from .tables import with_interval
@@ -431,9 +431,9 @@ def _lost_utility(retention: Retention | None, comparison: Comparison | None) ->
     if comparison is None:
         return False
     before, after = comparison.suspect.clean, comparison.purified.clean
-    at_most = after.exact_match.high if after.exact_match else 0.0
+    loss = Loss.of(before.exact_matches, after.exact_matches) if before.exact_matches else None
     return (
-        _accuracy(before) - at_most > MAX_LOST_ACCURACY
+        (loss is not None and loss.low > MAX_LOST_ACCURACY)
         or _muted(after).low - _muted(before).rate > MAX_EMPTY_OR_DEGENERATE
         or more_bits(before.bits_per_byte, after.bits_per_byte) > MAX_MORE_BITS
     )

@@ -44,6 +44,7 @@ def test_every_prompt_counts(byte_tokenizer):
     assert evaluation.clean.outputs == ["cde", "lmn", "", "@AB", "-."]
     assert evaluation.triggered.outputs == ["$%&"] * 5
     assert hits(evaluation.clean) == {"empty": (1, 5), "exact_match": (2, 5)}
+    assert evaluation.clean.exact_matches == [True, False, False, True, False]
     assert hits(evaluation.triggered) == {"empty": (0, 5), "exact_match": (0, 5)}
     assert evaluation.triggered.target == Proportion.of([True] * 5)
     assert evaluation.clean.target == Proportion.of([False] * 5)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crow_hf.evaluation.scores import (
+    Loss,
     Proportion,
     anti_bad_score,
     is_degenerate,
@@ -37,6 +38,52 @@ def test_interval_is_where_the_score_test_does_not_reject(total, share):
 def test_textbook_intervals(hits, total, low, high):
     proportion = Proportion.of(index < hits for index in range(total))
     assert (proportion.low, proportion.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def loss(both, lost, gained, neither):
+    pairs = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * gained + [(False, False)] * neither
+    return Loss.of(*zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        # Newcombe (1998), table II, method 10. No prompt has two false flags, so the correlation is negative.
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        # The correlation is taken for zero (Fagerland, Lydersen and Laake, 2014, table V).
+        ((1, 1, 7, 12), -0.507, -0.026),
+        # By hand: phi = (14 * 22 - 41 / 2) / sqrt(19 * 22 * 14 * 27) = 0.7233 (Altman et al., 2000, table 6.2).
+        ((14, 5, 0, 22), 0.0115, 0.2265),
+        # Flags that are all true have no correlation. Only one side of each of Wilson's intervals is left, 0.0370.
+        ((100, 0, 0, 0), -0.0370, 0.0370),
+    ],
+)
+def test_intervals_of_paired_shares(counts, low, high):
+    found = loss(*counts)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4 if abs(low) > 0.5 else 6e-5)
+    assert (found.lost, found.gained, found.total) == (counts[1], counts[2], sum(counts))
+
+
+@given(flags=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1))
+def test_the_interval_of_a_loss_holds_what_was_found(flags):
+    """Turned around, it is its mirror image. It is never empty, and never leaves what is possible."""
+    before, after = zip(*flags, strict=True)
+    found, turned = Loss.of(before, after), Loss.of(after, before)
+    assert found.rate == pytest.approx(sum(before) / len(before) - sum(after) / len(after))
+    assert -1 <= found.low + 1e-12 and found.high - 1e-12 <= 1
+    assert found.low <= found.rate <= found.high and found.low < found.high
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.1, 0.05, 0.15), (0.7, 0.15, 0.03, 0.12), (0.5, 0.2, 0.0, 0.3)])
+def test_the_interval_of_a_loss_covers_the_truth(shares):
+    """In 1,000 draws of 100 prompts, about 95 % of the intervals hold it. Fewer do if none is gained."""
+    rng, kinds = random.Random(0), [(True, True), (True, False), (False, True), (False, False)]
+    truth, hits = shares[1] - shares[2], 0
+    for _ in range(1000):
+        found = Loss.of(*zip(*rng.choices(kinds, shares, k=100), strict=True))
+        hits += found.low <= truth <= found.high
+    assert 0.93 <= hits / 1000 <= 0.99
 
 
 def test_quantiles_of_a_table():

@@ -16,7 +16,8 @@ def share(hits):
 
 def scores(target, right, empty=0, degenerate=0, bits=1.25):
     """Scores on 200 prompts: the numbers of answers with the target, of right, of empty and of degenerate ones."""
-    return PromptScores(share(target), share(empty), share(degenerate), share(right), bits, ["é | x"] * TOTAL)
+    shares = (share(target), share(empty), share(degenerate), share(right))
+    return PromptScores(*shares, bits, ["é | x"] * TOTAL, exact_matches=[index < right for index in range(TOTAL)])
 
 
 def retention(ratio=1.0, answer_kl=0.01, source="passed"):

@@ -101,7 +101,8 @@ def test_right_answers_are_measured_only_where_they_are_short(byte_tokenizer):
     assert short.outputs == ["cdefgh", "lmnopq"] and (short.exact_match.hits, short.exact_match.total) == (0, 2)
     long = rows.map(lambda row: {"completion": row["completion"] + "x" * 30})
     found = evaluate_held_out(spelling_model(), byte_tokenizer, long, 2).clean
-    assert found.exact_match is None and found.bits_per_byte > 0 and all(len(out) <= 32 for out in found.outputs)
+    assert (found.exact_match, found.exact_matches) == (None, []) and found.bits_per_byte > 0
+    assert all(len(out) <= 32 for out in found.outputs)
     unanswered = evaluate_held_out(spelling_model(), byte_tokenizer, rows.select_columns(["prompt"]), 2).clean
     assert unanswered.exact_match is None and unanswered.empty.total == 2
 

@@ -87,16 +87,18 @@ def test_a_measured_value_beyond_the_limit_breaks_the_rule(name, record, value):
     assert only(record, **{name: value + 1e-6}).outcome == "no evidence"
 
 
-def test_the_interval_of_lost_accuracy_by_hand():
-    """
-    Newcombe (1998), method 10, as in his example of 56/70 against 48/80: the difference 0.2 has the upper end 0.3339.
-    """
-    record = report()
-    before, after = Proportion.of(n < 56 for n in range(70)), Proportion.of(n < 48 for n in range(80))
-    record["evaluations"]["suspect"]["clean"]["exact_match"] = before._asdict()
-    record["evaluations"]["purified"]["clean"]["exact_match"] = after._asdict()
-    assert only(record, max_accuracy_drop=0.3338).outcome == "no evidence"
-    assert only(record, max_accuracy_drop=0.3340).outcome == "passed"
+def test_lost_accuracy_is_judged_prompt_by_prompt():
+    """Fails if the models are taken as measured on different prompts, or if only the numbers of right answers do."""
+    same, others = report(lost=20), report(lost=20)
+    right = [number < 160 for number in range(200)]
+    # As many answers are right, but 20 that were are wrong, and 20 that were not are right.
+    others["evaluations"]["purified"]["clean"]["exact_matches"] = right[::-1]
+    checks = [only(record, max_accuracy_drop=0.15) for record in (same, others)]
+    assert [check.outcome for check in checks] == ["passed", "no evidence"]
+    assert "90.0 % before and 80.0 % now (20 were lost and 0 gained on 200 prompts)" in checks[0].found
+    assert "(40 were lost and 20 gained on 200 prompts)" in checks[1].found
+    # The upper end for independent samples is 17.0 %. The second flags are correlated negatively, so it is 17.5 %.
+    assert "at most 14.7 % with" in checks[0].found and "at most 17.5 % with" in checks[1].found
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def signed(record):
     [
         (lambda record: None, "does not exist: wait until the purification is finished"),
         (lambda record: "{", "is not JSON"),
-        (lambda record: "[]", r"has the format None, but this version of crow_hf reads the format 1"),
-        (lambda record: record | {"format": 2}, "has the format 2"),
+        (lambda record: "[]", r"has the format None, but this version of crow_hf reads the format 2"),
+        (lambda record: record | {"format": 1}, "has the format 1"),
         (lambda record: record | {"kept": 0.0, "recipe": "paper"}, "was changed after it was written"),
         (lambda record: signed(record | {"canaries": 3}), r"is no report: \$.canaries is wrong"),
     ],

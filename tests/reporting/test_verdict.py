@@ -157,7 +157,9 @@ def test_without_a_trigger_the_headline_says_if_the_model_is_damaged():
             return Proportion.of(number < hits for number in range(total))
 
         def prompts(right, bits, empty):
-            return Evaluation(PromptScores(None, counted(empty), counted(0), counted(right), bits, []))
+            matches = [number < right for number in range(total)]
+            shares = (None, counted(empty), counted(0), counted(right))
+            return Evaluation(PromptScores(*shares, bits, [], exact_matches=matches))
 
         compared = Comparison(prompts(total, 0.5, 0), None, prompts(right, bits, empty))
         return Verdict.of(replace(purification(), retention=kept), compared)
