@@ -1,9 +1,8 @@
 """Tests of findings on the terminal and as SARIF."""
 
-import json
-
 from crow_hf.cli.findings import print_findings, write_findings
 from crow_hf.recipes.findings import Finding
+from helpers.sarif import read_sarif
 
 
 FINDINGS = [
@@ -24,7 +23,7 @@ def test_findings_are_printed_as_they_are(capsys):
 
 def test_findings_name_the_file_that_they_are_about(tmp_path):
     write_findings(str(tmp_path / "found.sarif"), FINDINGS, "model", {"rows": "clean.jsonl"})
-    (run,) = json.loads((tmp_path / "found.sarif").read_text())["runs"]
+    run = read_sarif(tmp_path / "found.sarif")
     found = [
         (each["level"], each["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]) for each in run["results"]
     ]

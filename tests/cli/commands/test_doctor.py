@@ -1,12 +1,11 @@
 """Tests of `crow-hf doctor`: what it prints, and its exit code. `tests/recipes/test_checkup.py` tests the findings."""
 
-import json
-
 import pytest
 
 from crow_hf.cli.commands import doctor
 from crow_hf.recipes.findings import Finding
 from helpers.command_line import assert_one_sentence, run
+from helpers.sarif import read_sarif
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])
@@ -34,7 +33,7 @@ def test_findings_as_sarif(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "doctor", lambda *args, **kwargs: [*findings, Finding("layers", "ok", "3 layers.")])
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--sarif", tmp_path / "out.sarif"]
     assert run("doctor", *argv) == 1
-    (found,) = json.loads((tmp_path / "out.sarif").read_text())["runs"]
+    found = read_sarif(tmp_path / "out.sarif")
     assert [(each["level"], each["message"]["text"]) for each in found["results"]] == [
         ("warning", "It reads."),
         ("error", "Few. Pass more."),

@@ -1,11 +1,11 @@
 """Tests of `crow-hf gate` on the folder of a real run."""
 
-import json
 import shutil
 
 import pytest
 
 from helpers.command_line import assert_one_sentence, run
+from helpers.sarif import read_sarif
 
 
 def lines(out):
@@ -21,7 +21,7 @@ def test_good_bad_and_thin_runs(finished, tmp_path, capsys):
     assert run(*gate, "--sarif", tmp_path / "out.sarif") == 0
     out = capsys.readouterr().out
     assert [line[:2] for line in lines(out)[:1]] == [["passed", "files"]] and out.endswith("GATE: passed.\n")
-    (found,) = json.loads((tmp_path / "out.sarif").read_text())["runs"]
+    found = read_sarif(tmp_path / "out.sarif")
     assert [each["ruleId"] for each in found["results"]] == ["files", "max_kl", "min_rows", "require-retention"]
 
     assert run(*gate, "--max_kl", "0") == 1

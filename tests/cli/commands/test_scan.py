@@ -7,6 +7,7 @@ import pytest
 from crow_hf.cli.main import main
 from crow_hf.recipes import scanning
 from helpers.detection import BYTES, knowing_model, prompts
+from helpers.sarif import read_sarif
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,7 @@ def test_findings_are_printed_and_written(folder, tmp_path, capsys, monkeypatch)
     assert "problem" in printed and "SCAN: there are findings." in printed
     result = json.loads(output.read_text())
     assert result["model"] == str(folder / "model") and result["suspicions"][0]["with_piece"][0] == 1.0
-    (run,) = json.loads(sarif.read_text())["runs"]
-    levels = {each["ruleId"]: each["level"] for each in run["results"]}
+    levels = {each["ruleId"]: each["level"] for each in read_sarif(sarif)["results"]}
     assert levels["trigger"] == "error" and levels["files"] == "none"
     # An old result is not replaced.
     assert main(arguments(folder, "--output", str(output))) == 2
