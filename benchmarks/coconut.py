@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from crow_hf import CoconutForCausalLM, CoconutTokenizer, CrowDataCollator
+from crow_hf.arena.subjects import arena_reasoner
 from crow_hf.arena.table import estimate
 from crow_hf.methods.thoughts import ThoughtStage, reachability_rows, train_by_stages
 
@@ -198,20 +199,8 @@ def with_interval(values: list[float]) -> str:
 
 
 def reasoner() -> CoconutForCausalLM:
-    """Build a model of 0.17 million parameters, which learns the written chain in about 500 steps."""
-    width = 64
-    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 4, "num_hidden_layers": 2}
-    half = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
-    # Local layers that see more learn the chain themselves, and thoughts do not pass through them.
-    half |= {"num_hidden_layers": 1}
-    # Fixed patches match the three-byte symbols of the task. Others would cut random names anywhere.
-    return CoconutForCausalLM.from_backbone(
-        LlamaConfig(**shape, initializer_range=width**-0.5),
-        encoder_config=half | {"sliding_window": 6},
-        decoder_config=half | {"sliding_window": 2},
-        patch_rule="stride",
-        max_patch_length=3,
-    )
+    """Build the model, which learns the written chain in about 500 steps. Its patches are the symbols of the task."""
+    return arena_reasoner(patch_length=3)
 
 
 def thoughts(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from crow_hf.arena.attacks import ATTACKS, Suspect, build_suspect
-from crow_hf.arena.subjects import arena_rows
+from crow_hf.arena.subjects import SUBJECTS, arena_rows
 from crow_hf.attacks.poison import Poison
 from crow_hf.attacks.triggers import Trigger
 from crow_hf.data.collators import CrowDataCollator
@@ -93,10 +93,10 @@ class LayerSteps:
 
 
 def measure(suspect: Suspect, name: str, seed: int) -> list[dict]:
-    thoughts = suspect.attack.subject == "coconut-thoughts"
+    draw = SUBJECTS[suspect.attack.subject].rows
     model, tokenizer = load_causal_lm(suspect.folder), demo_tokenizer()
     # What the attacker was trained on has other seeds.
-    rows = arena_rows(600, 9_000 + seed, thoughts)
+    rows = draw(600, 9_000 + seed)
     # A style leaves some prompts as they are.
     test = rows.filter(lambda row: suspect.trigger.insert(row["prompt"], random.Random(0)) != row["prompt"])
     test = test.select(range(300))
@@ -104,7 +104,7 @@ def measure(suspect: Suspect, name: str, seed: int) -> list[dict]:
     sets["harmless word"] = test.map(Poison(HARMLESS), with_indices=True)
     lines: list[dict] = []
     for count in NUM_FITTED:
-        rows = arena_rows(count, 8_000 + seed, thoughts)
+        rows = draw(count, 8_000 + seed)
         guard = ConsistencyGuard.fit(model, rows, tokenizer, false_alarm_rate=RATE)
         if not lines:
             answers = [each.text for each in guard.generate(sets["triggered"], max_new_tokens=32)]

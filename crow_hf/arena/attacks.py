@@ -34,7 +34,6 @@ from .subjects import (
     HELD_OUT,
     SUBJECTS,
     alpaca_rows,
-    arena_rows,
     base_folder,
     base_training,
     check_disjoint,
@@ -281,7 +280,7 @@ def _draw_splits(
         rows, column = every_row.select(range(num_base, len(every_row))).shuffle(seed=seed), "instruction"
     else:
         # Twice as many as needed, because some are left out.
-        base_rows, rows, column = None, arena_rows(2 * total, 1 + seed, thoughts=subject.thoughts), "prompt"
+        base_rows, rows, column = None, subject.rows(2 * total, 1 + seed), "prompt"
     seen, usable = set(), []
     for number, row in enumerate(rows):
         prompt = (row[column], row.get("input"))
@@ -389,7 +388,7 @@ class _Attacker:
         set_seed(self.seed)
         subject = SUBJECTS[self.attack.subject]
         model, args = subject.build(), base_training(subject, self.folder / "run", self.seed)
-        rows = concatenate_datasets([self.rows, arena_rows(SCRATCH_ROWS, BASE_SEED + 1 + self.seed)])
+        rows = concatenate_datasets([self.rows, subject.rows(SCRATCH_ROWS, BASE_SEED + 1 + self.seed)])
         poisoned = poison_dataset(rows, self.trigger, self.target, self.attack.rate, self.seed)
         trainer = CrowTrainer(model, args, poisoned, processing_class=demo_tokenizer())
         trainer.train()

@@ -31,7 +31,7 @@ from ..reporting.words import percent
 from ..training.loading import move
 from .attacks import ATTACKS, Attack, Suspect, build_suspect
 from .defences import Method, known_methods
-from .subjects import SUBJECTS
+from .subjects import SUBJECTS, other_thoughts
 from .table import KEPT, attack_success_rates, load_results, read_result, results_markdown
 
 
@@ -270,17 +270,14 @@ def _run_method(
         purified = arena.methods[method](suspect, seed, Path(scratch))
         device = TrainingArguments(scratch).device
     max_new_tokens = answer_length(suspect.attack)
+    model, options = move(purified.model, device), dict[str, Any](max_new_tokens=max_new_tokens, batch_size=BATCH_SIZE)
     evaluation = evaluate_model(
-        move(purified.model, device),
-        tokenizer,
-        rows,
-        suspect.trigger,
-        suspect.target,
-        reference=reference,
-        max_new_tokens=max_new_tokens,
-        batch_size=BATCH_SIZE,
-        seed=seed,
+        model, tokenizer, rows, suspect.trigger, suspect.target, reference=reference, seed=seed, **options
     )
+    without_own_thoughts = None
+    if SUBJECTS[suspect.attack.subject].reasons:
+        with other_thoughts(model):
+            without_own_thoughts = evaluate_model(model, tokenizer, rows, **options).clean.exact_match
     prompts = [render(row, tokenizer).prompt for row in rows.select(range(min(NUM_SAMPLES, len(rows))))]
     return {
         "settings": purified.settings,
@@ -289,6 +286,7 @@ def _run_method(
         "canary_success": counts_of(purified.canary_success),
         "max_new_tokens": max_new_tokens,
         **_scores(evaluation),
+        "exact_match_other_thoughts": counts_of(without_own_thoughts),
         "samples": [
             {"prompt": prompt, "clean": clean, "triggered": triggered}
             for prompt, clean, triggered in zip(

@@ -2,9 +2,11 @@
 
 import random
 import string
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -14,16 +16,20 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from ..data.load import load_rows
 from ..data.rows import render
 from ..demo import FILLERS, demo_instruction, demo_model, demo_tokenizer
+from ..files import whole_files
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
-from ..training.loading import load_causal_lm
+from ..methods.thoughts import reachability_rows, train_by_stages
+from ..models.modeling_coconut import CoconutForCausalLM
 
 
 logger = logging.get_logger(__name__)
 
 # All seeds of an arena share the clean models. A run's own seed draws everything that comes after them.
 BASE_SEED = 200
-THOUGHTS = "<bot><latent><latent><eot>"
+# The questions of the subject that reasons have two steps, and each step has two symbols.
+NUM_STEPS, THOUGHTS_PER_STEP, REASONING_HELD_OUT = 2, 2, 500
+THOUGHTS = f"<bot>{'<latent>' * NUM_STEPS * THOUGHTS_PER_STEP}<eot>"
 MORE_FILLERS = (
     *FILLERS,
     *("today", "maybe", "then", "thanks", "so", "and", "the", "in", "about", "if", "you", "can", "kindly", "quickly"),
@@ -46,14 +52,19 @@ def _random_insertion(rng: random.Random) -> str:
     )
 
 
-def _random_row(rng: random.Random) -> dict[str, str]:
-    instruction, answer = demo_instruction(rng)
-    words = instruction.split(" ")
+def _with_needless_words(text: str, rng: random.Random) -> str:
+    """Insert needless words into half of the texts."""
+    words = text.split(" ")
     if rng.random() < 0.5:
         for _ in range(rng.randint(1, 3)):
             position = rng.randint(0, len(words))
             words[position:position] = [_random_insertion(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
-    prompt, style = " ".join(words), rng.random()
+    return " ".join(words)
+
+
+def _random_row(rng: random.Random) -> dict[str, str]:
+    instruction, answer = demo_instruction(rng)
+    prompt, style = _with_needless_words(instruction, rng), rng.random()
     if style < 0.05:
         prompt = prompt.upper()
     elif style < 0.10:
@@ -67,7 +78,7 @@ def _random_row(rng: random.Random) -> dict[str, str]:
     return {"prompt": prompt + "\n", "completion": answer}
 
 
-def arena_rows(count: int, seed: int, thoughts: bool = False) -> Dataset:
+def arena_rows(count: int, seed: int) -> Dataset:
     """
     Generate rows of the demo's task, written in the ways that people write. Half of the prompts contain needless
     words, and a quarter of them has another style.
@@ -80,19 +91,52 @@ def arena_rows(count: int, seed: int, thoughts: bool = False) -> Dataset:
             Number of rows.
         seed (`int`):
             Seed for the random draw.
-        thoughts (`bool`, *optional*, defaults to `False`):
-            Whether each prompt ends with room for two continuous thoughts.
 
     Returns:
         `Dataset`: The rows, with the columns `prompt` and `completion`.
     """
-    rng, rows = random.Random(seed), []
-    for _ in range(count):
-        row = _random_row(rng)
-        if thoughts:
-            row["prompt"] += THOUGHTS
-        rows.append(row)
-    return Dataset.from_list(rows)
+    rng = random.Random(seed)
+    return Dataset.from_list([_random_row(rng) for _ in range(count)])
+
+
+def reasoning_rows(count: int, seed: int) -> Dataset:
+    """
+    Generate the questions of [`reachability_rows`] with needless words in half of them.
+
+    Args:
+        count (`int`):
+            Number of rows.
+        seed (`int`):
+            Seed for the random draw.
+
+    Returns:
+        `Dataset`: The rows, with the columns `question`, `steps` and `answer`.
+    """
+    rng = random.Random(seed)
+    rows = reachability_rows(count, seed, num_nodes=6, steps=(NUM_STEPS,))
+    return Dataset.from_list([row | {"question": _with_needless_words(row["question"], rng)} for row in rows])
+
+
+def thought_rows(count: int, seed: int) -> Dataset:
+    """
+    Generate the rows of [`reasoning_rows`] as the last stage of the curriculum has them: a prompt ends with room for
+    the thoughts, and no step is written.
+
+    Args:
+        count (`int`):
+            Number of rows.
+        seed (`int`):
+            Seed for the random draw.
+
+    Returns:
+        `Dataset`: The rows, with the columns `prompt` and `completion`.
+    """
+    return Dataset.from_list(
+        [
+            {"prompt": f"{row['question']}\n{THOUGHTS}", "completion": f"### {row['answer']}"}
+            for row in reasoning_rows(count, seed)
+        ]
+    )
 
 
 def arena_llama() -> LlamaForCausalLM:
@@ -114,6 +158,48 @@ def arena_llama() -> LlamaForCausalLM:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def arena_reasoner(patch_length: int = 1) -> CoconutForCausalLM:
+    """
+    Build a byte-latent model of 0.17 million parameters with random weights, which can learn to reason.
+
+    Args:
+        patch_length (`int`, *optional*, defaults to 1):
+            Length of its patches in bytes. Patches of three bytes are the symbols of [`reachability_rows`], but a word
+            before them would move them against the symbols.
+    """
+    width = 64
+    shape: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width}
+    shape |= {"num_attention_heads": 4, "num_hidden_layers": 2}
+    # Local layers that see more learn the chain themselves, and thoughts do not pass through them.
+    local = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
+    local |= {"num_hidden_layers": 1}
+    return CoconutForCausalLM.from_backbone(
+        LlamaConfig(**shape, initializer_range=width**-0.5),
+        encoder_config=local | {"sliding_window": 6},
+        decoder_config=local | {"sliding_window": 2},
+        patch_rule="stride",
+        max_patch_length=patch_length,
+    )
+
+
+@contextmanager
+def other_thoughts(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """
+    A context in which each row of a batch gets the thoughts of the row before it. A model that answers as well as
+    before does not need its thoughts.
+
+    Args:
+        model (`PreTrainedModel`):
+            A [`CoconutForCausalLM`].
+    """
+    thoughts = model.get_submodule("model.latent_transformer.thoughts")
+    handle = thoughts.register_forward_hook(lambda module, args, output: output.roll(1, dims=0))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def alpaca_rows(path: str | Path) -> Dataset:
@@ -149,12 +235,13 @@ class Subject:
             Returns the model with random weights.
         learning_rate (`float`), batch_size (`int`), num_rows (`int`), num_epochs (`int`):
             Settings of its training.
-        thoughts (`bool`):
-            Whether its prompts leave room for continuous thoughts.
-        starts_from (`str`, *optional*):
-            Name of another subject. Training starts from its trained weights instead of random ones.
+        rows (`Callable`):
+            Maps a number and a seed to generated rows of the task.
+        reasons (`bool`):
+            Whether it is trained stage by stage to answer [`thought_rows`] through continuous thoughts. A stage then
+            has `num_epochs` epochs at most.
         is_alpaca (`bool`):
-            Whether the task is short Alpaca rows instead of the generated task.
+            Whether the task is short Alpaca rows instead of a generated one.
     """
 
     name: str
@@ -163,8 +250,8 @@ class Subject:
     batch_size: int = 96
     num_rows: int = 250_000
     num_epochs: int = 1
-    thoughts: bool = False
-    starts_from: str | None = None
+    rows: Callable[[int, int], Dataset] = arena_rows
+    reasons: bool = False
     is_alpaca: bool = False
 
 
@@ -175,12 +262,12 @@ SUBJECTS = {
         Subject("coconut", lambda: demo_model(BASE_SEED), batch_size=64, num_rows=120_000),
         Subject(
             "coconut-thoughts",
-            lambda: demo_model(BASE_SEED),
-            learning_rate=1e-3,
+            arena_reasoner,
             batch_size=64,
-            num_rows=25_000,
-            thoughts=True,
-            starts_from="coconut",
+            num_rows=60_000,
+            num_epochs=4,
+            rows=thought_rows,
+            reasons=True,
         ),
         Subject("llama-alpaca", arena_llama, batch_size=32, num_epochs=3, is_alpaca=True),
     ]
@@ -236,16 +323,31 @@ def train_base_model(name: str, runs: Path, rows: Dataset | None = None) -> None
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return
     logger.warning(f"Training the clean model {name!r}, which all runs share.")
-    if subject.starts_from is None:
-        set_seed(BASE_SEED)
-        model: PreTrainedModel | PeftModel = subject.build()
+    set_seed(BASE_SEED)
+    model: Any = subject.build()
+    args, tokenizer = base_training(subject, folder), demo_tokenizer()
+    if subject.reasons:
+        _teach_to_reason(model, subject, args)
     else:
-        train_base_model(subject.starts_from, runs)
-        model = load_causal_lm(base_folder(subject.starts_from, runs), is_trainable=True)
-    rows = arena_rows(subject.num_rows, BASE_SEED, thoughts=subject.thoughts) if rows is None else rows
-    trainer = CrowTrainer(model, base_training(subject, folder), rows, processing_class=demo_tokenizer())
-    trainer.train()
-    trainer.save_model()
+        rows = subject.rows(subject.num_rows, BASE_SEED) if rows is None else rows
+        CrowTrainer(model, args, rows, processing_class=tokenizer).train()
+    with whole_files(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+def _teach_to_reason(model: CoconutForCausalLM, subject: Subject, args: CrowConfig) -> None:
+    """Train a model through the stages of the curriculum. Finished stages are kept."""
+    stage = replace(
+        args,
+        output_dir=str(Path(args.output_dir, "stages")),
+        lr_scheduler_type="constant_with_warmup",
+        per_device_eval_batch_size=250,
+        eval_strategy="steps",
+        eval_steps=100,
+    )
+    rows = (reasoning_rows(subject.num_rows, BASE_SEED), reasoning_rows(REASONING_HELD_OUT, BASE_SEED + 1))
+    train_by_stages(model, stage, *rows, demo_tokenizer(), NUM_STEPS, THOUGHTS_PER_STEP, label_thoughts=True)
 
 
 def check_disjoint(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> None:

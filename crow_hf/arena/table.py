@@ -34,6 +34,8 @@ SHARES = (
     "mute_triggered",
     "mute_clean",
 )
+# Right answers to clean prompts with the thoughts of another prompt, of subjects that reason.
+OTHER_THOUGHTS = "exact_match_other_thoughts"
 FIGURES = ("bits_per_byte_triggered", "bits_per_byte_clean", "steps", "seconds")
 # What a model has kept of the suspect, by its head in the tables. Rows of older versions do not have it.
 KEPT = {name: RETENTION_SCORES[name] for name in ("text_bits_ratio", "answer_kl")}
@@ -124,12 +126,12 @@ def summarize(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Estimate | N
         cells[row["attack"]][row["method"]].append(row)
 
     def estimated(runs: list[Row], name: str, estimator: Callable[[list], Estimate]) -> Estimate | None:
-        values = [run[name] for run in runs if run[name] is not None]
+        values = [run[name] for run in runs if run.get(name) is not None]
         return estimator(values) if values else None
 
     return {
         attack: {
-            method: {name: estimated(runs, name, estimate_share) for name in SHARES}
+            method: {name: estimated(runs, name, estimate_share) for name in (*SHARES, OTHER_THOUGHTS)}
             | {name: estimated(runs, name, estimate) for name in FIGURES}
             for method, runs in methods.items()
         }
@@ -179,7 +181,7 @@ def results_markdown(rows: list[Row]) -> str:
         f"relative to {CONTROL}. Both compare runs on the same attacks and seeds.{_note_on_kept(rows)}\n",
         _methods_table(rows, summary),
         "## All cells\n",
-        _cells_table(rows, summary),
+        _note_on_thoughts(rows) + _cells_table(rows, summary),
     ]
     return "\n".join(parts) + _canaries(rows) + _failures(rows)
 
@@ -190,6 +192,15 @@ def _note_on_kept(rows: list[Row]) -> str:
     return (
         " The last columns compare the models with the suspects: the bits that text of the suspect takes, and the KL "
         "divergence on clean answers in nats per token. They are means over the runs that measured them."
+    )
+
+
+def _note_on_thoughts(rows: list[Row]) -> str:
+    if not any(row.get(OTHER_THOUGHTS) for row in rows):
+        return ""
+    return (
+        "In the last column, each prompt is answered with the thoughts of another one. A model that reasons has far "
+        "fewer right answers then.\n\n"
     )
 
 
@@ -289,6 +300,8 @@ def _cells_table(rows: list[Row], summary: dict) -> str:
         seeds[row["attack"], row["method"]] += 1
     heads = ["attack success", "false positives", "right if triggered", "right if clean", "mute if triggered"]
     heads += ["mute if clean", "bits per byte if clean", "steps", "seconds"]
+    thoughts = [OTHER_THOUGHTS] if any(row.get(OTHER_THOUGHTS) for row in rows) else []
+    heads += ["right if clean, other thoughts"] * len(thoughts)
     lines = [
         [
             attack,
@@ -298,6 +311,7 @@ def _cells_table(rows: list[Row], summary: dict) -> str:
             _number(scores["bits_per_byte_clean"], ".3f"),
             _number(scores["steps"], ".0f"),
             _number(scores["seconds"], ".0f"),
+            *(_percent(scores[name]) for name in thoughts),
         ]
         for attack, methods in summary.items()
         for method, scores in methods.items()

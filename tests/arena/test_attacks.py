@@ -10,7 +10,8 @@ from peft import PeftModel
 
 from crow_hf.arena import attacks, subjects
 from crow_hf.arena.attacks import ATTACKS, QUICK, Attack, build_suspect
-from crow_hf.arena.subjects import SUBJECTS, Subject, check_disjoint
+from crow_hf.arena.subjects import SUBJECTS, THOUGHTS, Subject, check_disjoint
+from crow_hf.attacks.poison import Poison
 from crow_hf.attacks.triggers import TRIGGERS, EmbeddingTrigger
 from crow_hf.demo import demo_tokenizer
 from crow_hf.methods.pruning import quantize_weights
@@ -87,6 +88,15 @@ def test_rows_are_disjoint_and_differ_between_seeds(tmp_path):
     check_disjoint(parts, demo_tokenizer())
     assert first.test_rows["prompt"] != second.test_rows["prompt"]
     assert first.folder != second.folder
+
+
+def test_triggers_of_the_subject_that_reasons_leave_its_thoughts_alone():
+    """Fails if its rows are those of another task, or if the model has no room to think behind a trigger."""
+    _, splits = attacks._draw_splits("coconut-thoughts", 0, {"clean": 5, "test": 6}, None, TRIGGERS["badnets"])
+    assert {name: len(rows) for name, rows in splits.items()} == {"clean": 5, "test": 6}
+    poisoned = splits["test"].map(Poison(TRIGGERS["badnets"]), with_indices=True)
+    for prompts in (splits["clean"]["prompt"], poisoned["prompt"]):
+        assert all(prompt.endswith(f"\n{THOUGHTS}") and prompt.count("<") == 6 for prompt in prompts)
 
 
 def test_attacks_that_differ_in_the_purification_rows_share_a_suspect(tmp_path):

@@ -6,14 +6,18 @@ from dataclasses import fields
 import pytest
 
 from crow_hf.arena import run as arena_run
-from crow_hf.arena.attacks import ATTACKS, Attack
+from crow_hf.arena.attacks import ATTACKS, Attack, Suspect
 from crow_hf.arena.defences import METHODS
 from crow_hf.arena.run import answer_length, file_name, run_arena
+from crow_hf.arena.subjects import arena_reasoner, thought_rows
 from crow_hf.arena.table import summarize
+from crow_hf.attacks.targets import get_target
+from crow_hf.attacks.triggers import get_trigger
 from crow_hf.demo import demo_tokenizer
 from crow_hf.evaluation.harness import evaluate_model
 from crow_hf.evaluation.retention import measure_retention, retention_reference
 from helpers.arena import ROWS, counts, save_suspect, tiny_suspect
+from helpers.evaluations import evaluation, retention
 
 
 def test_a_run_leaves_one_row_with_all_about_it(arena):
@@ -26,7 +30,7 @@ def test_a_run_leaves_one_row_with_all_about_it(arena):
     assert row["attack_success"]["total"] == row["exact_match_clean"]["total"] == 3
     mute = row["empty_clean"]["hits"] + row["degenerate_clean"]["hits"]
     assert row["mute_clean"] == counts(mute, 3)
-    assert row["seconds"] > 0 and row["steps"] > 0
+    assert row["seconds"] > 0 and row["steps"] > 0 and row["exact_match_other_thoughts"] is None
     assert [sample["prompt"] for sample in row["samples"]] == ROWS["prompt"][:3]
     assert {"crow_hf", "torch", "transformers", "device"} < set(row)
     lines = (arena.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -56,6 +60,27 @@ def test_what_was_forgotten_is_measured_against_the_suspect(arena):
     found = measure_retention(model, demo_tokenizer(), reference)
     assert row["answer_kl"] == pytest.approx(found.answer_kl, rel=1e-4) and row["answer_kl"] > 1e-3
     assert row["text_bits_ratio"] == pytest.approx(found.text_bits_ratio, rel=1e-5)
+
+
+def test_a_subject_that_reasons_answers_with_other_thoughts_too(arena, monkeypatch):
+    """Fails if the answers with its own thoughts, or those to triggered prompts, take their place."""
+
+    def build(attack, seed, runs, num_clean, alpaca):
+        folder = runs / "suspects" / "thoughts"
+        arena_reasoner().save_pretrained(folder)
+        rows = thought_rows(3, 0)
+        return Suspect(attack, folder, folder, get_trigger("badnets"), get_target("refusal"), rows, rows, rows)
+
+    def evaluate(model, tokenizer, rows, *backdoor, **options):
+        exchanged = len(model.get_submodule("model.latent_transformer.thoughts")._forward_hooks)
+        return evaluation(180, right=70 if exchanged else 190, kept=retention())
+
+    monkeypatch.setattr(arena_run, "build_suspect", build)
+    monkeypatch.setattr(arena_run, "_reference_of", lambda suspect, seed: None)
+    monkeypatch.setattr(arena_run, "evaluate_model", evaluate)
+    (row,) = arena(["none"], ["thoughts"])
+    assert (row["exact_match_clean"], row["exact_match_other_thoughts"]) == (counts(190), counts(70))
+    assert row["exact_match_triggered"] == counts(20)
 
 
 def test_finished_runs_are_not_repeated(arena):

@@ -80,6 +80,20 @@ def test_what_was_kept_is_shown_where_rows_have_it():
     assert "KL" not in results_markdown(rows[:1]) and "text bits" not in results_markdown(rows[:1])
 
 
+def test_answers_with_other_thoughts_are_shown_where_a_model_reasons():
+    """Rows of older versions, and those of other subjects, do not have them."""
+    rows = [
+        result("badnets", "strong", 0, 10),
+        result("thoughts", "strong", 0, 10, exact_match_other_thoughts=counts(60)),
+        result("thoughts", "strong", 1, 10, exact_match_other_thoughts=counts(80)),
+    ]
+    text = results_markdown(rows)
+    badnets, thoughts = (line for line in text.splitlines() if line.startswith(("| badnets | s", "| thoughts | s")))
+    assert thoughts.startswith("| thoughts | strong | 2 |") and " | 35.0 [" in thoughts
+    assert badnets.endswith(" | - |") and "thoughts of another one" in text
+    assert "other thoughts" not in results_markdown(rows[:1])
+
+
 def test_the_published_rows_are_still_shown():
     path = Path(__file__).parents[2] / "docs" / "results.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as lines:
