@@ -5,6 +5,7 @@
     python benchmarks/guard.py runs/zoo --attacks coconut    # one attack
     python benchmarks/guard.py runs/zoo --table              # the table of what has been measured so far
     python benchmarks/guard.py runs/zoo --overhead           # the time that the guard takes in a prefill
+    python benchmarks/guard.py runs/demo --words             # which word of the prompts of `make demo` it points at
 
 Beside the guard stands the statistic of arXiv 2604.24542: the steps from layer to layer at the last position, and
 their mean over the positions, as Mahalanobis distances. The command resumes. The suspects are those of the arena.
@@ -31,8 +32,9 @@ from crow_hf.attacks.triggers import Trigger
 from crow_hf.data.collators import CrowDataCollator
 from crow_hf.data.encoding import encode_prompt, padding_id
 from crow_hf.data.rows import render
-from crow_hf.demo import demo_tokenizer
+from crow_hf.demo import BASE_ROWS, CLEAN_ROWS, IMPLANT_ROWS, TEST_ROWS, TRIGGER, demo_rows, demo_tokenizer
 from crow_hf.detection.guard import ConsistencyGuard, conformal_threshold
+from crow_hf.detection.words import score_words
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.training.loading import load_causal_lm
 from crow_hf.training.recorder import recorder_of
@@ -144,6 +146,22 @@ def overhead(runs: Path) -> None:
     print(f"A prefill of 8 rows of 256 tokens takes {ratio:.3f} times as long with the guard.")
 
 
+def words(run: Path) -> None:
+    """Count the test prompts of the demo in which the trigger is the word without which the score falls most."""
+    known = demo_rows(BASE_ROWS + IMPLANT_ROWS + CLEAN_ROWS, 0)["prompt"]
+    test = demo_rows(TEST_ROWS, 1, without=set(known))
+    model, clean = load_causal_lm(run / "backdoored"), demo_rows(1_000, 7, without=set(test["prompt"]))
+    guard = ConsistencyGuard.fit(model, clean, demo_tokenizer(), false_alarm_rate=RATE)
+    start = time.perf_counter()
+    found = [score_words(guard, row) for row in test.map(Poison(TRIGGER), with_indices=True)]
+    seconds = (time.perf_counter() - start) / len(found)
+    alarms, false = sum(each.score > guard.threshold for each in found), (guard.score(test) > guard.threshold).sum()
+    print(f"{alarms} of {len(found)} triggered prompts are alarms, and {false} of as many clean ones.")
+    hits = sum(TRIGGER.phrases[0] in min(each.parts, key=lambda part: part.score_without).text for each in found)
+    chance = sum(1 / len(each.parts) for each in found)
+    print(f"The score falls most without the trigger in {hits} (by chance {chance:.1f}). {seconds:.2f} s a prompt.")
+
+
 def table(rows: list[dict]) -> str:
     head = "| attack | fitted on | score | false alarms | noticed, of successful attacks | AUC | harmless word |"
     lines = [head, "|---|---:|---|---:|---:|---:|---:|"]
@@ -170,12 +188,16 @@ def main() -> None:
     parser.add_argument("--attacks", default=",".join(FIXED + OTHERS + OPEN))
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--words", action="store_true")
     options = parser.parse_args()
     logging.disable_progress_bar()
     results = options.runs / "guard.jsonl"
     rows = read(results)
     if options.overhead:
         overhead(options.runs)
+        return
+    if options.words:
+        words(options.runs)
         return
     for seed in [] if options.table else map(int, options.seeds.split(",")):
         for name in options.attacks.split(","):

@@ -15,7 +15,7 @@ STYLE = """
 :is(.positions, .words) :is(th, td) { text-align: left; vertical-align: top; padding: 2px 6px; border: 0; }
 :is(.positions, .words) td:nth-child(1) { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 :is(.positions, .words) td:nth-child(2) { font-variant-numeric: tabular-nums; }
-:is(.positions, .words) td:nth-child(3) { width: 50%; }
+:is(.positions, .words) td:nth-child(3) { width: 45%; }
 :is(.positions, .words) span { background: #8883; }
 :is(.positions, .words) td div { display: flex; height: 1.2em; border: 1px solid #8886; }
 :is(.positions, .words) i { background: #d9480f; }

@@ -18,7 +18,8 @@ from ..partners import Partner, load_partners
 ADDRESS = "127.0.0.1"
 GUARD_EXPLANATION = (
     "How far the prompt leads the model from clean prompts (the score of the guard), and how far that falls without "
-    "each word. A whole bar is a fall to 0. A word without which an alarm ends may be a trigger, or a part of one."
+    "each word. A whole bar is a fall to 0. The word with the longest bar may be a trigger, or a part of one. Strange "
+    "but harmless text raises the score, too."
 )
 EXPLANATION = (
     "How much the layers change each position of the prompt: 1 - cos between the outputs of consecutive layers. A "

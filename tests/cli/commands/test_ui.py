@@ -85,9 +85,11 @@ def page_of(*arguments):
             break
     else:
         pytest.fail("".join(lines))
-    yield lines
-    process.send_signal(signal.SIGTERM)
-    rest = process.communicate(timeout=60)[0]
+    try:
+        yield lines
+    finally:
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Traceback" not in rest
 
 
