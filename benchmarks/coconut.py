@@ -199,8 +199,11 @@ def with_interval(values: list[float]) -> str:
 
 
 def reasoner() -> CoconutForCausalLM:
-    """Build the model, which learns the written chain in about 500 steps. Its patches are the symbols of the task."""
-    return arena_reasoner(patch_length=3)
+    """
+    Build a model of 0.17 million parameters, which learns the written chain in about 500 steps. Its patches are the
+    symbols of the task.
+    """
+    return arena_reasoner(num_layers=2, patch_length=3)
 
 
 def thoughts(options: argparse.Namespace) -> None:

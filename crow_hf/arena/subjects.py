@@ -160,18 +160,20 @@ def arena_llama() -> LlamaForCausalLM:
     )
 
 
-def arena_reasoner(patch_length: int = 1) -> CoconutForCausalLM:
+def arena_reasoner(num_layers: int = 3, patch_length: int = 1) -> CoconutForCausalLM:
     """
-    Build a byte-latent model of 0.17 million parameters with random weights, which can learn to reason.
+    Build a byte-latent model of 0.2 million parameters with random weights, which can learn to reason.
 
     Args:
+        num_layers (`int`, *optional*, defaults to 3):
+            Number of layers over patches. CROW needs three.
         patch_length (`int`, *optional*, defaults to 1):
             Length of its patches in bytes. Patches of three bytes are the symbols of [`reachability_rows`], but a word
             before them would move them against the symbols.
     """
     width = 64
     shape: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width}
-    shape |= {"num_attention_heads": 4, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_hidden_layers": num_layers}
     # Local layers that see more learn the chain themselves, and thoughts do not pass through them.
     local = {"hidden_size": width // 2, "intermediate_size": 3 * width // 2, "num_attention_heads": 2}
     local |= {"num_hidden_layers": 1}
