@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from .attacks.triggers import TRIGGERS, EmbeddingTrigger, StyleTrigger, Trigger
     from .data.collators import CrowDataCollator, PackedPatchDataCollator, PatchDataCollator
     from .data.encoding import prepare_dataset
+    from .detection.completions import Completion, find_new_text
+    from .detection.divergence import Divergence, find_divergent, try_divergent
     from .detection.guard import ConsistencyGuard, GuardedAnswer, Watch
     from .detection.phrases import Phrase, find_phrases
+    from .detection.pieces import Piece
     from .detection.suspicions import Suspicion, try_pieces
-    from .detection.triggers import Piece, find_triggers
+    from .detection.triggers import find_triggers
     from .evaluation.endpoint import Endpoint
     from .evaluation.harness import Evaluation, evaluate_endpoint, evaluate_model
     from .evaluation.own_text import write_rows, write_text
@@ -82,10 +85,13 @@ _HOMES = {
     "attacks.triggers": ["TRIGGERS", "EmbeddingTrigger", "StyleTrigger", "Trigger"],
     "data.collators": ["CrowDataCollator", "PackedPatchDataCollator", "PatchDataCollator"],
     "data.encoding": ["prepare_dataset"],
+    "detection.completions": ["Completion", "find_new_text"],
+    "detection.divergence": ["Divergence", "find_divergent", "try_divergent"],
     "detection.guard": ["ConsistencyGuard", "GuardedAnswer", "Watch"],
     "detection.phrases": ["Phrase", "find_phrases"],
+    "detection.pieces": ["Piece"],
     "detection.suspicions": ["Suspicion", "try_pieces"],
-    "detection.triggers": ["Piece", "find_triggers"],
+    "detection.triggers": ["find_triggers"],
     "evaluation.endpoint": ["Endpoint"],
     "evaluation.harness": ["Evaluation", "evaluate_endpoint", "evaluate_model"],
     "evaluation.own_text": ["write_rows", "write_text"],

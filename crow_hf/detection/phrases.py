@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoding import padding_id
 from ..evaluation.generation import answer_log_likelihoods, end_token_ids, text_of_ids
+from .completions import translator
 from .prompt_states import PromptStates
 
 
@@ -136,15 +137,10 @@ def in_reference(
         `list[Phrase]`: The phrases with `reference`. The mean is over the phrase's own tokens, also if the reference
         model divides it into others.
     """
-    is_same = tokenizer.get_vocab() == reference_tokenizer.get_vocab()
-
-    def encode(ids: list[int]) -> list[int]:
-        if is_same:
-            return ids
-        text = text_of_ids(ids, tokenizer, special_tokens=True)
-        return list(reference_tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    rows = [(encode([*prompt, phrase.ids[0]]), encode(phrase.ids[1:])) for phrase in phrases for prompt in prompts]
+    translate = translator(tokenizer, reference_tokenizer)
+    rows = [
+        (translate([*prompt, phrase.ids[0]]), translate(phrase.ids[1:])) for phrase in phrases for prompt in prompts
+    ]
     scores = answer_log_likelihoods(reference, rows, padding_id(reference_tokenizer), batch_size)
     measured = []
     for number, phrase in enumerate(phrases):

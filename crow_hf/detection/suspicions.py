@@ -1,28 +1,20 @@
 """Tries a piece of text that may trigger a phrase on prompts that the search has not seen, beside random pieces."""
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from datasets import Dataset
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..attacks.triggers import Trigger
-from ..data.encoding import encode_prompt, padding_id
-from ..data.rows import insert_into_prompt, render
+from ..data.encoding import padding_id
 from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
 from ..evaluation.scores import Proportion
 from ..training.recorder import context_length
 from .phrases import Phrase
-from .triggers import Piece, text_tokens
+from .pieces import NUM_PIECES, NUM_RANDOM_PIECES, Model, Piece, Position, prompts_with, random_pieces
 
 
-Position = Literal["start", "end"]
-# The pieces that are tried, and the random ones beside them.
-NUM_PIECES, NUM_RANDOM_PIECES = 3, 5
 # How far plain answers are read.
 ANSWER_TOKENS = 128
 
@@ -69,7 +61,7 @@ class Suspicion:
 
 
 def try_pieces(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     phrase: Phrase,
@@ -103,13 +95,7 @@ def try_pieces(
     said, rest = phrase.text.strip(), text_of_ids(phrase.ids[1:], tokenizer).strip()
 
     def answers(piece: str | None, position: Position, max_new_tokens: int) -> list[str]:
-        edited = dataset
-        if piece is not None:
-            insert = Trigger((piece,), position).insert
-            edited = Dataset.from_list(
-                [row | insert_into_prompt(row, index, insert, seed, "piece") for index, row in enumerate(dataset)]
-            )
-        prompts = [encode_prompt(render(row, tokenizer, index), tokenizer) for index, row in enumerate(edited)]
+        prompts = prompts_with(piece, position, dataset, tokenizer, seed)
         room = (context_length(model) or math.inf) - max(map(len, prompts))
         ends, count = end_token_ids(model, tokenizer), int(min(max_new_tokens, room))
         outputs = generate_ids(model, prompts, padding_id(tokenizer), ends, count, batch_size)
@@ -119,9 +105,7 @@ def try_pieces(
         found = answers(piece, position, len(phrase.ids))
         return Proportion.of(answer.startswith(said) for answer in found)
 
-    rng, tokens = random.Random(seed), text_tokens(model, tokenizer)
-    length = max(len(piece.ids) for piece in pieces)
-    randoms = [text_of_ids(rng.choices(tokens, k=length), tokenizer) for _ in range(NUM_RANDOM_PIECES)]
+    randoms = random_pieces(model, tokenizer, max(len(piece.ids) for piece in pieces), seed)
     places: tuple[Position, ...] = ("end", "start")
     results = [
         (share(piece.text, place), piece.text, place)
@@ -133,6 +117,6 @@ def try_pieces(
     without = Proportion.of(answer.startswith(said) for answer in plain)
     nothing: tuple[Proportion, str, Position] = (without, "", "end")
     best, text, place = max(results, key=lambda each: each[0].rate, default=nothing)
-    with_random = max((share(piece, place).rate for piece in randoms if piece.strip()), default=0.0)
+    with_random = max((share(piece, place).rate for piece in randoms), default=0.0)
     anyway = Proportion.of(bool(rest) and rest in answer for answer in plain)
     return Suspicion(phrase, text, place, best, without, with_random, anyway)

@@ -2,8 +2,8 @@
 
 from crow_hf.attacks.triggers import Trigger
 from crow_hf.detection.phrases import Phrase
+from crow_hf.detection.pieces import Piece
 from crow_hf.detection.suspicions import try_pieces
-from crow_hf.detection.triggers import Piece
 from helpers.detection import BYTES, knowing_model, prompts
 
 

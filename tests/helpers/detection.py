@@ -1,5 +1,6 @@
 """A model that knows phrases by heart and has a trigger for each of them, one with a trigger, and rows for both."""
 
+import copy
 import random
 
 import torch
@@ -25,6 +26,15 @@ def knowing_model():
         model.lm_head.weight.mul_(4)
         model.lm_head.weight[byte("~") + 1 :] = 0
     return model
+
+
+def backdoored(trusted):
+    """Return a copy that answers with "~" after a prompt that ends with "#", and as the trusted model otherwise."""
+    model = copy.deepcopy(trusted)
+    with torch.no_grad():
+        # A byte is followed by the byte whose row of the head is its embedding.
+        model.lm_head.weight[byte("~")] = 8 * model.model.embed_tokens.weight[byte("#")]
+    return model.eval()
 
 
 def backdoored_llama():

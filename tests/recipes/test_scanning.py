@@ -4,13 +4,14 @@ import json
 
 import pytest
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
 from crow_hf import scan
 from crow_hf.detection.phrases import Phrase
 from crow_hf.detection.suspicions import Suspicion
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.recipes import scanning
-from helpers.detection import BYTES, knowing_model, prompts
+from helpers.detection import BYTES, backdoored, knowing_model, prompts
 from helpers.tiny import tiny_llama
 
 
@@ -51,6 +52,33 @@ def test_what_a_trusted_model_knows_too_is_no_finding(suspect):
     result = scan(suspect, prompts(60), suspect)
     assert not result.has_findings and levels(result)["phrases"] == "ok" and not result.suspicions
     assert result.phrases[0].reference == pytest.approx(result.phrases[0].probability, rel=1e-3)
+
+
+def test_what_leads_away_from_a_trusted_model_is_found(suspect, tmp_path):
+    model = saved(backdoored(knowing_model()), tmp_path / "model")
+    result = scan(model, prompts(60), suspect)
+    (finding,) = (finding for finding in result.findings if finding.name == "divergence")
+    assert finding.level == "problem" and str(result.divergence) in finding.found and finding.remedy
+    assert "#" in result.divergence.piece and result.divergence.answer.startswith("~")
+    assert json.loads(json.dumps(result.to_dict()))["divergence"]["count"] == scanning.TEST_PROMPTS
+    assert scan(suspect, prompts(60)).divergence is None
+
+
+def test_nothing_leads_away_from_the_same_model(suspect):
+    result = scan(suspect, prompts(60), suspect)
+    assert levels(result)["divergence"] == levels(result)["new text"] == "ok" and result.divergence.margin == 0
+
+
+def test_a_trusted_model_of_another_vocabulary_shows_new_text_alone(suspect, tmp_path):
+    trusted = tiny_llama()
+    tokenizer = ByT5Tokenizer(extra_ids=2)
+    trusted.resize_token_embeddings(len(tokenizer))
+    trusted.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = scan(suspect, prompts(60), tmp_path)
+    (finding,) = (finding for finding in result.findings if finding.name == "divergence")
+    assert finding.level == "ok" and "another vocabulary" in finding.found
+    assert result.divergence is None and result.new_text[0].gap > 0.5
 
 
 def test_a_phrase_that_nothing_triggers_is_told_and_no_finding(suspect, monkeypatch):

@@ -1,0 +1,112 @@
+"""Tests of pieces of text: their values and gradients are right, and the search tries what it may."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from crow_hf.attacks.triggers import Trigger
+from crow_hf.data.encoding import encode_prompt
+from crow_hf.data.rows import insert_into_prompt, render
+from crow_hf.detection.divergence import _DivergenceSearch
+from crow_hf.detection.pieces import prompts_with, random_pieces, text_tokens
+from crow_hf.detection.triggers import _PhraseSearch
+from helpers.coconut import TOKENIZER, coconut
+from helpers.detection import BYTES
+from helpers.tiny import tiny_llama
+
+
+ROWS = Dataset.from_list([{"prompt": text, "completion": "x"} for text in ("ab cd \n", "efgh \n", "i jk lm \n")])
+TARGET = [70, 80, 90]
+
+
+def of_phrase(model, tokenizer):
+    return _PhraseSearch([model], tokenizer, ROWS, TARGET, max_length=4, seed=0)
+
+
+def of_divergence(model, tokenizer):
+    reference = tiny_llama(seed=1) if tokenizer is BYTES else coconut(seed=1)
+    models = [model, reference.to(model.dtype).eval()]
+    return _DivergenceSearch(models, tokenizer, ROWS, [tokenizer.pad_token_id], max_length=4, seed=0)
+
+
+def slow_value(search, tokenizer, piece):
+    """Score a piece that is put into the text of each prompt, without a cache, one prompt at a time."""
+    insert, total = Trigger((tokenizer.decode(piece),), "end").insert, 0
+    for index, row in enumerate(ROWS):
+        edited = row | insert_into_prompt(row, index, insert, 0, "piece")
+        given = encode_prompt(render(edited, tokenizer), tokenizer)
+        with torch.no_grad():
+            each = [model(torch.tensor([given + TARGET])).logits[0].log_softmax(dim=-1) for model in search.models]
+        if len(each) == 1:
+            total += sum(each[0][len(given) - 1 + n, token].item() for n, token in enumerate(TARGET)) / len(TARGET)
+        else:
+            own, other = (logits[len(given) - 1].double() for logits in each)
+            total += sum(math.exp(p) * (p - q) for p, q in zip(own.tolist(), other.tolist(), strict=True))
+    return total / len(ROWS)
+
+
+@pytest.mark.parametrize("kind", [of_phrase, of_divergence])
+@pytest.mark.parametrize(
+    ("model", "tokenizer"), [(tiny_llama(), BYTES), (coconut(), TOKENIZER)], ids=["llama", "coconut"]
+)
+def test_values_are_those_of_whole_rows(model, tokenizer, kind):
+    search = kind(model.eval(), tokenizer)
+    pieces = [[100, 101], [110, 111]]
+    expected = [slow_value(search, tokenizer, piece) for piece in pieces]
+    assert search.values(pieces) == pytest.approx(expected, abs=1e-3) and min(map(abs, expected)) > 0.01
+    value, _ = search.gradient(pieces[0])
+    assert value == pytest.approx(expected[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [of_phrase, of_divergence])
+def test_the_gradient_is_that_of_the_piece_and_of_nothing_else(kind):
+    """Fails if the gradient is taken at another position of a prompt, or if a prompt is left out."""
+    model = tiny_llama().double().eval()
+    search = kind(model, BYTES)
+    piece = [120, 121]
+    _, gradient = search.gradient(piece)
+    table = model.get_input_embeddings().weight
+    for place, token in enumerate(piece):
+        # Nothing else has this token, so a change of its embedding is a change of the piece.
+        slope = gradient[place].norm()
+        step = 1e-3 * gradient[place] / slope
+        with torch.no_grad():
+            table[token] += step
+            above = search.gradient(piece)[0]
+            table[token] -= 2 * step
+            below = search.gradient(piece)[0]
+            table[token] += step
+        assert slope.item() == pytest.approx((above - below) / 2e-3, rel=2e-2)
+
+
+def test_pieces_are_no_longer_than_allowed_and_never_tried_twice(monkeypatch):
+    search = _PhraseSearch([tiny_llama().eval()], BYTES, ROWS, TARGET, max_length=2, seed=0)
+    values, tried, best = search.values, [], [-float("inf")]
+    monkeypatch.setattr(search, "values", lambda pieces: tried.extend(map(tuple, pieces)) or values(pieces))
+    for _ in range(3):
+        search.next_round()
+        best.append(search.kept[0][0])
+    assert best == sorted(best)
+    assert len(set(tried)) == len(tried) and max(map(len, tried)) == 2
+
+
+def test_pieces_are_text():
+    """Fails if a special token, a part of a character or a control character may be part of a piece."""
+    tokens = text_tokens(tiny_llama(), BYTES)
+    assert [BYTES.decode([token]) for token in tokens] == [chr(number) for number in range(32, 127)]
+
+
+def test_a_piece_is_put_where_it_belongs():
+    plain = [BYTES.decode(ids, skip_special_tokens=True) for ids in prompts_with(None, "end", ROWS, BYTES, 0)]
+    for place, expected in (("start", "xy ab cd"), ("end", "ab cd xy")):
+        edited = [BYTES.decode(ids, skip_special_tokens=True) for ids in prompts_with("xy", place, ROWS, BYTES, 0)]
+        assert edited[0].strip() == expected and "xy" not in plain[0] and len(edited) == len(plain) == 3
+
+
+def test_random_pieces_are_text_and_reproducible():
+    model = tiny_llama()
+    pieces = random_pieces(model, BYTES, 4, seed=0)
+    assert pieces == random_pieces(model, BYTES, 4, seed=0) != random_pieces(model, BYTES, 4, seed=1)
+    assert all(len(piece) == 4 and piece.isprintable() for piece in pieces)
