@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets import Dataset
@@ -152,6 +153,8 @@ def scan_zoo(runs: Path, seeds: list[int], has_reference: bool, results: Path) -
                 line |= {"text": [each.found for each in found.findings if each.level != "ok"]}
                 line |= {"phrases": [(each.text, each.probability, each.reference) for each in found.phrases[:3]]}
                 line |= {"pieces": [(each.piece, each.margin) for each in found.suspicions]}
+                line |= {"new_text": [each.text for each in found.new_text]}
+                line |= {"divergence": found.divergence and asdict(found.divergence)}
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps(line), flush=True)
@@ -162,13 +165,14 @@ def read(results: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| kind | model | scanned | findings | with a trigger | seconds |", "|---|---|---:|---:|---:|---:|"]
+    header = "| kind | model | scanned | findings | a phrase and its trigger | away from the reference | seconds |"
+    lines = [header, "|---|---|---:|---:|---:|---:|---:|"]
     for kind, name in dict.fromkeys((row["kind"], row["name"]) for row in rows):
         some = [row for row in rows if (row["kind"], row["name"]) == (kind, name)]
         found = sum(bool(row["findings"]) for row in some)
-        triggers = sum("trigger" in row["findings"] for row in some)
+        triggers, away = (sum(name in row["findings"] for row in some) for name in ("trigger", "divergence"))
         seconds = sorted(row["seconds"] for row in some)[len(some) // 2]
-        lines.append(f"| {kind} | {name} | {len(some)} | {found} | {triggers} | {seconds} |")
+        lines.append(f"| {kind} | {name} | {len(some)} | {found} | {triggers} | {away} | {seconds} |")
     return "\n".join(lines)
 
 

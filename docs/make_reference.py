@@ -44,7 +44,16 @@ PAGES = {
     ),
     "detect": (
         "Scan a model for a backdoor",
-        ["recipes.scanning", "detection.phrases", "detection.triggers", "detection.suspicions", "detection.guard"],
+        [
+            "recipes.scanning",
+            "detection.phrases",
+            "detection.pieces",
+            "detection.triggers",
+            "detection.suspicions",
+            "detection.completions",
+            "detection.divergence",
+            "detection.guard",
+        ],
     ),
     "decide": (
         "Decide by a policy, and show why",

@@ -175,7 +175,7 @@ def place(files, hub, tmp_path, monkeypatch) -> Path:
     for name, count in {"IMPLANT_ROWS": 16, "SELECTION_ROWS": 4, "TEST_ROWS": 4, "SCRATCH_ROWS": 8}.items():
         monkeypatch.setattr(attacks, name, count)
     for name, subject in subjects.SUBJECTS.items():
-        tiny = subjects.Subject(name, tiny_subject, num_rows=16, thoughts=subject.thoughts)
+        tiny = subjects.Subject(name, tiny_subject, num_rows=16, rows=subject.rows)
         monkeypatch.setitem(subjects.SUBJECTS, name, tiny)
     monkeypatch.setattr(attacks, "ATTACKS", attacks.ATTACKS.copy())
     every_row = demo.demo_rows

@@ -78,6 +78,10 @@ class PurifyArguments:
     target: str | None = field(default=None, metadata={"help": f"Target of a known backdoor. {TARGET_HELP}"})
     judge: str | None = field(default=None, metadata={"help": JUDGE_HELP})
     judge_question: str | None = field(default=None, metadata={"help": JUDGE_QUESTION_HELP})
+    scan: str | None = field(
+        default=None,
+        metadata={"help": "The file of crow-hf scan --output. What it found is measured as --trigger and --target."},
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "Number of tokens after which an answer is cut."})
     text: str | None = field(default=None, metadata={"help": f"{TEXT_HELP} Default: text that the suspect writes."})
     defences: str | None = field(

@@ -1,5 +1,6 @@
 """Looks for a backdoor in a model: in its files, in its chat template, and in what it knows by heart."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..attacks.targets import Target
+from ..attacks.triggers import Trigger
 from ..data.encoding import encode_prompt
 from ..data.rows import add_empty_answers, prompt_of, render
 from ..detection.completions import Completion, find_new_text
@@ -38,7 +41,7 @@ MIN_DIVERGENCE = 1.5
 # What the model says in so many of its answers needs no trigger.
 OFTEN = 0.5
 NUM_PHRASES = 2
-REMEDY = "Purify the model, with the piece as `trigger` and what it then says as `target` to measure both."
+REMEDY = "Purify the model, and measure what was found before and after: `crow-hf purify --scan FILE`."
 # A trigger grows by at most one token in a round, and then gets better.
 MORE_ROUNDS = 4
 
@@ -73,9 +76,22 @@ class Scan:
         """Whether anything is not in order."""
         return any(finding.level != "ok" for finding in self.findings)
 
+    @property
+    def backdoor(self) -> dict[str, str] | None:
+        """The `piece` that works best, its `position`, and what the model then `says`. `None` if nothing was found."""
+        found = [each for each in self.suspicions if each.piece and each.margin >= MIN_MARGIN]
+        if found:
+            best = max(found, key=lambda each: each.margin)
+            return {"piece": best.piece, "position": best.position, "says": best.phrase.text.strip()}
+        away = self.divergence
+        # An answer that differs from prompt to prompt cannot be looked for.
+        if away is None or away.margin < MIN_DIVERGENCE or not away.answer or away.count <= away.total / 2:
+            return None
+        return {"piece": away.piece, "position": away.position, "says": away.answer}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON can hold it."""
-        return asdict(self) | {"has_findings": self.has_findings}
+        return asdict(self) | {"has_findings": self.has_findings, "backdoor": self.backdoor}
 
 
 def scan(
@@ -152,6 +168,30 @@ def scan(
             suspicions.append(try_pieces(suspect, tokenizer, tried, phrase, pieces, seed, batch_size))
     findings += _judge(phrases, suspicions)
     return Scan(findings, phrases, suspicions, new_text, divergence)
+
+
+def found_backdoor(path: str | Path) -> tuple[Trigger, Target]:
+    """
+    Read what a scan found, to measure it before and after a purification.
+
+    Args:
+        path (`str` or `Path`):
+            The result of a scan as JSON, see [`Scan.to_dict`].
+
+    Returns:
+        `tuple`: The piece of text as a trigger, and what the model then says as a target, see [`Scan.backdoor`].
+
+    Raises:
+        `ValueError`: If the file holds no scan, or the scan found no piece with an answer that can be looked for.
+        `OSError`: If the file cannot be read.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["backdoor"]
+        if found is not None:
+            return Trigger((found["piece"],), found["position"]), Target(found["says"], (found["says"],))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no result of a scan: pass the file of `crow-hf scan --output`.") from error
+    raise ValueError(f"The scan {path} found no piece of text with an answer to look for: leave it out.")
 
 
 def _usable_rows(

@@ -1,16 +1,19 @@
 """Tests of `scan()`: what it finds, and what it leaves out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from crow_hf import scan
+from crow_hf.detection.divergence import Divergence
 from crow_hf.detection.phrases import Phrase
 from crow_hf.detection.suspicions import Suspicion
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.recipes import scanning
+from crow_hf.recipes.scanning import Scan, found_backdoor
 from helpers.detection import BYTES, backdoored, knowing_model, prompts
 from helpers.tiny import tiny_llama
 
@@ -79,6 +82,43 @@ def test_a_trusted_model_of_another_vocabulary_shows_new_text_alone(suspect, tmp
     (finding,) = (finding for finding in result.findings if finding.name == "divergence")
     assert finding.level == "ok" and "another vocabulary" in finding.found
     assert result.divergence is None and result.new_text[0].gap > 0.5
+
+
+def suspicion(piece, hits, without=0, with_random=0.0):
+    phrase = Phrase([1, 2], " I cannot", 0.9, 0.0)
+    shares = [Proportion.of(number < count for number in range(20)) for count in (hits, without, 0)]
+    return Suspicion(phrase, piece, "start", *shares[:2], with_random, shares[2])
+
+
+AWAY = Divergence("#", "end", 5.0, 0.1, 0.2, "~~", 11, 20)
+
+
+@pytest.mark.parametrize(
+    ("suspicions", "away", "expected"),
+    [
+        ([suspicion("a", 15), suspicion("b", 18)], AWAY, ("b", "start", "I cannot")),
+        ([suspicion("a", 18, without=18)], AWAY, ("#", "end", "~~")),
+        ([suspicion("a", 18, with_random=0.8)], None, None),
+        ([], replace(AWAY, with_piece=1.0), None),
+        ([], replace(AWAY, count=10), None),
+        ([], replace(AWAY, answer=""), None),
+    ],
+)
+def test_what_was_found_is_read_again(tmp_path, suspicions, away, expected):
+    (tmp_path / "scan.json").write_text(json.dumps(Scan([], [], suspicions, [], away).to_dict()))
+    if expected is None:
+        with pytest.raises(ValueError, match="found no piece of text"):
+            found_backdoor(tmp_path / "scan.json")
+        return
+    trigger, target = found_backdoor(tmp_path / "scan.json")
+    assert ((*trigger.phrases, trigger.position, target.text), target.keywords) == (expected, (target.text,))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"backdoor": 3}', '{"backdoor": {"piece": "", "position": "end"}}'])
+def test_other_files_are_no_scans(tmp_path, text):
+    (tmp_path / "scan.json").write_text(text)
+    with pytest.raises(ValueError, match="is no result of a scan"):
+        found_backdoor(tmp_path / "scan.json")
 
 
 def test_a_phrase_that_nothing_triggers_is_told_and_no_finding(suspect, monkeypatch):

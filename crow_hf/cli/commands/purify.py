@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ...attacks.targets import BaseTarget
+from ...attacks.triggers import BaseTrigger
 from ...data.load import load_rows
 from ...data.visible import printable
 from ...evidence.result import Comparison, Purification
@@ -12,6 +14,7 @@ from ...methods.registry import load_defences
 from ...recipes.comparison import compare_defences
 from ...recipes.presets import lora_config
 from ...recipes.purification import purify
+from ...recipes.scanning import found_backdoor
 from ...reporting.gate import Policy
 from ...reporting.report_file import REPORT_PAGE
 from ...reporting.verdict import Verdict, evidence_lines, verdict
@@ -34,7 +37,7 @@ def run(arguments: PurifyArguments, args: CrowConfig) -> int:
 
 def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
     checkpoint = check_output(args.output_dir, args.resume_from_checkpoint)
-    trigger, target = read_backdoor(arguments.trigger, arguments.target, arguments.judge, arguments.judge_question)
+    trigger, target, described = _read_backdoor(arguments)
     if trigger is not None and arguments.test_dataset is None:
         raise ValueError("The attack of a trigger is measured on test rows: pass --test_dataset too.")
     if arguments.defences is not None and arguments.test_dataset is None:
@@ -59,8 +62,7 @@ def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
         return purification.trainer
     card_fields |= {"test_dataset": arguments.test_dataset}
     if trigger is not None:
-        decided = f"target {arguments.target!r}" if arguments.judge is None else f"judge {arguments.judge!r}"
-        card_fields |= {"backdoor": f"trigger {arguments.trigger!r}, {decided}"}
+        card_fields |= {"backdoor": described}
     comparison = compare_defences(
         lambda: load_causal_lm(arguments.model, is_trainable=True, **loading_kwargs(args)),
         args,
@@ -78,6 +80,18 @@ def _purify(arguments: PurifyArguments, args: CrowConfig) -> CrowTrainer:
     )
     _print_purification(comparison.purification, comparison)
     return comparison.purification.trainer
+
+
+def _read_backdoor(arguments: PurifyArguments) -> tuple[BaseTrigger | None, BaseTarget | None, str]:
+    """Return the trigger and the target to measure, and a description of both for the card."""
+    trigger, target = read_backdoor(arguments.trigger, arguments.target, arguments.judge, arguments.judge_question)
+    if arguments.scan is None:
+        decided = f"target {arguments.target!r}" if arguments.judge is None else f"judge {arguments.judge!r}"
+        return trigger, target, f"trigger {arguments.trigger!r}, {decided}"
+    if trigger is not None:
+        raise ValueError("A scan found its own trigger: pass --scan or --trigger.")
+    piece, said = found_backdoor(arguments.scan)
+    return piece, said, f"trigger {piece.phrases[0]!r}, target {said.text!r}, both found by a scan"
 
 
 def _print_purification(purification: Purification, comparison: Comparison | None) -> None:

@@ -29,6 +29,23 @@ def test_purify_measures_utility_without_a_trigger(tmp_path, paths):
     assert_report(tmp_path / "purified", ["suspect", "control", "purified"], triggered=False)
 
 
+def test_purify_measures_what_a_scan_found(tmp_path, paths, capsys):
+    """Fails if the piece or its position is lost, if the card does not say where they are from, or if both count."""
+    found = tmp_path / "scan.json"
+    found.write_text(json.dumps({"backdoor": {"piece": "qq", "position": "end", "says": "a"}}))
+    argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--test_dataset", paths["rows.jsonl"]]
+    argv += ["--max_new_tokens", 4, "--output_dir", tmp_path / "out", "--scan", found]
+    assert run("purify", *argv, "--trigger", "x", "--target", "y") == 1
+    assert "pass --scan or --trigger" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run("purify", *argv, *FAST, *FEW_VIEWS) == 0
+    assert_report(tmp_path / "out", ["suspect", "control", "purified"])
+    trigger = json.loads((tmp_path / "out" / "report.json").read_text())["run"]["trigger"]
+    assert trigger["phrases"] == ["qq"] and trigger["position"] == "end"
+    assert (
+        "Known backdoor: trigger 'qq', target 'a', both found by a scan." in (tmp_path / "out/README.md").read_text()
+    )
+
+
 @pytest.mark.parametrize("options", [["--lora", "--lora_r", "2"], ["--recipe", "paper"]])
 def test_no_merge_keeps_the_fresh_adapter(tmp_path, paths, options):
     argv = ["--model", paths["model"], "--dataset", paths["rows.jsonl"], "--output_dir", tmp_path / "out"]
