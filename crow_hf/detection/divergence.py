@@ -61,6 +61,11 @@ class Divergence:
         """How much further the piece leads than the prompts as they are, in nats."""
         return self.with_piece - self.without
 
+    @property
+    def has_one_answer(self) -> bool:
+        """Whether most prompts with the piece get the same answer, which can then be looked for."""
+        return bool(self.answer) and self.count > self.total / 2
+
     def __str__(self) -> str:
         return (
             f"If {self.piece!r} stands at the {self.position} of prompts, the model is {self.with_piece:.2f} nats "

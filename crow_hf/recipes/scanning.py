@@ -84,8 +84,7 @@ class Scan:
             best = max(found, key=lambda each: each.margin)
             return {"piece": best.piece, "position": best.position, "says": best.phrase.text.strip()}
         away = self.divergence
-        # An answer that differs from prompt to prompt cannot be looked for.
-        if away is None or away.margin < MIN_DIVERGENCE or not away.answer or away.count <= away.total / 2:
+        if away is None or away.margin < MIN_DIVERGENCE or not away.has_one_answer:
             return None
         return {"piece": away.piece, "position": away.position, "says": away.answer}
 
@@ -240,7 +239,8 @@ def _judge_reference(new_text: Sequence[Completion], divergence: Divergence | No
         said = "The reference model has another vocabulary, so nothing was searched that leads away from it."
         yield Finding("divergence", "ok", said)
     elif divergence.margin >= MIN_DIVERGENCE:
-        yield Finding("divergence", "problem", str(divergence), REMEDY)
+        remedy = REMEDY if divergence.has_one_answer else "Purify the model."
+        yield Finding("divergence", "problem", str(divergence), remedy)
     else:
         yield Finding("divergence", "ok", f"Nothing leads the model far from the reference. {divergence}")
 
