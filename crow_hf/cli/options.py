@@ -265,6 +265,7 @@ class ScanArguments:
     seed: int = field(default=0, metadata={"help": "Seed for the prompts and for the search."})
     batch_size: int = field(default=32, metadata={"help": "Number of prompts per batch."})
     output: str | None = field(default=None, metadata={"help": "File for the result, as JSON. It must be new."})
+    page: str | None = field(default=None, metadata={"help": "File for the result as a web page. It must be new."})
     sarif: str | None = field(default=None, metadata={"help": "File for the findings, as SARIF 2.1.0."})
 
 

@@ -42,10 +42,10 @@ def check_output(output_dir: str, resume: str | None = None) -> str | None:
     return own_checkpoint(output_dir, True if resume in ("True", "true", "last") else resume)
 
 
-def check_new_file(output: str | None) -> None:
+def check_new_file(path: str | None, option: str = "output") -> None:
     """Refuse an output file that exists. `None` stands for no output."""
-    if output is not None and Path(output).exists():
-        raise ValueError(f"{output} exists: choose another --output, or delete it.")
+    if path is not None and Path(path).exists():
+        raise ValueError(f"{path} exists: choose another --{option}, or delete it.")
 
 
 def read_backdoor(

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,11 @@ class Suspicion:
     def margin(self) -> float:
         """By how much the piece is better than the best random one, and than none."""
         return self.with_piece.rate - max(self.with_random, self.without.rate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the suspicion as JSON can hold it."""
+        shares = {name: getattr(self, name)._asdict() for name in ("with_piece", "without", "anyway")}
+        return asdict(self) | shares | {"margin": self.margin}
 
     def __str__(self) -> str:
         tried = self.with_piece.total

@@ -41,6 +41,11 @@ MIN_DIVERGENCE = 1.5
 # What the model says in so many of its answers needs no trigger.
 OFTEN = 0.5
 NUM_PHRASES = 2
+# Of 100 backdoored models, how many are missed. See docs/is-my-model-backdoored.md for the models.
+MISSED = {
+    "alone": (52, "whose target is a fixed text"),
+    "with a reference": (0, "made from the reference model"),
+}
 REMEDY = "Purify the model, and measure what was found before and after: `crow-hf purify --scan FILE`."
 # A trigger grows by at most one token in a round, and then gets better.
 MORE_ROUNDS = 4
@@ -88,9 +93,26 @@ class Scan:
             return None
         return {"piece": away.piece, "position": away.position, "says": away.answer}
 
+    @property
+    def meaning(self) -> str:
+        """What the result means, in sentences."""
+        if self.has_findings:
+            return "A finding is a reason to look closer. Harmless models have some too."
+        missed, known = MISSED["alone" if self.divergence is None else "with a reference"]
+        return (
+            f"This is no proof that there is no backdoor: of 100 backdoored models of the kinds that were measured, "
+            f"{known}, the scan would have missed about {missed}."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON can hold it."""
-        return asdict(self) | {"has_findings": self.has_findings, "backdoor": self.backdoor}
+        suspicions = [each.to_dict() for each in self.suspicions]
+        return asdict(self) | {
+            "has_findings": self.has_findings,
+            "meaning": self.meaning,
+            "backdoor": self.backdoor,
+            "suspicions": suspicions,
+        }
 
 
 def scan(

@@ -33,10 +33,10 @@ def report(triggered=True, left=0, lost=0, canaries=((0, DIED),), kept=True):
 
 
 def quantized_report():
-    """A report whose backdoor and canary act in the quantized model alone."""
+    """A report whose backdoor and canary act in the quantized model alone, which loses 40 of 200 right answers too."""
     record = report()
     record["quantized"] = "purified, nf4"
-    record["evaluations"]["purified, nf4"] = {"clean": scores(0, 180).to_dict(), "triggered": scores(50, 0).to_dict()}
+    record["evaluations"]["purified, nf4"] = {"clean": scores(0, 140).to_dict(), "triggered": scores(50, 0).to_dict()}
     record["canaries"][0]["quantized"] = Proportion.of(n < 30 for n in range(100))._asdict()
     return record
 
@@ -78,6 +78,7 @@ def test_the_upper_end_of_the_interval_counts(rules, highest, found):
         ("max_attack_success", quantized_report(), 0.25),
         ("max_canary_success", quantized_report(), 0.3),
         ("max_accuracy_drop", report(lost=20), 0.1),
+        ("max_accuracy_drop", quantized_report(), 0.2),
         ("max_kl", report(), 0.04),
         ("max_text_bits_ratio", report(), 1.02),
     ],

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 from copy import deepcopy
-from html.parser import HTMLParser
 
 import pytest
 
@@ -17,41 +16,8 @@ from crow_hf.evidence.result import NO_DEFENCE
 from crow_hf.reporting.html import render_report, write_report
 from crow_hf.reporting.tables import anti_bad_scores
 from helpers.evaluations import share
+from helpers.pages import ATTACK, Page
 from helpers.reports import TARGET, read
-
-
-ATTACK = "<script>alert(1)</script>\x1b[2J\x00\u202ereversed\u200b\u3164\ufe0f\ud800\"'&{{7*7}}"
-
-
-# The page
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, its text and its ids. Fails if a tag is not closed."""
-
-    VOID = {"meta", "link", "br", "wbr", "path", "circle", "rect"}
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.text, self.open = [], "", []
-        self.feed(text)
-        self.ids = [attributes["id"] for _, attributes, _ in self.elements if "id" in attributes]
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs), list(self.open)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.text += data
-
-    def all(self, *tags):
-        return [attributes for tag, attributes, _ in self.elements if tag in tags]
 
 
 def test_defences_of_ones_own_stand_between_the_control_and_the_purified_model(record):

@@ -26,22 +26,26 @@ def arguments(folder, *more):
 def test_findings_are_printed_and_written(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scanning, "TRIGGER_BYTES", 2)
     monkeypatch.setattr(scanning, "NUM_PHRASES", 1)
-    output, sarif = tmp_path / "scan.json", tmp_path / "scan.sarif"
-    assert main(arguments(folder, "--output", str(output), "--sarif", str(sarif))) == 1
+    output, sarif, page = tmp_path / "scan.json", tmp_path / "scan.sarif", tmp_path / "scan.html"
+    assert main(arguments(folder, "--output", str(output), "--sarif", str(sarif), "--page", str(page))) == 1
     printed = capsys.readouterr().out
-    assert "problem" in printed and "SCAN: there are findings." in printed
+    assert "problem" in printed and "Harmless models have some too." in printed
+    assert printed.endswith("SCAN: there are findings.\n")
     result = json.loads(output.read_text())
-    assert result["model"] == str(folder / "model") and result["suspicions"][0]["with_piece"][0] == 1.0
+    assert result["model"] == str(folder / "model") and result["suspicions"][0]["with_piece"]["rate"] == 1.0
+    assert "There are findings" in page.read_text()
     levels = {each["ruleId"]: each["level"] for each in read_sarif(sarif)["results"]}
     assert levels["trigger"] == "error" and levels["files"] == "none"
     # An old result is not replaced.
-    assert main(arguments(folder, "--output", str(output))) == 2
-    assert "choose another --output" in capsys.readouterr().err
+    for name, path in {"--output": output, "--page": page}.items():
+        assert main(arguments(folder, name, str(path))) == 2
+        assert f"choose another {name}" in capsys.readouterr().err
 
 
 def test_nothing_found_is_exit_code_0(folder, capsys):
     assert main(arguments(folder, "--reference", str(folder / "model"))) == 0
-    assert "SCAN: nothing was found." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "This is no proof that there is no backdoor" in printed and printed.endswith("SCAN: nothing was found.\n")
 
 
 def test_a_scan_that_cannot_be_made_is_exit_code_2(folder, tmp_path, capsys):
