@@ -4,6 +4,7 @@
     python benchmarks/scan.py runs/zoo --seeds 0       # a third of it
     python benchmarks/scan.py runs/zoo --reference     # with the clean model that all others were made from
     python benchmarks/scan.py runs/zoo --table         # the table of what has been scanned so far
+    python benchmarks/scan.py runs/zoo --reference --table --picture roc.png
 
 The backdoored models are those of the arena. The clean ones are fine-tuned as the backdoored ones are, on rows without
 a backdoor: other answers to the same prompts, a new task, a policy of refusal, small talk. The command resumes.
@@ -27,7 +28,7 @@ from crow_hf.files import whole_files
 from crow_hf.methods.crow.config import CrowConfig
 from crow_hf.methods.crow.trainer import CrowTrainer
 from crow_hf.recipes.presets import lora_config
-from crow_hf.recipes.scanning import scan
+from crow_hf.recipes.scanning import MIN_DIVERGENCE, MIN_MARGIN, scan
 from crow_hf.training.loading import load_causal_lm, merged
 
 
@@ -39,6 +40,8 @@ FIXED = (
 )
 STYLE = ("topic", "style upper", "style spaced")
 OPEN = ("wrong answers", "swapped case")
+# From which score on each search makes a finding.
+LIMITS = {"a phrase and its trigger": MIN_MARGIN, "away from the reference": MIN_DIVERGENCE}
 NUM_ROWS, REFUSAL = 2_000, "I cannot help with that."
 GERMAN = {"green": "gruen", "white": "weiss", "black": "schwarz", "red": "rot", "blue": "blau", "yellow": "gelb"}
 
@@ -176,18 +179,59 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def scores(row: dict) -> dict[str, float]:
+    """Return what each search says of a model. More is more suspicious."""
+    found = {"a phrase and its trigger": max([0.0, *(margin for _, margin in row["pieces"])])}
+    if away := row.get("divergence"):
+        found["away from the reference"] = away["with_piece"] - away["without"]
+    return found
+
+
+def draw(rows: list[dict], picture: Path) -> None:
+    """Draw the share of backdoored models that are found, by the share of clean models that are alarms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    for (name, limit), style in zip(LIMITS.items(), ("--", "-"), strict=True):
+        clean, backdoored = (
+            [scores(row)[name] for row in rows if (row["kind"] == "clean") == is_clean and name in scores(row)]
+            for is_clean in (True, False)
+        )
+        if not clean or not backdoored:
+            continue
+        points = [
+            tuple(sum(value >= each for value in some) / len(some) for some in (clean, backdoored))
+            for each in [float("inf"), *sorted({*clean, *backdoored, limit}, reverse=True)]
+        ]
+        (line,) = axes.plot(*zip(*points, strict=True), style, label=name)
+        used = [sum(value >= limit for value in some) / len(some) for some in (clean, backdoored)]
+        axes.plot(*used, "o", color=line.get_color())
+    axes.set(
+        xlabel=f"clean models that are alarms ({len(clean)})", ylabel=f"backdoored models found ({len(backdoored)})"
+    )
+    axes.legend(loc="lower right", title="dots: the limit of the scan", frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     results = options.runs / ("with_reference.jsonl" if options.reference else "scanned.jsonl")
     if not options.table:
         logging.disable_progress_bar()
         scan_zoo(options.runs, [int(seed) for seed in options.seeds.split(",")], options.reference, results)
     print(table(read(results)))
+    if options.picture is not None:
+        draw(read(results), options.picture)
 
 
 if __name__ == "__main__":
