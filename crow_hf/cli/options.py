@@ -281,6 +281,13 @@ class GuardArguments:
     )
     inputs: str | None = field(default=None, metadata={"help": "Rows with prompts to check, given as --dataset is."})
     split: str = field(default="train", metadata={"help": "Split of the rows, in a folder or on the Hub."})
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model that is trusted, best the one that this model was made from. The guard then notices far "
+            "more, and each prompt costs as much again. A guard that was fitted with one needs it again."
+        },
+    )
     false_alarm_rate: float = field(
         default=0.01, metadata={"help": "The share of clean prompts that may be alarms. 0.01 needs 99 prompts."}
     )

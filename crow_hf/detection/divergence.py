@@ -120,7 +120,7 @@ class _DivergenceSearch(PieceSearch):
         return [*super().beginnings(), *long]
 
     def value(self, *logits: torch.Tensor) -> torch.Tensor:
-        return _divergences(*logits).mean()
+        return divergences(*logits).mean()
 
 
 def try_divergent(
@@ -162,7 +162,7 @@ def try_divergent(
     def distance(piece: str | None, position: Position = "end") -> float:
         prompts = prompts_with(piece, position, dataset, tokenizer, seed)
         logits = (PromptStates(each, prompts, pad_token_id).next_logits for each in (model, reference))
-        return _divergences(*logits).mean().item()
+        return divergences(*logits).mean().item()
 
     places: tuple[Position, ...] = ("end", "start")
     tried = [(piece.text, place) for piece in pieces[:NUM_PIECES] for place in places if piece.text.strip()]
@@ -175,7 +175,7 @@ def try_divergent(
     return Divergence(piece, place, furthest, distance(None), with_random, answer, count, len(prompts))
 
 
-def _divergences(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
+def divergences(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
     """KL(model || reference) over the last dimension, in nats."""
     log_probabilities = logits.log_softmax(dim=-1)
     gaps = log_probabilities - reference_logits.to(logits.device).log_softmax(dim=-1)

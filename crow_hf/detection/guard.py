@@ -1,15 +1,18 @@
 """Warns of prompts that put a model into a state in which no clean prompt puts it.
 
 The state is the one from which the model predicts the first token of its answer. A backdoor moves it towards its
-target, away from the states of clean prompts, and the distance to the nearest of them shows that.
+target, away from the states of clean prompts, and the distance to the nearest of them shows that. With a trusted model
+beside it, the distance of the two predictions shows far more.
 """
 
+import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -21,10 +24,11 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.rows import Rendered, add_empty_answers, render
-from ..evaluation.generation import Answer, write_answers
+from ..evaluation.generation import Answer, inference_mode, write_answers
 from ..evaluation.scores import Proportion
 from ..files import whole_files
 from ..training.recorder import base_model_of
+from .divergence import divergences
 
 
 # As in arXiv 2204.06507, a few neighbours are steadier than one.
@@ -33,6 +37,8 @@ NUM_NEIGHBORS = 5
 NUM_PROBES, MIN_AGREEMENT = 4, 0.98
 # States that are compared with all clean ones at a time.
 MAX_COMPARED = 1_024
+# What a reference model reads as the model does.
+_READ_BY_BOTH = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
 _STATES, _SETTINGS = "guard.safetensors", "guard.json"
 
 
@@ -45,7 +51,8 @@ class GuardedAnswer:
         text (`str`):
             The answer, or the refusal that stands for it.
         score (`float`):
-            How far the prompt led the model from the states of clean prompts, from 0 to 2.
+            How far the prompt led the model from the states of clean prompts, from 0 to 2. With a reference model, how
+            far from that, in nats.
         is_alarm (`bool`):
             Whether that is further than the guard allows.
     """
@@ -64,7 +71,8 @@ class Watch:
         scores (`torch.Tensor` of shape `(B,)`, *optional*):
             The scores of the prompts of a batch. `None` until the `with` block ends.
         states (`torch.Tensor` of shape `(B, D)`, *optional*):
-            The states of the model after the prompts. `None` until it has read them.
+            The states of the model after the prompts, or of shape `(B, 1)` their distances from the reference model.
+            `None` until it has read them.
     """
 
     scores: torch.Tensor | None = None
@@ -78,7 +86,10 @@ class ConsistencyGuard:
     The guard keeps the states of a model after clean prompts. The score of a prompt is the mean cosine distance of its
     state to the nearest five of them, after their mean is subtracted. Clean prompts score above the threshold about as
     often as chosen, if they are drawn as the rows were. The guard reads a state that the model computes anyway.
-    docs/is-this-input-triggered.md says which backdoors it notices.
+
+    With a reference model, the score is KL(model || reference) of the first token of an answer. The reference model
+    reads each prompt too, which doubles the cost of a prompt if it is as large, and notices far more.
+    docs/is-this-input-triggered.md says which backdoors either notices.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -86,21 +97,23 @@ class ConsistencyGuard:
         processing_class (`PreTrainedTokenizerBase`):
             The model's tokenizer.
         states (`torch.Tensor` of shape `(N, D)`):
-            The states after the clean prompts.
+            The states after the clean prompts, or of shape `(N, 1)` their distances from the reference model.
         probes (`list[Rendered]`):
             The first clean prompts. They show whether a saved guard belongs to a model.
         false_alarm_rate (`float`, *optional*, defaults to 0.01):
             The share of clean prompts that may be alarms.
+        reference (`PreTrainedModel` or `PeftModel`, *optional*):
+            A model that is trusted and reads the same token ids, best the one that this model was made from.
 
     Attributes:
         threshold (`float`):
             The largest score that is no alarm.
         false_alarms (`Proportion`):
-            The share of the clean prompts that are alarms, each scored by all the others.
+            The share of the clean prompts that are alarms. Each is scored by all the others.
 
     Raises:
-        `ValueError`: If the rate is not between 0 and 1, if there are too few prompts for it, or if the states are not
-            finite.
+        `ValueError`: If the rate is not between 0 and 1, if there are too few prompts for it, if the states are not
+            finite, or if the reference model is the model itself.
 
     Example:
 
@@ -120,12 +133,14 @@ class ConsistencyGuard:
         states: torch.Tensor,
         probes: list[Rendered],
         false_alarm_rate: float = 0.01,
+        reference: PreTrainedModel | PeftModel | None = None,
     ):
         _check_enough(len(states), false_alarm_rate)
+        _check_reference(model, reference)
         if not states.isfinite().all():
-            raise ValueError("The states of the model after clean prompts are not finite. Load it in float32.")
+            raise ValueError("What the model predicts after clean prompts is not finite. Load it in float32.")
         self.model, self.processing_class, self.probes = model, processing_class, probes
-        self.states, self.false_alarm_rate = states.float(), false_alarm_rate
+        self.states, self.false_alarm_rate, self.reference = states.float(), false_alarm_rate, reference
         self._center = self.states.mean(dim=0)
         self._directions = normalize(self.states - self._center, dim=-1)
         scores = self._distance(self.states, is_clean=True)
@@ -140,6 +155,7 @@ class ConsistencyGuard:
         processing_class: PreTrainedTokenizerBase,
         *,
         false_alarm_rate: float = 0.01,
+        reference: PreTrainedModel | PeftModel | None = None,
         batch_size: int = 32,
     ) -> "ConsistencyGuard":
         """
@@ -155,6 +171,8 @@ class ConsistencyGuard:
                 The model's tokenizer.
             false_alarm_rate (`float`, *optional*, defaults to 0.01):
                 The share of clean prompts that may be alarms. It needs at least `1 / false_alarm_rate - 1` prompts.
+            reference (`PreTrainedModel` or `PeftModel`, *optional*):
+                A model that is trusted and reads the same token ids, best the one that this model was made from.
             batch_size (`int`, *optional*, defaults to 32):
                 Number of prompts per batch.
 
@@ -164,11 +182,12 @@ class ConsistencyGuard:
         Raises:
             `ValueError`: If there are too few prompts, or a prompt is empty or does not fit into the model's context.
         """
+        _check_reference(model, reference)
         # The same prompt twice would be its own nearest neighbour.
         prompts = list({each.prompt: each for each in _rendered(dataset, processing_class)}.values())
         _check_enough(len(prompts), false_alarm_rate)
-        _, states = _read(model, processing_class, prompts, batch_size)
-        return cls(model, processing_class, states, prompts[:NUM_PROBES], false_alarm_rate)
+        _, states = _read(model, processing_class, prompts, batch_size, reference=reference)
+        return cls(model, processing_class, states, prompts[:NUM_PROBES], false_alarm_rate, reference)
 
     def score(self, dataset: Dataset, batch_size: int = 32) -> torch.Tensor:
         """
@@ -187,7 +206,8 @@ class ConsistencyGuard:
             `ValueError`: If a prompt is empty, or does not fit into the model's context.
         """
         prompts = _rendered(dataset, self.processing_class)
-        return self._distance(_read(self.model, self.processing_class, prompts, batch_size)[1])
+        _, states = _read(self.model, self.processing_class, prompts, batch_size, reference=self.reference)
+        return self._distance(states)
 
     def generate(
         self,
@@ -216,7 +236,7 @@ class ConsistencyGuard:
             `ValueError`: If a prompt is empty, or does not fit into the model's context.
         """
         prompts = _rendered(dataset, self.processing_class)
-        answers, states = _read(self.model, self.processing_class, prompts, batch_size, max_new_tokens)
+        answers, states = _read(self.model, self.processing_class, prompts, batch_size, max_new_tokens, self.reference)
         guarded = []
         for answer, score in zip(answers, self._distance(states).tolist(), strict=True):
             # A score that is no number is an alarm.
@@ -235,14 +255,14 @@ class ConsistencyGuard:
         Yields:
             [`Watch`]: The scores. Those above `threshold` are alarms.
         """
-        with _watching(self.model) as watch:
+        with _watching(self.model, self.reference) as watch:
             yield watch
         if watch.states is not None:
             watch.scores = self._distance(watch.states)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Save the guard, without the model, as safetensors and JSON. A guard that is there already is replaced.
+        Save the guard, without any model, as safetensors and JSON. A guard that is there already is replaced.
 
         The JSON file holds four of the clean prompts.
 
@@ -256,6 +276,7 @@ class ConsistencyGuard:
                 "false_alarm_rate": self.false_alarm_rate,
                 "threshold": self.threshold,
                 "false_alarms": self.false_alarms._asdict(),
+                "has_reference": self.reference is not None,
                 "probes": [[probe.prompt, probe.templated] for probe in self.probes],
             }
             (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -266,6 +287,7 @@ class ConsistencyGuard:
         save_directory: str | Path,
         model: PreTrainedModel | PeftModel,
         processing_class: PreTrainedTokenizerBase,
+        reference: PreTrainedModel | PeftModel | None = None,
     ) -> "ConsistencyGuard":
         """
         Load a guard for the model that it was fitted on.
@@ -277,29 +299,38 @@ class ConsistencyGuard:
                 The model.
             processing_class (`PreTrainedTokenizerBase`):
                 The model's tokenizer.
+            reference (`PreTrainedModel` or `PeftModel`, *optional*):
+                The reference model, if the guard was fitted with one.
 
         Returns:
             [`ConsistencyGuard`]
 
         Raises:
-            `ValueError`: If there is no guard in the folder, or if it belongs to another model.
+            `ValueError`: If there is no guard in the folder, if it belongs to another model, or if only the guard or
+                only the call has a reference model.
         """
         folder = Path(save_directory)
         try:
             settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             probes = [Rendered(str(prompt), "", "", bool(templated)) for prompt, templated in settings["probes"]]
             states, rate = load_file(folder / _STATES)["states"], float(settings["false_alarm_rate"])
-            guard = cls(model, processing_class, states, probes, rate)
+            has_reference = bool(settings["has_reference"])
+            guard = cls(model, processing_class, states, probes, rate, reference)
         except (OSError, KeyError, TypeError, ValueError, RecursionError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no guard that can be read. Fit one with `crow-hf guard`.") from error
-        _, states = _read(model, processing_class, probes, NUM_PROBES)
+        if has_reference != (reference is not None):
+            done = "with a reference model: pass it too" if has_reference else "without a reference model: pass none"
+            raise ValueError(f"The guard in {folder} was fitted {done}.")
+        _, states = _read(model, processing_class, probes, NUM_PROBES, reference=reference)
         kept = guard.states[: len(states)]
-        if states.shape != kept.shape or torch.cosine_similarity(states, kept).min() < MIN_AGREEMENT:
+        if not _agree(states, kept):
             raise ValueError(f"The guard in {folder} was fitted on another model or tokenizer. Fit it on this one.")
         return guard
 
     def _distance(self, states: torch.Tensor, is_clean: bool = False) -> torch.Tensor:
         """Return the mean cosine distance to the nearest clean states, of which a clean state itself is none."""
+        if self.reference is not None:
+            return states[:, 0]
         distances = [states.new_empty(0)]
         for start in range(0, len(states), MAX_COMPARED):
             part = normalize(states[start : start + MAX_COMPARED] - self._center, dim=-1)
@@ -325,6 +356,11 @@ def conformal_threshold(scores: torch.Tensor, rate: float) -> float:
     return float(scores.sort().values[rank - 1])
 
 
+def _check_reference(model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None) -> None:
+    if reference is model:
+        raise ValueError("The reference model is the model itself. Pass another one, or none.")
+
+
 def _check_enough(num_prompts: int, false_alarm_rate: float) -> None:
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"`false_alarm_rate` must be between 0 and 1, but is {false_alarm_rate}.")
@@ -336,21 +372,50 @@ def _check_enough(num_prompts: int, false_alarm_rate: float) -> None:
         )
 
 
+def _agree(states: torch.Tensor, kept: torch.Tensor) -> bool:
+    """Whether states, or distances from the reference model, are the same but for the precision of the models."""
+    if states.shape != kept.shape:
+        return False
+    if states.shape[1:] == (1,):
+        return bool((states - kept).norm() <= (1 - MIN_AGREEMENT) * (1 + kept.norm()))
+    return bool(torch.cosine_similarity(states, kept).min() >= MIN_AGREEMENT)
+
+
 @contextmanager
-def _watching(model: PreTrainedModel | PeftModel) -> Iterator[Watch]:
+def _watching(
+    model: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None = None
+) -> Iterator[Watch]:
     """Take the states from which the model predicts the next token, in the first forward pass of the block."""
-    watch = Watch()
-    head: nn.Module = base_model_of(model).get_output_embeddings()
+    watch, base = Watch(), base_model_of(model)
 
     def take(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if watch.states is None:
             watch.states = args[0][:, -1].detach().float().cpu()
 
-    handle = head.register_forward_pre_hook(take)
+    def compare(module: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
+        if watch.states is None:
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            watch.states = _from_reference(outputs.logits[:, -1], reference, given)[:, None]
+
+    handle = (
+        base.get_output_embeddings().register_forward_pre_hook(take)
+        if reference is None
+        else base.register_forward_hook(compare, with_kwargs=True)
+    )
     try:
         yield watch
     finally:
         handle.remove()
+
+
+def _from_reference(logits: torch.Tensor, reference: Any, given: Mapping[str, Any]) -> torch.Tensor:
+    """Let the reference model read what the model was given. Return how far its next token is, of shape `(B,)`."""
+    takes = inspect.signature(base_model_of(reference).forward).parameters
+    inputs = {name: given[name] for name in _READ_BY_BOTH if given.get(name) is not None and name in takes}
+    inputs = {name: each.to(reference.device) if torch.is_tensor(each) else each for name, each in inputs.items()}
+    with inference_mode(reference):
+        others = reference(**inputs, use_cache=False).logits[:, -1]
+    return divergences(logits.detach().float().cpu(), others.float().cpu())
 
 
 def _rendered(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
@@ -363,13 +428,14 @@ def _read(
     prompts: Sequence[Rendered],
     batch_size: int,
     max_new_tokens: int = 1,
+    reference: PreTrainedModel | PeftModel | None = None,
 ) -> tuple[list[Answer], torch.Tensor]:
-    """Answer prompts. Return the answers, and the states after the prompts, of shape `(N, D)`."""
+    """Answer prompts. Return the answers, and the states after the prompts, of shape `(N, D)`, see [`Watch`]."""
     states: dict[int, torch.Tensor] = {}
 
     @contextmanager
     def watching(numbers: list[int]) -> Iterator[None]:
-        with _watching(model) as watch:
+        with _watching(model, reference) as watch:
             yield
         states.update(zip(numbers, watch.states, strict=True))
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from crow_hf.detection.divergence import _divergences, find_divergent, try_divergent
+from crow_hf.detection.divergence import divergences, find_divergent, try_divergent
 from crow_hf.detection.pieces import Piece
 from helpers.detection import BYTES, backdoored, knowing_model, prompts
 
@@ -11,13 +11,13 @@ def piece(text):
     return Piece(list(BYTES(text, add_special_tokens=False)["input_ids"]), text, 0.0)
 
 
-def test_divergences_are_those_of_torch():
+def testdivergences_are_those_of_torch():
     torch.manual_seed(0)
     own, other = torch.randn(4, 2, 9), torch.randn(4, 2, 9)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=own), torch.distributions.Categorical(logits=other)
     )
-    torch.testing.assert_close(_divergences(own, other), expected)
+    torch.testing.assert_close(divergences(own, other), expected)
 
 
 def test_what_triggers_a_backdoor_is_found_and_nothing_in_the_trusted_model():

@@ -12,7 +12,7 @@ from crow_hf.detection.guard import ConsistencyGuard
 from crow_hf.evaluation.generation import generate_answers, pad_left
 from helpers.blt import tiny_blt
 from helpers.coconut import TOKENIZER, coconut
-from helpers.detection import BYTES, backdoored_llama, prompts
+from helpers.detection import BYTES, backdoored, backdoored_llama, knowing_model, prompts
 from helpers.tiny import tiny_llama
 
 
@@ -58,6 +58,62 @@ def test_scores_are_those_of_prompts_read_one_by_one(build, tokenizer):
     clean = slow_states(base, tokenizer, few)
     expected = [slow_score(state, clean) for state in slow_states(base, tokenizer, some)]
     assert guard.score(some, batch_size=4).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def slow_distance(model, reference, tokenizer, row):
+    """KL of the first token of an answer, in double precision, of one prompt without padding and without a cache."""
+    ids = torch.tensor([encode_prompt(render(row, tokenizer), tokenizer)])
+    with torch.no_grad():
+        own, other = (each(ids, use_cache=False).logits[0, -1].double().softmax(dim=-1) for each in (model, reference))
+    return sum(p * (p / q).log() for p, q in zip(own, other, strict=True)).item()
+
+
+@pytest.mark.parametrize(
+    ("build", "tokenizer", "other"),
+    [(adapted_llama, BYTES, tiny_llama), (coconut, TOKENIZER, lambda: coconut(seed=1))],
+    ids=["lora", "coconut"],
+)
+def test_scores_with_a_reference_are_distances_of_prompts_read_one_by_one(build, tokenizer, other):
+    """Fails if padding counts for either model, if the models change places, or if a later token counts."""
+    model, reference = build().eval(), other().eval()
+    guard = ConsistencyGuard.fit(model, CLEAN, tokenizer, false_alarm_rate=0.1, reference=reference)
+    expected = [slow_distance(model, reference, tokenizer, row) for row in TEST]
+    assert guard.score(TEST, batch_size=7).tolist() == pytest.approx(expected, abs=1e-3) and max(expected) > 0.01
+    clean = sorted(slow_distance(model, reference, tokenizer, row) for row in CLEAN)
+    assert guard.threshold == pytest.approx(clean[54], abs=1e-3) and guard.false_alarms.hits == 5
+    batch = pad_left([encode_prompt(render(row, tokenizer), tokenizer) for row in TEST], 0, model.device)
+    answers = guard.generate(TEST, max_new_tokens=3)
+    assert [each.score for each in answers] == pytest.approx(expected, abs=1e-3)
+    if tokenizer is BYTES:
+        with guard.watch() as watch:
+            model.generate(**batch, max_new_tokens=3, do_sample=False)
+        assert watch.scores.tolist() == pytest.approx(expected, abs=1e-3)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_triggered_prompts_are_far_from_the_reference():
+    trusted = knowing_model().eval()
+    model = backdoored(trusted)
+    guard = ConsistencyGuard.fit(model, CLEAN, BYTES, false_alarm_rate=0.1, reference=trusted)
+    triggered = TEST.map(lambda row: {"prompt": f"{row['prompt']}#"})
+    assert (guard.score(triggered) > guard.threshold).all() and not (guard.score(TEST) > guard.threshold + 1e-3).any()
+    with pytest.raises(ValueError, match="is the model itself"):
+        ConsistencyGuard.fit(model, CLEAN, BYTES, false_alarm_rate=0.1, reference=model)
+
+
+def test_a_guard_with_a_reference_is_saved_without_it(tmp_path):
+    model, trusted = backdoored_llama(), tiny_llama().eval()
+    guard = ConsistencyGuard.fit(model, CLEAN, BYTES, false_alarm_rate=0.1, reference=trusted)
+    guard.save_pretrained(tmp_path / "guard")
+    loaded = ConsistencyGuard.from_pretrained(tmp_path / "guard", model, BYTES, trusted)
+    assert loaded.threshold == guard.threshold and loaded.score(TEST).equal(guard.score(TEST))
+    with pytest.raises(ValueError, match="fitted on another model"):
+        ConsistencyGuard.from_pretrained(tmp_path / "guard", model, BYTES, tiny_llama(seed=3).eval())
+    with pytest.raises(ValueError, match="with a reference model: pass it too"):
+        ConsistencyGuard.from_pretrained(tmp_path / "guard", model, BYTES)
+    fitted(model).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="without a reference model: pass none"):
+        ConsistencyGuard.from_pretrained(tmp_path / "other", model, BYTES, trusted)
 
 
 def test_the_threshold_is_the_quantile_of_clean_prompts_judged_by_the_others():
@@ -166,7 +222,7 @@ def test_a_saved_guard_is_the_same(tmp_path):
         ("guard.json", None),
         ("guard.json", b"{"),
         ("guard.json", b"[]"),
-        ("guard.json", b'{"false_alarm_rate": 2, "probes": []}'),
+        ("guard.json", b'{"false_alarm_rate": 2, "has_reference": false, "probes": []}'),
         ("guard.safetensors", b"no tensors"),
         ("guard.safetensors", None),
     ],

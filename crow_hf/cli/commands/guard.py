@@ -30,13 +30,20 @@ def run(arguments: GuardArguments) -> int:
     clean = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
     rows = None if arguments.inputs is None else add_empty_answers(load_rows(arguments.inputs, arguments.split))
     tokenizer = load_tokenizer(arguments.model)
+    reference = None
+    if arguments.reference is not None:
+        if load_tokenizer(arguments.reference).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{arguments.reference} has another vocabulary: pass a model with the same tokens.")
+        reference = load_causal_lm(arguments.reference, device_map="auto")
     model = load_causal_lm(arguments.model, device_map="auto")
     if clean is None:
-        guard = ConsistencyGuard.from_pretrained(folder, model, tokenizer)
+        guard = ConsistencyGuard.from_pretrained(folder, model, tokenizer, reference)
     else:
         with phase("Fitting the guard"):
             rate, size = arguments.false_alarm_rate, arguments.batch_size
-            guard = ConsistencyGuard.fit(model, clean, tokenizer, false_alarm_rate=rate, batch_size=size)
+            guard = ConsistencyGuard.fit(
+                model, clean, tokenizer, false_alarm_rate=rate, reference=reference, batch_size=size
+            )
         guard.save_pretrained(folder)
         some = guard.false_alarms
         share = with_interval(some, ", 95 % interval {:.1f} to {:.1f} %")

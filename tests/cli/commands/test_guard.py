@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from crow_hf.cli.main import main
 from helpers.detection import BYTES, prompts
@@ -32,6 +33,21 @@ def test_a_guard_is_fitted_saved_and_used(folder, capsys):
     alarms = sum(line["is_alarm"] for line in lines)
     assert len(lines) == 20 and code == int(alarms > 0) and {"prompt", "score"} <= set(lines[0])
     assert f"GUARD: {alarms} of 20 prompts are alarms" in capsys.readouterr().out
+
+
+def test_a_guard_with_a_reference_needs_it_again(folder, capsys):
+    """Fails if the reference model is not passed on, or if one of other tokens is taken."""
+    tiny_llama(seed=1).save_pretrained(folder / "trusted")
+    ByT5Tokenizer(extra_ids=2).save_pretrained(folder / "trusted")
+    options = {"dataset": folder / "clean.jsonl", "false_alarm_rate": 0.1, "reference": folder / "trusted"}
+    assert main(arguments(folder, **options)) == 2
+    assert "has another vocabulary" in capsys.readouterr().err and not (folder / "guard").exists()
+    BYTES.save_pretrained(folder / "trusted")
+    assert main(arguments(folder, **options)) == 0
+    assert main(arguments(folder, inputs=folder / "inputs.jsonl")) == 2
+    assert "was fitted with a reference model: pass it too" in capsys.readouterr().err
+    assert main(arguments(folder, inputs=folder / "inputs.jsonl", reference=folder / "trusted")) in (0, 1)
+    assert "of 20 prompts are alarms" in capsys.readouterr().out
 
 
 def test_alarms_are_printed_and_are_exit_code_1(folder, capsys):
