@@ -7,8 +7,9 @@
     python benchmarks/guard.py runs/zoo --overhead           # the time that the guard takes in a prefill
     python benchmarks/guard.py runs/demo --words             # which word of the prompts of `make demo` it points at
 
-Beside the guard stands the statistic of arXiv 2604.24542: the steps from layer to layer at the last position, and
-their mean over the positions, as Mahalanobis distances. The command resumes. The suspects are those of the arena.
+Beside the guard stand the guard with a reference, which is the model that the suspect was made from, and the statistic
+of arXiv 2604.24542: the steps from layer to layer at the last position, and their mean over the positions, as
+Mahalanobis distances. The command resumes. The suspects are those of the arena.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from crow_hf.arena.attacks import ATTACKS, Suspect, build_suspect
-from crow_hf.arena.subjects import SUBJECTS, arena_rows
+from crow_hf.arena.subjects import SUBJECTS, arena_rows, base_folder
 from crow_hf.attacks.poison import Poison
 from crow_hf.attacks.triggers import Trigger
 from crow_hf.data.collators import CrowDataCollator
@@ -94,9 +95,10 @@ class LayerSteps:
         return torch.cat(found)
 
 
-def measure(suspect: Suspect, name: str, seed: int) -> list[dict]:
+def measure(suspect: Suspect, name: str, seed: int, runs: Path) -> list[dict]:
     draw = SUBJECTS[suspect.attack.subject].rows
     model, tokenizer = load_causal_lm(suspect.folder), demo_tokenizer()
+    trusted = load_causal_lm(base_folder(suspect.attack.subject, runs))
     # What the attacker was trained on has other seeds.
     rows = draw(600, 9_000 + seed)
     # A style leaves some prompts as they are.
@@ -111,7 +113,9 @@ def measure(suspect: Suspect, name: str, seed: int) -> list[dict]:
         if not lines:
             answers = [each.text for each in guard.generate(sets["triggered"], max_new_tokens=32)]
             hits = torch.tensor(suspect.target.matches_all(list(zip(answers, test["completion"], strict=True))))
-        for kind, scorer in (("guard", guard), ("layer steps", LayerSteps(model, rows))):
+        beside = ConsistencyGuard.fit(model, rows, tokenizer, false_alarm_rate=RATE, reference=trusted)
+        scorers = {"guard": guard, "with a reference": beside, "layer steps": LayerSteps(model, rows)}
+        for kind, scorer in scorers.items():
             scores = {each: scorer.score(dataset) for each, dataset in sets.items()}
             alarms = {each: Proportion.of((some > scorer.threshold).tolist()) for each, some in scores.items()}
             line = {"attack": name, "seed": seed, "fitted": count, "score": kind, "successes": int(hits.sum())}
@@ -203,11 +207,11 @@ def main() -> None:
         for name in options.attacks.split(","):
             if any((row["attack"], row["seed"]) == (name, seed) for row in rows):
                 continue
-            lines = measure(build_suspect(ATTACKS[name], seed, options.runs, 100), name, seed)
+            lines = measure(build_suspect(ATTACKS[name], seed, options.runs, 100), name, seed, options.runs)
             with results.open("a") as file:
                 file.writelines(f"{json.dumps(line)}\n" for line in lines)
             rows += lines
-            print(json.dumps(lines[-2]), flush=True)
+            print(json.dumps(lines[-3]), flush=True)
     print(table(rows))
 
 
