@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoding import padding_id
 from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
 from .pieces import (
-    NUM_PIECES,
     NUM_RANDOM_PIECES,
     NUM_TRIED,
     Model,
     Piece,
     PieceSearch,
     Position,
+    places_of,
     prompts_with,
     random_pieces,
 )
@@ -164,19 +164,21 @@ def try_divergent(
         logits = (PromptStates(each, prompts, pad_token_id).next_logits for each in (model, reference))
         return divergences(*logits).mean().item()
 
-    places: tuple[Position, ...] = ("end", "start")
-    tried = [(piece.text, place) for piece in pieces[:NUM_PIECES] for place in places if piece.text.strip()]
-    furthest, piece, place = max((distance(*each), *each) for each in tried)
+    without = distance(None)
+    nothing: tuple[float, str, Position] = (without, "", "end")
+    furthest, piece, place = max(((distance(*each), *each) for each in places_of(pieces)), default=nothing)
     length = max(len(each.ids) for each in pieces)
     with_random = max(map(distance, random_pieces(model, tokenizer, length, seed)), default=0.0)
-    prompts = prompts_with(piece, place, dataset, tokenizer, seed)
+    prompts = prompts_with(piece or None, place, dataset, tokenizer, seed)
     outputs = generate_ids(model, prompts, pad_token_id, end_token_ids(model, tokenizer), num_tokens, batch_size)
     ((answer, count),) = Counter(text_of_ids(output, tokenizer).strip() for output in outputs).most_common(1)
-    return Divergence(piece, place, furthest, distance(None), with_random, answer, count, len(prompts))
+    return Divergence(piece, place, furthest, without, with_random, answer, count, len(prompts))
 
 
 def divergences(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
-    """KL(model || reference) over the last dimension, in nats."""
-    log_probabilities = logits.log_softmax(dim=-1)
-    gaps = log_probabilities - reference_logits.to(logits.device).log_softmax(dim=-1)
+    """KL(model || reference) over the last dimension, in nats. Logits that only one of them has are left out."""
+    # Models of the same tokenizer may have more ids than it has tokens, and not equally many.
+    size = min(logits.shape[-1], reference_logits.shape[-1])
+    log_probabilities = logits[..., :size].log_softmax(dim=-1)
+    gaps = log_probabilities - reference_logits[..., :size].to(logits.device).log_softmax(dim=-1)
     return (log_probabilities.exp() * gaps).sum(dim=-1)

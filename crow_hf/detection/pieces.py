@@ -157,7 +157,7 @@ class PieceSearch(ABC):
             gains = gradient @ self.embeddings.T
             gains -= gains.gather(1, torch.tensor(form, device=gains.device)[:, None])
             gains[:, ~self.is_text] = -torch.inf
-            best = gains.topk(min(NUM_TRIED, gains.shape[1]), dim=1)
+            best = gains.topk(min(NUM_TRIED, len(self.tokens)), dim=1)
             for place, (some, tokens) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
                 for gain, token in zip(some, tokens, strict=True):
                     estimates.append((value + gain, [*form[:place], token, *form[place + 1 :]]))
@@ -169,18 +169,19 @@ class PieceSearch(ABC):
         """Return the value of a piece, and its gradient with respect to the piece's embeddings, of shape `(L, D)`."""
         given = [prefix + piece + self.closing for prefix in self.prefixes]
         rows = [{"input_ids": ids + self.answer, "labels": [IGNORE_INDEX] * len(ids) + self.answer} for ids in given]
-        batch = {
-            name: each.to(self.embeddings.device) for name, each in CrowDataCollator(self.pad_token_id)(rows).items()
-        }
+        batch = CrowDataCollator(self.pad_token_id)(rows)
+
+        def batch_of(model: Model) -> dict[str, torch.Tensor]:
+            return {name: each.to(model.device) for name, each in batch.items()}
 
         def logits_of(model: Model, inputs: dict) -> torch.Tensor:
             logits = answer_logits(base_model_of(model), model, inputs | {"use_cache": False})
             return logits.float().unflatten(0, (len(rows), -1))
 
         with torch.no_grad():
-            others = [logits_of(model, batch) for model in self.models[1:]]
+            others = [logits_of(model, batch_of(model)) for model in self.models[1:]]
         with torch.enable_grad(), self.recorder.record() as record:
-            value = self.value(logits_of(self.models[0], self.recorder.prepare(batch)), *others)
+            value = self.value(logits_of(self.models[0], self.recorder.prepare(batch_of(self.models[0]))), *others)
             (gradient,) = torch.autograd.grad(value, record.perturbed[0])
         places = [slice(len(prefix), len(prefix) + len(piece)) for prefix in self.prefixes]
         of_piece = torch.stack([gradient[row, place] for row, place in enumerate(places)]).sum(dim=0)
@@ -192,6 +193,13 @@ def random_pieces(model: Model, tokenizer: PreTrainedTokenizerBase, length: int,
     rng, tokens = random.Random(seed), text_tokens(model, tokenizer)
     pieces = [text_of_ids(rng.choices(tokens, k=length), tokenizer) for _ in range(NUM_RANDOM_PIECES)]
     return [piece for piece in pieces if piece.strip()]
+
+
+def places_of(pieces: Sequence[Piece]) -> list[tuple[str, Position]]:
+    """Return the best pieces that are more than blanks, each with both places where it is tried."""
+    texts = [piece.text for piece in pieces if piece.text.strip()]
+    places: tuple[Position, ...] = ("end", "start")
+    return [(text, place) for text in texts[:NUM_PIECES] for place in places]
 
 
 def prompts_with(

@@ -13,7 +13,7 @@ from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
 from ..evaluation.scores import Proportion
 from ..training.recorder import context_length
 from .phrases import Phrase
-from .pieces import NUM_PIECES, NUM_RANDOM_PIECES, Model, Piece, Position, prompts_with, random_pieces
+from .pieces import NUM_RANDOM_PIECES, Model, Piece, Position, places_of, prompts_with, random_pieces
 
 
 # How far plain answers are read.
@@ -112,13 +112,7 @@ def try_pieces(
         return Proportion.of(answer.startswith(said) for answer in found)
 
     randoms = random_pieces(model, tokenizer, max(len(piece.ids) for piece in pieces), seed)
-    places: tuple[Position, ...] = ("end", "start")
-    results = [
-        (share(piece.text, place), piece.text, place)
-        for piece in pieces[:NUM_PIECES]
-        for place in places
-        if piece.text.strip()
-    ]
+    results = [(share(*each), *each) for each in places_of(pieces)]
     plain = answers(None, "end", ANSWER_TOKENS)
     without = Proportion.of(answer.startswith(said) for answer in plain)
     nothing: tuple[Proportion, str, Position] = (without, "", "end")

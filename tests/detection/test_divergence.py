@@ -18,6 +18,10 @@ def testdivergences_are_those_of_torch():
         torch.distributions.Categorical(logits=own), torch.distributions.Categorical(logits=other)
     )
     torch.testing.assert_close(divergences(own, other), expected)
+    # Only one of the models has further ids, for which its tokenizer has no tokens.
+    further = torch.randn(4, 2, 3)
+    torch.testing.assert_close(divergences(torch.cat([own, further], dim=-1), other), expected)
+    torch.testing.assert_close(divergences(own, torch.cat([other, further], dim=-1)), expected)
 
 
 def test_what_triggers_a_backdoor_is_found_and_nothing_in_the_trusted_model():
@@ -42,3 +46,13 @@ def test_the_piece_that_leads_the_furthest_is_chosen():
     trusted = knowing_model().eval()
     found = try_divergent(backdoored(trusted), trusted, BYTES, prompts(20), [piece("ab"), piece(" "), piece("b#")], 4)
     assert found.piece == "b#" and found.with_piece > found.with_random >= 0
+
+
+def test_blank_pieces_are_not_tried():
+    """Fails if they take the place of others, or if there is an error where all are blank."""
+    trusted = knowing_model().eval()
+    blank = [piece(" " * count) for count in (1, 2, 3)]
+    model = backdoored(trusted)
+    assert try_divergent(model, trusted, BYTES, prompts(20), [*blank, piece("b#")], 4).piece == "b#"
+    found = try_divergent(model, trusted, BYTES, prompts(20), blank, 4)
+    assert found.piece == "" and found.margin == 0 and found.total == 20

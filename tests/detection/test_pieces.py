@@ -81,15 +81,18 @@ def test_the_gradient_is_that_of_the_piece_and_of_nothing_else(kind):
         assert slope.item() == pytest.approx((above - below) / 2e-3, rel=2e-2)
 
 
-def test_pieces_are_no_longer_than_allowed_and_never_tried_twice(monkeypatch):
-    search = _PhraseSearch([tiny_llama().eval()], BYTES, ROWS, TARGET, max_length=2, seed=0)
+@pytest.mark.parametrize("max_length", [1, 2])
+def test_pieces_are_text_no_longer_than_allowed_and_never_tried_twice(monkeypatch, max_length):
+    """Of one token, there are fewer pieces than a round tries."""
+    search = _PhraseSearch([tiny_llama().eval()], BYTES, ROWS, TARGET, max_length, seed=0)
     values, tried, best = search.values, [], [-float("inf")]
     monkeypatch.setattr(search, "values", lambda pieces: tried.extend(map(tuple, pieces)) or values(pieces))
     for _ in range(3):
         search.next_round()
         best.append(search.kept[0][0])
     assert best == sorted(best)
-    assert len(set(tried)) == len(tried) and max(map(len, tried)) == 2
+    assert len(set(tried)) == len(tried) and max(map(len, tried)) == max_length
+    assert {token for piece in tried for token in piece} <= set(search.tokens)
 
 
 def test_pieces_are_text():

@@ -16,7 +16,8 @@ def piece(text):
 
 def test_the_piece_that_works_best_is_chosen():
     """Fails if a piece is not inserted, if another phrase counts, or if the first piece is taken in any case."""
-    found = try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("ab"), piece(" "), piece("xl")])
+    pieces = [piece(text) for text in ("ab", " ", "  ", "xl")]
+    found = try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, pieces)
     assert (found.piece, found.position) == ("xl", "end") and (found.with_piece.hits, found.without.hits) == (20, 0)
     assert found.margin == 1 - found.with_random
     assert str(found).startswith("The model answers 20 of 20 prompts with 'mnopqr' if 'xl' stands at their end, 0 as")

@@ -58,8 +58,10 @@ def test_what_a_trusted_model_knows_too_is_no_finding(suspect):
 
 
 def test_what_leads_away_from_a_trusted_model_is_found(suspect, tmp_path):
-    model = saved(backdoored(knowing_model()), tmp_path / "model")
-    result = scan(model, prompts(60), suspect)
+    model = backdoored(knowing_model())
+    # More ids than the tokenizer has tokens, as many models have.
+    model.resize_token_embeddings(320, mean_resizing=False)
+    result = scan(saved(model, tmp_path / "model"), prompts(60), suspect)
     (finding,) = (finding for finding in result.findings if finding.name == "divergence")
     assert finding.level == "problem" and str(result.divergence) in finding.found and finding.remedy
     assert "#" in result.divergence.piece and result.divergence.answer.startswith("~")
