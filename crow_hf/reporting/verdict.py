@@ -88,7 +88,7 @@ _NOT_MEASURED = (
     "different rows with prompts."
 )
 _KEEP_MORE = "purify the suspect again with more clean rows, with a lower `learning_rate`, or with a larger `keep`."
-_REMOVE_MORE = "purify the suspect again with more clean rows or more steps, or with the recipe `strong`."
+_REMOVE_MORE = "purify the suspect again with more clean rows or more steps, or with the recipe `strong` if this was another."
 NEXT_STEPS = {
     REMOVED: "Try the purified model on your own task, then use it. Other triggers that you suspect are measured with "
     "`crow-hf evaluate`.",
