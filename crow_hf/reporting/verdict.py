@@ -88,7 +88,9 @@ _NOT_MEASURED = (
     "different rows with prompts."
 )
 _KEEP_MORE = "purify the suspect again with more clean rows, with a lower `learning_rate`, or with a larger `keep`."
-_REMOVE_MORE = "purify the suspect again with more clean rows or more steps, or with the recipe `strong` if this was another."
+_REMOVE_MORE = (
+    "purify the suspect again with more clean rows or more steps, or with the recipe `strong` if this was another one."
+)
 NEXT_STEPS = {
     REMOVED: "Try the purified model on your own task, then use it. Other triggers that you suspect are measured with "
     "`crow-hf evaluate`.",
