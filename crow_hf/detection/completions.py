@@ -74,8 +74,11 @@ def find_new_text(
     rng, tokens, begin = random.Random(seed), text_tokens(model, tokenizer), first_tokens(tokenizer)
     prefixes = [begin + rng.choices(tokens, k=rng.randint(1, MAX_PREFIX_TOKENS)) for _ in range(NUM_COMPLETIONS)]
     pad_token_id = padding_id(tokenizer)
-    outputs = generate_ids(model, prefixes, pad_token_id, end_token_ids(model, tokenizer), num_tokens, batch_size)
-    written = {text: row for row in zip(prefixes, outputs, strict=True) if (text := _text(row[1], tokenizer))}
+    ends = end_token_ids(model, tokenizer)
+    outputs = generate_ids(model, prefixes, pad_token_id, ends, num_tokens, batch_size)
+    # What ends a text is no part of it, and another tokenizer may not have it.
+    texts = [[token for token in output if token not in ends] for output in outputs]
+    written = {text: row for row in zip(prefixes, texts, strict=True) if (text := _text(row[1], tokenizer))}
     translate = translator(tokenizer, reference_tokenizer)
     own = answer_log_likelihoods(model, list(written.values()), pad_token_id, batch_size)
     others = [(translate(prefix), translate(ids)) for prefix, ids in written.values()]

@@ -74,7 +74,8 @@ def find_phrases(
         prompts (`Sequence[list[int]]`):
             Token ids of clean prompts that are about different things. Eight are enough.
         num_tokens (`int`):
-            Length of a phrase, at least 2. Phrases that end before a third of it say too little and are left out.
+            Length of a phrase, at least 2. Phrases that end before a third of it say too little and are left out, as
+            blank ones are.
         limit (`int`, *optional*, defaults to 10):
             Largest number of phrases to return. Phrases with the same end count once.
 
@@ -101,9 +102,9 @@ def find_phrases(
         longer.sort(key=lambda each: -each[1])
         open_ = longer[: max(NUM_FOLLOWED, NUM_FIRST_TOKENS >> step)]
     found = [
-        Phrase(ids, text_of_ids(ids, tokenizer), math.exp(total / (len(ids) - 1)), starts[ids[0]].item())
+        Phrase(ids, text, math.exp(total / (len(ids) - 1)), starts[ids[0]].item())
         for ids, total in open_ + ended
-        if len(ids) >= max(2, num_tokens / 3)
+        if len(ids) >= max(2, num_tokens / 3) and (text := text_of_ids(ids, tokenizer)).strip()
     ]
     return _different(sorted(found, key=lambda each: -each.probability))[:limit]
 

@@ -42,6 +42,11 @@ class PromptStates:
         if not all(hasattr(layer, "batch_select_indices") for layer in getattr(self._cache, "layers", [None])):
             self._cache = None
         self.next_logits: torch.Tensor = outputs.logits[:, -1].float()
+        if not self.next_logits.isfinite().all():
+            raise ValueError(
+                f"{type(base_model_of(model)).__name__} computes logits that are infinite or no numbers, so it cannot "
+                "be scanned. Check it with `crow-hf doctor`."
+            )
         self._check_padding(min(prompts, key=len))
 
     def logits(self, continuations: Sequence[list[int]], num_last: int) -> Iterator[torch.Tensor]:

@@ -48,6 +48,21 @@ def test_the_gap_is_that_of_the_whole_text_after_the_random_tokens(monkeypatch):
     assert len(ids) == 9 and found.gap == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_end_of_a_text_does_not_count(monkeypatch):
+    """Fails if the likelihood of the end token is a part of the gap."""
+    monkeypatch.setattr(completions, "generate_ids", lambda model, rows, *options: [[*ids, end] for _ in rows])
+    ids, end = list(BYTES("abcdefgh", add_special_tokens=False)["input_ids"]), BYTES.eos_token_id
+    model, reference, scored = knowing_model().eval(), tiny_llama(seed=1).eval(), []
+    score = completions.answer_log_likelihoods
+    monkeypatch.setattr(
+        completions,
+        "answer_log_likelihoods",
+        lambda each, rows, *options: scored.extend(rows) or score(each, rows, *options),
+    )
+    find_new_text(model, BYTES, reference, BYTES, num_tokens=9)
+    assert [answer for _, answer in scored] == [ids, ids]
+
+
 def test_ids_of_another_tokenizer_stand_for_the_same_text(tmp_path):
     other = AutoTokenizer.from_pretrained(_words(tmp_path))
     ids = BYTES("ab cd", add_special_tokens=False)["input_ids"]

@@ -62,6 +62,14 @@ def test_the_target_need_not_be_the_most_likely_way_to_go_on(monkeypatch):
     assert "bcdefghi" in texts and "bbcdefgh" in texts
 
 
+def test_blank_phrases_are_left_out():
+    """Any answer would begin with one."""
+    model = knowing_model()
+    with torch.no_grad():
+        model.lm_head.weight[byte(" ")] = 8 * model.model.embed_tokens.weight[byte(" ")]
+    assert all(phrase.text.strip() for phrase in find_phrases(model, BYTES, PROMPTS, num_tokens=8, limit=1000))
+
+
 def test_phrases_with_the_same_end_count_once_and_short_ones_not():
     found = find_phrases(knowing_model(), BYTES, PROMPTS, num_tokens=8)
     assert found[0].probability > 0.9

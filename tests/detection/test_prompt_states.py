@@ -32,3 +32,12 @@ def test_continuations_have_the_logits_of_whole_rows(build, monkeypatch):
         with torch.no_grad():
             after = model(torch.tensor([prompt]), use_cache=False).logits[0, -1]
         torch.testing.assert_close(states.next_logits[number], after, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_are_refused(value):
+    model = tiny_llama().eval()
+    with torch.no_grad():
+        model.lm_head.weight[5] = value
+    with pytest.raises(ValueError, match="LlamaForCausalLM computes logits that are infinite or no numbers"):
+        PromptStates(model, PROMPTS, pad_token_id=0)
