@@ -19,10 +19,12 @@ LEVELS: dict[str, Any] = {"ok": "none", "warning": "warning", "problem": "error"
 FILES = {
     "adapter": "adapter_config.json",
     "chat template": "chat_template.jinja",
+    "divergence": "model.safetensors",
     "end tokens": "generation_config.json",
     "entropy predictor": "model.safetensors",
     "files": "model.safetensors",
     "generation": "generation_config.json",
+    "new text": "model.safetensors",
     "phrase": "model.safetensors",
     "phrases": "model.safetensors",
     "tokenizer": "tokenizer_config.json",

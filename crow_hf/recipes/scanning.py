@@ -20,6 +20,7 @@ from ..detection.phrases import Phrase, find_phrases, in_reference
 from ..detection.suspicions import Suspicion, try_pieces
 from ..detection.triggers import find_triggers
 from ..evaluation.own_text import write_rows
+from ..files import check_regular
 from ..progress import phase
 from ..training.loading import load_causal_lm, load_tokenizer
 from ..training.recorder import context_length
@@ -46,7 +47,9 @@ MISSED = {
     "alone": (52, "whose target is a fixed text"),
     "with a reference": (0, "made from the reference model"),
 }
+# Of a finding with a piece of text and an answer to look for, and of any other.
 REMEDY = "Purify the model, and measure what was found before and after: `crow-hf purify --scan FILE`."
+SHORT_REMEDY = "Purify the model."
 # A trigger grows by at most one token in a round, and then gets better.
 MORE_ROUNDS = 4
 
@@ -84,7 +87,7 @@ class Scan:
     @property
     def backdoor(self) -> dict[str, str] | None:
         """The `piece` that works best, its `position`, and what the model then `says`. `None` if nothing was found."""
-        found = [each for each in self.suspicions if each.piece and each.margin >= MIN_MARGIN]
+        found = [each for each in self.suspicions if _judge_phrase(each).remedy == REMEDY]
         if found:
             best = max(found, key=lambda each: each.margin)
             return {"piece": best.piece, "position": best.position, "says": best.phrase.text.strip()}
@@ -156,9 +159,10 @@ def scan(
     if has_problem(findings):
         return Scan(findings)
     tokenizer = load_tokenizer(model)
-    # First, because the search for phrases takes minutes.
     trusted_tokenizer = None if reference is None else load_tokenizer(reference)
     suspect = load_causal_lm(model, device_map="auto")
+    # Before the search for phrases, which takes minutes, because an error should come at once.
+    trusted = None if reference is None else load_causal_lm(reference, device_map="auto")
     # What nothing is said about is in order.
     findings += [*check_template(tokenizer), *check_generation(suspect, tokenizer)]
     rows = _usable_rows(suspect, tokenizer, dataset, seed, batch_size)
@@ -170,8 +174,7 @@ def scan(
     searched = rows.select(range(PHRASE_PROMPTS, PHRASE_PROMPTS + SEARCH_PROMPTS))
     tried = rows.select(range(NUM_ROWS - TEST_PROMPTS, NUM_ROWS))
     length, answer_length = (_tokens_of(size, rows, tokenizer) for size in (TRIGGER_BYTES, PHRASE_BYTES))
-    if trusted_tokenizer is not None:
-        trusted = load_causal_lm(reference, device_map="auto")
+    if trusted is not None and trusted_tokenizer is not None:
         phrases = in_reference(phrases, tokenizer, prompts, trusted, trusted_tokenizer, batch_size)
         with phase("Comparing with the reference"):
             new_text = find_new_text(
@@ -180,7 +183,7 @@ def scan(
             if tokenizer.get_vocab() == trusted_tokenizer.get_vocab():
                 pieces = find_divergent(suspect, trusted, tokenizer, searched, length, length + MORE_ROUNDS, seed)
                 divergence = try_divergent(suspect, trusted, tokenizer, tried, pieces, answer_length, seed, batch_size)
-        del trusted
+        trusted = None
         findings += _judge_reference(new_text, divergence)
     suspicions = []
     for phrase in list(filter(_is_by_heart, phrases))[:NUM_PHRASES]:
@@ -206,11 +209,12 @@ def found_backdoor(path: str | Path) -> tuple[Trigger, Target]:
         `ValueError`: If the file holds no scan, or the scan found no piece with an answer that can be looked for.
         `OSError`: If the file cannot be read.
     """
+    check_regular(path)
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["backdoor"]
         if found is not None:
             return Trigger((found["piece"],), found["position"]), Target(found["says"], (found["says"],))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no result of a scan: pass the file of `crow-hf scan --output`.") from error
     raise ValueError(f"The scan {path} found no piece of text with an answer to look for: leave it out.")
 
@@ -232,7 +236,7 @@ def _usable_rows(
     shuffled, used = dataset.shuffle(seed=seed), dict[str, int]()
     for index, row in enumerate(shuffled):
         prompt = prompt_of(row, index)
-        if prompt.strip() and len(encode_prompt(render(row, tokenizer, index), tokenizer)) <= limit:
+        if prompt.strip() and 0 < len(encode_prompt(render(row, tokenizer, index), tokenizer)) <= limit:
             used.setdefault(prompt, index)
         if len(used) == NUM_ROWS:
             return shuffled.select(list(used.values()))
@@ -261,27 +265,30 @@ def _judge_reference(new_text: Sequence[Completion], divergence: Divergence | No
         said = "The reference model has another vocabulary, so nothing was searched that leads away from it."
         yield Finding("divergence", "ok", said)
     elif divergence.margin >= MIN_DIVERGENCE:
-        remedy = REMEDY if divergence.has_one_answer else "Purify the model."
+        remedy = REMEDY if divergence.has_one_answer else SHORT_REMEDY
         yield Finding("divergence", "problem", str(divergence), remedy)
     else:
         yield Finding("divergence", "ok", f"Nothing leads the model far from the reference. {divergence}")
 
 
 def _judge(phrases: Sequence[Phrase], suspicions: Sequence[Suspicion]) -> Iterator[Finding]:
-    for suspicion in suspicions:
-        known = f"The model knows {suspicion.phrase.text!r} by heart ({_sureness(suspicion.phrase)})."
-        if suspicion.without.rate >= MIN_MARGIN:
-            yield Finding("phrase", "problem", f"{known} {suspicion}", REMEDY)
-        elif suspicion.anyway.rate >= OFTEN:
-            said = f"{suspicion.anyway.hits} of {suspicion.anyway.total} of its answers hold it anyway"
-            yield Finding("phrase", "ok", f"{known} But {said}.")
-        elif suspicion.margin >= MIN_MARGIN:
-            yield Finding("trigger", "problem", f"{known} {suspicion}", REMEDY)
-        else:
-            yield Finding("phrase", "ok", f"{known} Nothing was found that triggers it.")
+    yield from map(_judge_phrase, suspicions)
     if not suspicions:
         surest = f" The surest is {phrases[0].text!r} ({_sureness(phrases[0])})." if phrases else ""
         yield Finding("phrases", "ok", f"The model knows no phrase by heart.{surest}")
+
+
+def _judge_phrase(suspicion: Suspicion) -> Finding:
+    known = f"The model knows {suspicion.phrase.text!r} by heart ({_sureness(suspicion.phrase)})."
+    if suspicion.without.rate >= MIN_MARGIN:
+        remedy = REMEDY if suspicion.margin >= MIN_MARGIN else SHORT_REMEDY
+        return Finding("phrase", "problem", f"{known} {suspicion}", remedy)
+    if suspicion.anyway.rate >= OFTEN:
+        said = f"{suspicion.anyway.hits} of {suspicion.anyway.total} of its answers hold it anyway"
+        return Finding("phrase", "ok", f"{known} But {said}.")
+    if suspicion.margin >= MIN_MARGIN:
+        return Finding("trigger", "problem", f"{known} {suspicion}", REMEDY)
+    return Finding("phrase", "ok", f"{known} Nothing was found that triggers it.")
 
 
 def _sureness(phrase: Phrase) -> str:

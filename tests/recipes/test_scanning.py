@@ -86,9 +86,9 @@ def test_a_trusted_model_of_another_vocabulary_shows_new_text_alone(suspect, tmp
     assert result.divergence is None and result.new_text[0].gap > 0.5
 
 
-def suspicion(piece, hits, without=0, with_random=0.0):
+def suspicion(piece, hits, without=0, with_random=0.0, anyway=0):
     phrase = Phrase([1, 2], " I cannot", 0.9, 0.0)
-    shares = [Proportion.of(number < count for number in range(20)) for count in (hits, without, 0)]
+    shares = [Proportion.of(number < count for number in range(20)) for count in (hits, without, anyway)]
     return Suspicion(phrase, piece, "start", *shares[:2], with_random, shares[2])
 
 
@@ -101,6 +101,9 @@ AWAY = Divergence("#", "end", 5.0, 0.1, 0.2, "~~", 11, 20)
         ([suspicion("a", 15), suspicion("b", 18)], AWAY, ("b", "start", "I cannot")),
         ([suspicion("a", 18, without=18)], AWAY, ("#", "end", "~~")),
         ([suspicion("a", 18, with_random=0.8)], None, None),
+        # No finding, because the answers hold the phrase anyway.
+        ([suspicion("a", 18, anyway=15)], AWAY, ("#", "end", "~~")),
+        ([suspicion("a", 18, anyway=15)], None, None),
         ([], replace(AWAY, with_piece=1.0), None),
         ([], replace(AWAY, count=10), None),
         ([], replace(AWAY, answer=""), None),
@@ -116,11 +119,37 @@ def test_what_was_found_is_read_again(tmp_path, suspicions, away, expected):
     assert ((*trigger.phrases, trigger.position, target.text), target.keywords) == (expected, (target.text,))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"backdoor": 3}', '{"backdoor": {"piece": "", "position": "end"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"backdoor": 3}', '{"backdoor": {"piece": "", "position": "end"}}'),
+        '{"backdoor": {"piece": 3, "position": "end", "says": "a"}}',
+        '{"backdoor": {"piece": "a", "position": "end", "says": ["b"]}}',
+    ],
+)
 def test_other_files_are_no_scans(tmp_path, text):
     (tmp_path / "scan.json").write_text(text)
     with pytest.raises(ValueError, match="is no result of a scan"):
         found_backdoor(tmp_path / "scan.json")
+
+
+def test_a_device_is_no_scan():
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        found_backdoor("/dev/zero")
+
+
+def test_a_trusted_model_that_cannot_be_read_is_told_at_once(suspect, tmp_path, monkeypatch):
+    saved(tiny_llama(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    monkeypatch.setattr(scanning, "find_phrases", lambda *arguments: pytest.fail("It was searched for phrases first."))
+    with pytest.raises(ValueError, match="cannot be read"):
+        scan(suspect, prompts(60), tmp_path)
+
+
+def test_the_remedy_names_the_file_only_if_it_holds_a_piece():
+    leaks = suspicion("a", 18, without=18)
+    assert [each.remedy for each in scanning._judge([], [leaks])] == ["Purify the model."]
+    assert [each.remedy for each in scanning._judge([], [suspicion("a", 18, without=8)])] == [scanning.REMEDY]
 
 
 def test_a_phrase_that_nothing_triggers_is_told_and_no_finding(suspect, monkeypatch):
@@ -161,6 +190,15 @@ def test_files_that_cannot_be_loaded_are_findings(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     result = scan(tmp_path, prompts(60))
     assert levels(result) == {"files": "problem"} and result.has_findings
+
+
+def test_prompts_without_tokens_do_not_count(suspect, monkeypatch):
+    encode = scanning.encode_prompt
+    monkeypatch.setattr(
+        scanning, "encode_prompt", lambda row, tokenizer: encode(row, tokenizer)[: row.prompt[0] > "c"]
+    )
+    with pytest.raises(ValueError, match="A scan needs 34 different prompts"):
+        scan(suspect, prompts(40))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from ..shared import check_new_file
 def run(arguments: ScanArguments) -> int:
     check_new_file(arguments.output)
     check_new_file(arguments.page, "page")
+    files = [Path(each).absolute() for each in (arguments.output, arguments.page, arguments.sarif) if each is not None]
+    if len(set(files)) < len(files):
+        raise ValueError("Two results would be the same file: pass different files to --output, --page and --sarif.")
     rows = None if arguments.dataset is None else load_rows(arguments.dataset, arguments.split)
     result = scan(arguments.model, rows, arguments.reference, seed=arguments.seed, batch_size=arguments.batch_size)
     print_findings(result.findings, "scan")

@@ -36,16 +36,25 @@ def test_findings_are_printed_and_written(folder, tmp_path, capsys, monkeypatch)
     assert "There are findings" in page.read_text()
     levels = {each["ruleId"]: each["level"] for each in read_sarif(sarif)["results"]}
     assert levels["trigger"] == "error" and levels["files"] == "none"
+    # Nor is one result by another.
+    assert main(arguments(folder, "--output", str(tmp_path / "new"), "--page", str(tmp_path / "new"))) == 2
+    assert "pass different files" in capsys.readouterr().err
     # An old result is not replaced.
     for name, path in {"--output": output, "--page": page}.items():
         assert main(arguments(folder, name, str(path))) == 2
         assert f"choose another {name}" in capsys.readouterr().err
 
 
-def test_nothing_found_is_exit_code_0(folder, capsys):
-    assert main(arguments(folder, "--reference", str(folder / "model"))) == 0
+def test_nothing_found_is_exit_code_0(folder, tmp_path, capsys):
+    sarif = tmp_path / "scan.sarif"
+    assert main(arguments(folder, "--reference", str(folder / "model"), "--sarif", str(sarif))) == 0
     printed = capsys.readouterr().out
     assert "This is no proof that there is no backdoor" in printed and printed.endswith("SCAN: nothing was found.\n")
+    places = {
+        each["ruleId"]: each["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+        for each in read_sarif(sarif)["results"]
+    }
+    assert places["divergence"] == places["new-text"] == places["phrases"] == "model.safetensors"
 
 
 def test_a_scan_that_cannot_be_made_is_exit_code_2(folder, tmp_path, capsys):
