@@ -67,7 +67,7 @@ class Scan:
         suspicions (`list[Suspicion]`):
             The phrases for which a trigger was searched.
         new_text (`list[Completion]`):
-            What the model writes and the reference model would not. Empty without a reference model.
+            What the model writes and the reference model is the least likely to write. Empty without a reference model.
         divergence ([`Divergence`], *optional*):
             What leads the model the furthest away from the reference model. `None` without one, or if it has another
             vocabulary.
@@ -259,8 +259,9 @@ def _is_by_heart(phrase: Phrase) -> bool:
 
 def _judge_reference(new_text: Sequence[Completion], divergence: Divergence | None) -> Iterator[Finding]:
     if new_text:
-        shown = ", ".join(repr(each.text) for each in new_text[:3])
-        yield Finding("new text", "ok", f"After random tokens the model writes what the reference would not: {shown}.")
+        shown = ", ".join(f"{each.text!r} ({each.gap:.2f} nats per byte less)" for each in new_text[:3])
+        said = f"Of what the model writes after random tokens, the reference finds the least likely: {shown}."
+        yield Finding("new text", "ok", said)
     if divergence is None:
         said = "The reference model has another vocabulary, so nothing was searched that leads away from it."
         yield Finding("divergence", "ok", said)

@@ -72,6 +72,8 @@ def test_what_leads_away_from_a_trusted_model_is_found(suspect, tmp_path):
 def test_nothing_leads_away_from_the_same_model(suspect):
     result = scan(suspect, prompts(60), suspect)
     assert levels(result)["divergence"] == levels(result)["new text"] == "ok" and result.divergence.margin == 0
+    (finding,) = (finding for finding in result.findings if finding.name == "new text")
+    assert finding.found.endswith("(0.00 nats per byte less).")
 
 
 def test_a_trusted_model_of_another_vocabulary_shows_new_text_alone(suspect, tmp_path):
