@@ -67,7 +67,7 @@ class Scan:
         suspicions (`list[Suspicion]`):
             The phrases for which a trigger was searched.
         new_text (`list[Completion]`):
-            What the model writes and the reference model is the least likely to write. Empty without a reference model.
+            What the model writes and the reference model is the least likely to write. Empty without one.
         divergence ([`Divergence`], *optional*):
             What leads the model the furthest away from the reference model. `None` without one, or if it has another
             vocabulary.
