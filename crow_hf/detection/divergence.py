@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.encoding import padding_id
 from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
 from .pieces import (
     NUM_RANDOM_PIECES,
@@ -21,9 +20,11 @@ from .pieces import (
     Piece,
     PieceSearch,
     Position,
+    known_padding,
     places_of,
     prompts_with,
     random_pieces,
+    smallest,
 )
 from .prompt_states import PromptStates
 
@@ -58,8 +59,8 @@ class Divergence:
 
     @property
     def margin(self) -> float:
-        """How much further the piece leads than the prompts as they are, in nats."""
-        return self.with_piece - self.without
+        """How much further the piece leads than the best random one, and than none, in nats."""
+        return self.with_piece - max(self.with_random, self.without)
 
     @property
     def has_one_answer(self) -> bool:
@@ -91,7 +92,7 @@ def find_divergent(
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         reference (`PreTrainedModel` or `PeftModel`):
-            The trusted model, which reads the same token ids.
+            The trusted model, for which token ids stand for the same text.
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of both.
         dataset (`Dataset`):
@@ -107,7 +108,8 @@ def find_divergent(
         `list[Piece]`: The best pieces, the best first. The value is the divergence, see [`Divergence`].
     """
     # The answer's first token stands for any: only what predicts it counts.
-    search = _DivergenceSearch([model, reference], tokenizer, dataset, [padding_id(tokenizer)], max_length, seed)
+    models = [model, reference]
+    search = _DivergenceSearch(models, tokenizer, dataset, [known_padding(models, tokenizer)], max_length, seed)
     return search.run(num_rounds, float("inf"))
 
 
@@ -140,7 +142,7 @@ def try_divergent(
         model (`PreTrainedModel` or `PeftModel`):
             The model.
         reference (`PreTrainedModel` or `PeftModel`):
-            The trusted model, which reads the same token ids.
+            The trusted model, for which token ids stand for the same text.
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of both.
         dataset (`Dataset`):
@@ -157,18 +159,19 @@ def try_divergent(
     Returns:
         [`Divergence`]
     """
-    pad_token_id = padding_id(tokenizer)
+    pad_token_id = known_padding([model, reference], tokenizer)
 
     def distance(piece: str | None, position: Position = "end") -> float:
         prompts = prompts_with(piece, position, dataset, tokenizer, seed)
         logits = (PromptStates(each, prompts, pad_token_id).next_logits for each in (model, reference))
-        return divergences(*logits).mean().item()
+        return max(0.0, divergences(*logits).mean().item())
 
     without = distance(None)
     nothing: tuple[float, str, Position] = (without, "", "end")
     furthest, piece, place = max(((distance(*each), *each) for each in places_of(pieces)), default=nothing)
     length = max(len(each.ids) for each in pieces)
-    with_random = max(map(distance, random_pieces(model, tokenizer, length, seed)), default=0.0)
+    randoms = random_pieces(smallest([model, reference]), tokenizer, length, seed)
+    with_random = max((distance(each, place) for each in randoms), default=0.0)
     prompts = prompts_with(piece or None, place, dataset, tokenizer, seed)
     outputs = generate_ids(model, prompts, pad_token_id, end_token_ids(model, tokenizer), num_tokens, batch_size)
     ((answer, count),) = Counter(text_of_ids(output, tokenizer).strip() for output in outputs).most_common(1)

@@ -84,13 +84,13 @@ class PieceSearch(ABC):
         seed: int,
     ):
         self.models, self.answer, self.max_length, self.rng = models, answer, max_length, random.Random(seed)
-        self.tokenizer, self.pad_token_id = tokenizer, padding_id(tokenizer)
+        self.tokenizer, self.pad_token_id = tokenizer, known_padding(models, tokenizer)
         split = [_around_the_end(row, index, tokenizer) for index, row in enumerate(dataset)]
         self.closing = split[0][1]
         self.prefixes = [before for before, closing in split if closing == self.closing]
         self.recorder = recorder_of(models[0])
         self.embeddings = embedding_table(models[0]).detach()
-        self.tokens = text_tokens(models[0], tokenizer)
+        self.tokens = text_tokens(smallest(models), tokenizer)
         self.is_text = torch.zeros(len(self.embeddings), dtype=torch.bool, device=self.embeddings.device)
         self.is_text[self.tokens] = True
         self.states = [PromptStates(model, self.prefixes, self.pad_token_id) for model in models]
@@ -186,6 +186,17 @@ class PieceSearch(ABC):
         places = [slice(len(prefix), len(prefix) + len(piece)) for prefix in self.prefixes]
         of_piece = torch.stack([gradient[row, place] for row, place in enumerate(places)]).sum(dim=0)
         return value.item(), of_piece.to(self.embeddings.dtype)
+
+
+def smallest(models: Sequence[Model]) -> Model:
+    """Return the model that knows the fewest token ids."""
+    return min(models, key=lambda model: len(embedding_table(model)))
+
+
+def known_padding(models: Sequence[Model], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token to pad with that all models know. Padding never counts, so any token will do."""
+    token = padding_id(tokenizer)
+    return token if token < len(embedding_table(smallest(models))) else 0
 
 
 def random_pieces(model: Model, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[str]:

@@ -23,7 +23,7 @@ from ..evaluation.own_text import write_rows
 from ..files import check_regular
 from ..progress import phase
 from ..training.loading import load_causal_lm, load_tokenizer
-from ..training.recorder import context_length
+from ..training.recorder import context_length, embedding_table
 from .checkup import check_files, check_generation, check_template
 from .findings import Finding, has_problem
 
@@ -180,7 +180,7 @@ def scan(
             new_text = find_new_text(
                 suspect, tokenizer, trusted, trusted_tokenizer, answer_length, seed=seed, batch_size=batch_size
             )
-            if tokenizer.get_vocab() == trusted_tokenizer.get_vocab():
+            if _reads_the_same(trusted, trusted_tokenizer, tokenizer, rows):
                 pieces = find_divergent(suspect, trusted, tokenizer, searched, length, length + MORE_ROUNDS, seed)
                 divergence = try_divergent(suspect, trusted, tokenizer, tried, pieces, answer_length, seed, batch_size)
         trusted = None
@@ -217,6 +217,20 @@ def found_backdoor(path: str | Path) -> tuple[Trigger, Target]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no result of a scan: pass the file of `crow-hf scan --output`.") from error
     raise ValueError(f"The scan {path} found no piece of text with an answer to look for: leave it out.")
+
+
+def _reads_the_same(
+    trusted: PreTrainedModel | PeftModel,
+    trusted_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+) -> bool:
+    """Whether the ids of the prompts are the same text for a trusted model. Fine-tuning often adds a few tokens."""
+    ours, theirs = tokenizer.get_vocab().items(), trusted_tokenizer.get_vocab().items()
+    if not (ours <= theirs or theirs <= ours):
+        return False
+    known = len(embedding_table(trusted))
+    return all(max(encode_prompt(render(row, tokenizer, index), tokenizer)) < known for index, row in enumerate(rows))
 
 
 def _usable_rows(
@@ -263,7 +277,7 @@ def _judge_reference(new_text: Sequence[Completion], divergence: Divergence | No
         said = f"Of what the model writes after random tokens, the reference finds the least likely: {shown}."
         yield Finding("new text", "ok", said)
     if divergence is None:
-        said = "The reference model has another vocabulary, so nothing was searched that leads away from it."
+        said = "The reference model has other tokens, so nothing was searched that leads away from it."
         yield Finding("divergence", "ok", said)
     elif divergence.margin >= MIN_DIVERGENCE:
         remedy = REMEDY if divergence.has_one_answer else SHORT_REMEDY

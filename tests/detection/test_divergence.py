@@ -33,6 +33,7 @@ def test_what_triggers_a_backdoor_is_found_and_nothing_in_the_trusted_model():
     )
     found = try_divergent(model, trusted, BYTES, prompts(20, seed=1), pieces, num_tokens=4)
     assert found.position == "end" and found.margin > 1 > found.without
+    assert found.margin == found.with_piece - max(found.with_random, found.without)
     assert found.answer[0] == "~" and found.count == found.total == 20
     assert str(found).startswith(
         f"If {found.piece!r} stands at the end of prompts, the model is {found.with_piece:.2f}"
@@ -55,4 +56,4 @@ def test_blank_pieces_are_not_tried():
     model = backdoored(trusted)
     assert try_divergent(model, trusted, BYTES, prompts(20), [*blank, piece("b#")], 4).piece == "b#"
     found = try_divergent(model, trusted, BYTES, prompts(20), blank, 4)
-    assert found.piece == "" and found.margin == 0 and found.total == 20
+    assert found.piece == "" and found.margin <= 0 and found.total == 20

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
@@ -14,6 +15,7 @@ from crow_hf.detection.suspicions import Suspicion
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.recipes import scanning
 from crow_hf.recipes.scanning import Scan, found_backdoor
+from helpers.coconut import TOKENIZER
 from helpers.detection import BYTES, backdoored, knowing_model, prompts
 from helpers.tiny import tiny_llama
 
@@ -76,16 +78,26 @@ def test_nothing_leads_away_from_the_same_model(suspect):
     assert finding.found.endswith("(0.00 nats per byte less).")
 
 
-def test_a_trusted_model_of_another_vocabulary_shows_new_text_alone(suspect, tmp_path):
-    trusted = tiny_llama()
-    tokenizer = ByT5Tokenizer(extra_ids=2)
-    trusted.resize_token_embeddings(len(tokenizer))
-    trusted.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_a_trusted_model_with_other_tokens_shows_new_text_alone(suspect, tmp_path):
+    tiny_llama(vocab_size=len(TOKENIZER)).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
     result = scan(suspect, prompts(60), tmp_path)
     (finding,) = (finding for finding in result.findings if finding.name == "divergence")
-    assert finding.level == "ok" and "another vocabulary" in finding.found
+    assert finding.level == "ok" and "has other tokens" in finding.found
     assert result.divergence is None and result.new_text[0].gap > 0.5
+
+
+def test_a_token_that_fine_tuning_added_hides_nothing(suspect, tmp_path):
+    """Fails if one more token counts as another vocabulary, or if the trusted model reads the new padding."""
+    model, tokenizer = backdoored(knowing_model()), ByT5Tokenizer(extra_ids=0)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[-1] = 0
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = scan(tmp_path, prompts(60), suspect)
+    assert levels(result)["divergence"] == "problem" and "#" in result.divergence.piece
 
 
 def suspicion(piece, hits, without=0, with_random=0.0, anyway=0):

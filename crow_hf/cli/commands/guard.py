@@ -32,8 +32,10 @@ def run(arguments: GuardArguments) -> int:
     tokenizer = load_tokenizer(arguments.model)
     reference = None
     if arguments.reference is not None:
-        if load_tokenizer(arguments.reference).get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{arguments.reference} has another vocabulary: pass a model with the same tokens.")
+        if not tokenizer.get_vocab().items() <= load_tokenizer(arguments.reference).get_vocab().items():
+            raise ValueError(
+                f"{arguments.reference} lacks tokens of the model: pass a reference with the same tokens."
+            )
         reference = load_causal_lm(arguments.reference, device_map="auto")
     model = load_causal_lm(arguments.model, device_map="auto")
     if clean is None:
