@@ -76,7 +76,8 @@ def test_other_thoughts_are_those_of_the_row_before():
 def test_the_subject_that_reasons_goes_through_the_curriculum(tmp_path, monkeypatch):
     """Fails if a stage is left out, if another model than the last stage's is saved, or if it is trained twice."""
     monkeypatch.setattr(subjects, "REASONING_HELD_OUT", 4)
-    small = Subject("small", arena_reasoner, batch_size=8, num_rows=8, rows=thought_rows, reasons=True)
+    # The first of two steps has the rate 0, as warmup begins.
+    small = Subject("small", arena_reasoner, batch_size=8, num_rows=16, rows=thought_rows, reasons=True)
     monkeypatch.setitem(SUBJECTS, "small", small)
     train_base_model("small", tmp_path)
     folder = tmp_path / "bases" / "small"
