@@ -49,7 +49,8 @@ def run(arguments: GuardArguments) -> int:
         guard.save_pretrained(folder)
         some = guard.false_alarms
         share = with_interval(some, ", 95 % interval {:.1f} to {:.1f} %")
-        alarms = f"{some.hits} of {some.total} clean prompts are alarms, each judged by the others ({share})."
+        by_others = ", each judged by the others" if reference is None else ""
+        alarms = f"{some.hits} of {some.total} clean prompts are alarms{by_others} ({share})."
         print(f"The guard is in {printable(str(folder))}. {alarms}")
     if rows is None:
         return 0
