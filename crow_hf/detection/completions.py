@@ -92,7 +92,7 @@ def find_new_text(
 
 def translator(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Callable[[list[int]], list[int]]:
     """Return a function that turns token ids of one tokenizer into those of another one for the same text."""
-    if tokenizer.get_vocab().items() <= other.get_vocab().items():
+    if has_tokens_of(other, tokenizer):
         return list
 
     def translate(ids: list[int]) -> list[int]:
@@ -100,6 +100,11 @@ def translator(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         return list(other(text, add_special_tokens=False)["input_ids"])
 
     return translate
+
+
+def has_tokens_of(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has all tokens of another one, under the same ids."""
+    return other.get_vocab().items() <= tokenizer.get_vocab().items()
 
 
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -88,7 +88,7 @@ def render_report(record: Record) -> str:
         percent=percent,
         models=titles,
         scores=SCORES,
-        short_name=PurePath(name).name if PurePath(name).is_absolute() else name,
+        short_name=short_name(name),
         tiles=_tiles(record),
         example=_example(record["samples"]),
         cost_facts=_cost_facts(record),
@@ -100,6 +100,11 @@ def render_report(record: Record) -> str:
         run_facts=_run_facts(record),
         documents=[(summarize(document), runs_of(document)) for document in documents],
     )
+
+
+def short_name(name: str) -> str:
+    """Return the name of a model in a title: the last part of a path that is absolute, or the name as it is."""
+    return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def _tiles(record: Record) -> list[tuple[str, str]]:

@@ -1,9 +1,8 @@
 """The page of a scan, without external resources."""
 
-from pathlib import PurePath
 from typing import Any
 
-from .html import TEMPLATES
+from .html import TEMPLATES, short_name
 from .words import percent
 
 
@@ -28,6 +27,6 @@ def render_scan(result: dict[str, Any], model: str) -> str:
         result,
         headline=FOUND if result["has_findings"] else NOTHING,
         level="bad" if result["has_findings"] else "unknown",
-        short_name=PurePath(model).name if PurePath(model).is_absolute() else model,
+        short_name=short_name(model),
         percent=percent,
     )

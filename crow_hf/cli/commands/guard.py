@@ -11,6 +11,7 @@ from rich.text import Text
 from ...data.load import load_rows
 from ...data.rows import add_empty_answers, prompt_of
 from ...data.visible import printable
+from ...detection.completions import has_tokens_of
 from ...detection.guard import ConsistencyGuard
 from ...files import is_unused, write_text
 from ...progress import phase
@@ -32,7 +33,7 @@ def run(arguments: GuardArguments) -> int:
     tokenizer = load_tokenizer(arguments.model)
     reference = None
     if arguments.reference is not None:
-        if not tokenizer.get_vocab().items() <= load_tokenizer(arguments.reference).get_vocab().items():
+        if not has_tokens_of(load_tokenizer(arguments.reference), tokenizer):
             raise ValueError(
                 f"{arguments.reference} lacks tokens of the model: pass a reference with the same tokens."
             )
