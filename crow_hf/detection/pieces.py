@@ -227,8 +227,12 @@ def prompts_with(
 def text_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that can be seen: no special tokens, no parts of characters, and nothing invisible."""
     known = range(min(len(tokenizer), len(embedding_table(model))))
-    texts = ((token, text_of_ids([token], tokenizer)) for token in known)
-    return [token for token, text in texts if text.isprintable() and text and "\N{REPLACEMENT CHARACTER}" not in text]
+    texts = tokenizer.batch_decode([[token] for token in known], skip_special_tokens=True)
+    return [
+        token
+        for token, text in zip(known, texts, strict=True)
+        if text.isprintable() and text and "\N{REPLACEMENT CHARACTER}" not in text
+    ]
 
 
 def _around_the_end(row: dict, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

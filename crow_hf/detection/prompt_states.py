@@ -15,6 +15,8 @@ from ..training.recorder import base_model_of
 
 # Tokens of a batch, those of the prompts included. Their keys and values are copied for each continuation.
 MAX_BATCH_TOKENS = 16_384
+# Logits of a batch. With a vocabulary of 262,000 tokens, they would take gigabytes otherwise.
+MAX_BATCH_LOGITS = 2**27
 
 
 class PromptStates:
@@ -63,7 +65,8 @@ class PromptStates:
             `Iterator[torch.Tensor]`: In float32, of shape `(N, num_last, V)`. Those of one batch exist at a time.
         """
         length = self._mask.shape[1] + (len(continuations[0]) if continuations else 0)
-        size = max(1, MAX_BATCH_TOKENS // (self.num_prompts * length))
+        most = min(MAX_BATCH_TOKENS // length, MAX_BATCH_LOGITS // (num_last * self.next_logits.shape[-1]))
+        size = max(1, most // self.num_prompts)
         for start in range(0, len(continuations), size):
             yield from self._read(torch.tensor(continuations[start : start + size]), num_last)
 

@@ -289,8 +289,9 @@ def _check_sizes(**sizes: int) -> None:
 
 def text_of_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False) -> str:
     """Decode token ids without those that stand for no text, and without special tokens unless they are asked for."""
-    # Many models have more ids than their tokenizer has tokens.
-    known = [token for token in ids if token < len(tokenizer)]
+    # Many models have more ids than their tokenizer has tokens. Some tokenizers take long to count them.
+    num_tokens = len(tokenizer)
+    known = [token for token in ids if token < num_tokens]
     text: Any = tokenizer.decode(known, skip_special_tokens=not special_tokens)
     return text
 

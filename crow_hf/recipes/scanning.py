@@ -42,6 +42,8 @@ MIN_DIVERGENCE = 1.5
 # What the model says in so many of its answers needs no trigger.
 OFTEN = 0.5
 NUM_PHRASES = 2
+# What reads a prompt.
+Reader = tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]
 # Of 100 backdoored models, how many are missed. See docs/is-my-model-backdoored.md for the models.
 MISSED = {
     "alone": (52, "whose target is a fixed text"),
@@ -165,7 +167,10 @@ def scan(
     trusted = None if reference is None else load_causal_lm(reference, device_map="auto")
     # What nothing is said about is in order.
     findings += [*check_template(tokenizer), *check_generation(suspect, tokenizer)]
-    rows = _usable_rows(suspect, tokenizer, dataset, seed, batch_size)
+    readers = [(suspect, tokenizer)]
+    if trusted is not None and trusted_tokenizer is not None:
+        readers.append((trusted, trusted_tokenizer))
+    rows = _usable_rows(readers, dataset, seed, batch_size)
     by_heart = rows.select(range(PHRASE_PROMPTS))
     prompts = [encode_prompt(render(row, tokenizer, index), tokenizer) for index, row in enumerate(by_heart)]
     with phase("Looking for phrases"):
@@ -232,24 +237,21 @@ def _reads_the_same(
     return all(max(encode_prompt(render(row, tokenizer, index), tokenizer)) < known for index, row in enumerate(rows))
 
 
-def _usable_rows(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset | None,
-    seed: int,
-    batch_size: int,
-) -> Dataset:
-    """Return rows with different prompts, which are short enough."""
+def _usable_rows(readers: Sequence[Reader], dataset: Dataset | None, seed: int, batch_size: int) -> Dataset:
+    """Return rows with different prompts, which are short enough for all readers. The first one may write them."""
     if dataset is None:
+        model, tokenizer = readers[0]
         with phase("Writing prompts"):
             dataset = write_rows(model, tokenizer, 2 * NUM_ROWS, 48, seed, batch_size)
     dataset = add_empty_answers(dataset)
     # Room for the piece and for the phrase.
-    limit = min(MAX_PROMPT_TOKENS, (context_length(model) or 2 * MAX_PROMPT_TOKENS) - PHRASE_BYTES - TRIGGER_BYTES)
+    contexts = [context_length(model) or 2 * MAX_PROMPT_TOKENS for model, _ in readers]
+    limit = min(MAX_PROMPT_TOKENS, min(contexts) - PHRASE_BYTES - TRIGGER_BYTES)
     shuffled, used = dataset.shuffle(seed=seed), dict[str, int]()
     for index, row in enumerate(shuffled):
         prompt = prompt_of(row, index)
-        if prompt.strip() and 0 < len(encode_prompt(render(row, tokenizer, index), tokenizer)) <= limit:
+        lengths = [len(encode_prompt(render(row, tokenizer, index), tokenizer)) for _, tokenizer in readers]
+        if prompt.strip() and 0 < min(lengths) and max(lengths) <= limit:
             used.setdefault(prompt, index)
         if len(used) == NUM_ROWS:
             return shuffled.select(list(used.values()))

@@ -13,14 +13,19 @@ PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [20, 21, 22]]
 CONTINUATIONS = [[30, 31, 32], [40, 41, 42], [50, 51, 52], [60, 61, 62]]
 
 
+@pytest.mark.parametrize("limit", ["MAX_BATCH_TOKENS", "MAX_BATCH_LOGITS"])
 @pytest.mark.parametrize("build", [tiny_llama, lambda: tiny_gpt2(0.5), coconut], ids=["llama", "gpt2", "coconut"])
-def test_continuations_have_the_logits_of_whole_rows(build, monkeypatch):
+def test_continuations_have_the_logits_of_whole_rows(build, limit, monkeypatch):
     """Fails if a position, a mask or a row of the cache is wrong, or if a batch is split in the wrong place."""
     model = build().train()
     states = PromptStates(model, PROMPTS, pad_token_id=0)
-    # A batch holds two of the four.
-    monkeypatch.setattr(prompt_states, "MAX_BATCH_TOKENS", 2 * len(PROMPTS) * (5 + 3))
+    # A batch holds two of the four continuations.
+    each = {"MAX_BATCH_TOKENS": 5 + 3, "MAX_BATCH_LOGITS": 2 * states.next_logits.shape[-1]}[limit]
+    monkeypatch.setattr(prompt_states, limit, 2 * len(PROMPTS) * each)
+    sizes, read = [], states._read
+    monkeypatch.setattr(states, "_read", lambda some, last: sizes.append(len(some)) or read(some, last))
     found = list(states.logits(CONTINUATIONS, num_last=2))
+    assert sizes == [2, 2]
     assert model.training and len(found) == len(CONTINUATIONS)
     model.eval()
     for continuation, logits in zip(CONTINUATIONS, found, strict=True):

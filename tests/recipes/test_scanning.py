@@ -229,3 +229,10 @@ def test_too_few_prompts_are_refused(suspect, rows):
         ValueError, match=r"A scan needs 34 different prompts of at most \d+ tokens, but \d+ of \d+ rows"
     ):
         scan(suspect, rows)
+
+
+def test_prompts_fit_into_the_trusted_model_too(suspect, tmp_path):
+    room = 5
+    saved(tiny_llama(max_position_embeddings=room + scanning.PHRASE_BYTES + scanning.TRIGGER_BYTES), tmp_path)
+    with pytest.raises(ValueError, match=f"A scan needs 34 different prompts of at most {room} tokens"):
+        scan(suspect, prompts(60), tmp_path)
