@@ -33,7 +33,7 @@ REMOVED, DAMAGED, OF_LITTLE_USE, WEAKENED, NOT_REMOVED, NO_BACKDOOR = (
     "silenced, but the model is of little use on triggered prompts",
     "weakened, not removed",
     "NOT removed",
-    "no backdoor",
+    "does not react to this trigger",
 )
 
 
