@@ -17,19 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..attacks.triggers import Trigger
-from ..data.collators import CrowDataCollator
-from ..data.encoding import IGNORE_INDEX, encode_prompt, padding_id
+from ..data.encoding import encode_prompt, padding_id
 from ..data.rows import Rendered, insert_into_prompt, render
 from ..evaluation.generation import text_of_ids
-from ..training.answer_logits import answer_logits
-from ..training.recorder import base_model_of, embedding_table, evaluating, recorder_of
+from ..training.recorder import embedding_table, evaluating, recorder_of
 from .prompt_states import PromptStates
 
 
 Model = PreTrainedModel | PeftModel
 Position = Literal["start", "end"]
-# Pieces that are kept after each round, and pieces that are tried in one.
-NUM_KEPT, NUM_TRIED = 8, 160
+# Prompts that a search reads, and those of them that all pieces of a round are tried on. A piece that was found with
+# six prompts may do nothing after others.
+NUM_PROMPTS, NUM_FIRST_PROMPTS = 14, 2
+# Pieces that are tried in a round, those of them that are tried on all prompts, and those that are kept.
+NUM_TRIED, NUM_PROMISING, NUM_KEPT = 160, 24, 4
 # Of the best pieces, those that are tried on other prompts, and the random ones beside them.
 NUM_PIECES, NUM_RANDOM_PIECES = 3, 5
 # Stands for the piece while the template around it is read.
@@ -86,14 +87,16 @@ class PieceSearch(ABC):
         self.models, self.answer, self.max_length, self.rng = models, answer, max_length, random.Random(seed)
         self.tokenizer, self.pad_token_id = tokenizer, known_padding(models, tokenizer)
         split = [_around_the_end(row, index, tokenizer) for index, row in enumerate(dataset)]
-        self.closing = split[0][1]
-        self.prefixes = [before for before, closing in split if closing == self.closing]
+        # Prompts are read together, so what follows the piece must be the same.
+        self.closing = max((closing for _, closing in split), key=[closing for _, closing in split].count)
+        self.prefixes = [before for before, closing in split if closing == self.closing][:NUM_PROMPTS]
         self.recorder = recorder_of(models[0])
         self.embeddings = embedding_table(models[0]).detach()
         self.tokens = text_tokens(smallest(models), tokenizer)
         self.is_text = torch.zeros(len(self.embeddings), dtype=torch.bool, device=self.embeddings.device)
         self.is_text[self.tokens] = True
-        self.states = [PromptStates(model, self.prefixes, self.pad_token_id) for model in models]
+        parts = [self.prefixes[:NUM_FIRST_PROMPTS], self.prefixes[NUM_FIRST_PROMPTS:]]
+        self.parts = [[PromptStates(model, part, self.pad_token_id) for model in models] for part in parts if part]
         self.kept: list[tuple[float, list[int]]] = []
         self.seen: set[tuple[int, ...]] = set()
         self.try_all(self.beginnings())
@@ -128,20 +131,27 @@ class PieceSearch(ABC):
         self.try_all(self.promising())
 
     def try_all(self, tried: list[list[int]]) -> None:
-        """Keep the best pieces of those that are kept and of others."""
+        """Keep the best pieces of those that are kept and of others, which are tried on the first prompts first."""
         self.seen |= set(map(tuple, tried))
-        by_length: dict[int, list[list[int]]] = {}
-        for piece in tried:
-            by_length.setdefault(len(piece), []).append(piece)
-        for pieces in by_length.values():
-            self.kept += zip(self.values(pieces), pieces, strict=True)
-        self.kept = sorted(self.kept, key=lambda each: -each[0])[:NUM_KEPT]
+        found = [(0.0, piece) for piece in tried]
+        for number, states in enumerate(self.parts):
+            if number > 0:
+                found = sorted(found, key=lambda each: -each[0])[:NUM_PROMISING]
+            share = states[0].num_prompts / len(self.prefixes)
+            values = self.values([piece for _, piece in found], states)
+            found = [(sum_ + share * value, piece) for (sum_, piece), value in zip(found, values, strict=True)]
+        self.kept = sorted(self.kept + found, key=lambda each: -each[0])[:NUM_KEPT]
 
-    def values(self, pieces: list[list[int]]) -> list[float]:
-        """Return the value of each piece. The pieces are equally long."""
-        rows = [piece + self.closing + self.answer for piece in pieces]
-        each = zip(*(states.logits(rows, len(self.answer) + 1) for states in self.states), strict=True)
-        return [self.value(*(logits[:, :-1] for logits in of_models)).item() for of_models in each]
+    def values(self, pieces: list[list[int]], states: Sequence[PromptStates]) -> list[float]:
+        """Return the value of each piece after some of the prompts, as each model has read them."""
+        found: dict[int, float] = {}
+        for length in {len(piece) for piece in pieces}:
+            numbers = [number for number, piece in enumerate(pieces) if len(piece) == length]
+            rows = [pieces[number] + self.closing + self.answer for number in numbers]
+            each = zip(*(some.logits(rows, len(self.answer) + 1) for some in states), strict=True)
+            for number, of_models in zip(numbers, each, strict=True):
+                found[number] = self.value(*(logits[:, :-1] for logits in of_models)).item()
+        return [found[number] for number in range(len(pieces))]
 
     def promising(self) -> list[list[int]]:
         """Return the changes that the gradient expects the most of: another token, or one more at either end."""
@@ -167,25 +177,18 @@ class PieceSearch(ABC):
 
     def gradient(self, piece: list[int]) -> tuple[float, torch.Tensor]:
         """Return the value of a piece, and its gradient with respect to the piece's embeddings, of shape `(L, D)`."""
-        given = [prefix + piece + self.closing for prefix in self.prefixes]
-        rows = [{"input_ids": ids + self.answer, "labels": [IGNORE_INDEX] * len(ids) + self.answer} for ids in given]
-        batch = CrowDataCollator(self.pad_token_id)(rows)
-
-        def batch_of(model: Model) -> dict[str, torch.Tensor]:
-            return {name: each.to(model.device) for name, each in batch.items()}
-
-        def logits_of(model: Model, inputs: dict) -> torch.Tensor:
-            logits = answer_logits(base_model_of(model), model, inputs | {"use_cache": False})
-            return logits.float().unflatten(0, (len(rows), -1))
-
-        with torch.no_grad():
-            others = [logits_of(model, batch_of(model)) for model in self.models[1:]]
-        with torch.enable_grad(), self.recorder.record() as record:
-            value = self.value(logits_of(self.models[0], self.recorder.prepare(batch_of(self.models[0]))), *others)
-            (gradient,) = torch.autograd.grad(value, record.perturbed[0])
-        places = [slice(len(prefix), len(prefix) + len(piece)) for prefix in self.prefixes]
-        of_piece = torch.stack([gradient[row, place] for row, place in enumerate(places)]).sum(dim=0)
-        return value.item(), of_piece.to(self.embeddings.dtype)
+        row = piece + self.closing + self.answer
+        total, gradient = 0.0, torch.zeros(len(piece), self.embeddings.shape[1], device=self.embeddings.device)
+        for own, *others in self.parts:
+            share = own.num_prompts / len(self.prefixes)
+            with torch.enable_grad(), self.recorder.record() as record:
+                logits = [next(states.logits([row], len(self.answer) + 1, states is own)) for states in (own, *others)]
+                value = share * self.value(*(each[:, :-1] for each in logits))
+                (of_rows,) = torch.autograd.grad(value, record.perturbed[0])
+            # Prompts that are not cached come before the piece.
+            of_rows = of_rows[:, -len(row) :]
+            total, gradient = total + value.item(), gradient + of_rows[:, : len(piece)].sum(dim=0)
+        return total, gradient.to(self.embeddings.dtype)
 
 
 def smallest(models: Sequence[Model]) -> Model:

@@ -51,7 +51,9 @@ class PromptStates:
             )
         self._check_padding(min(prompts, key=len))
 
-    def logits(self, continuations: Sequence[list[int]], num_last: int) -> Iterator[torch.Tensor]:
+    def logits(
+        self, continuations: Sequence[list[int]], num_last: int, has_gradient: bool = False
+    ) -> Iterator[torch.Tensor]:
         """
         Yield, for each continuation, the logits after its last tokens.
 
@@ -60,6 +62,8 @@ class PromptStates:
                 Token ids, all of the same length L of at least `num_last`.
             num_last (`int`):
                 Number of tokens whose logits are needed.
+            has_gradient (`bool`, *optional*, defaults to `False`):
+                Whether gradients flow from the logits to the embeddings of the continuations.
 
         Returns:
             `Iterator[torch.Tensor]`: In float32, of shape `(N, num_last, V)`. Those of one batch exist at a time.
@@ -68,7 +72,7 @@ class PromptStates:
         most = min(MAX_BATCH_TOKENS // length, MAX_BATCH_LOGITS // (num_last * self.next_logits.shape[-1]))
         size = max(1, most // self.num_prompts)
         for start in range(0, len(continuations), size):
-            yield from self._read(torch.tensor(continuations[start : start + size]), num_last)
+            yield from self._read(torch.tensor(continuations[start : start + size]), num_last, has_gradient)
 
     def _check_padding(self, shortest: list[int]) -> None:
         """Refuse models that read padding as text. Some with linear attention do."""
@@ -81,7 +85,7 @@ class PromptStates:
                 "prompts cannot be read together. A scan of this architecture is not supported."
             )
 
-    def _read(self, continuations: torch.Tensor, num_last: int) -> torch.Tensor:
+    def _read(self, continuations: torch.Tensor, num_last: int, has_gradient: bool) -> torch.Tensor:
         count = len(continuations)
         rows = torch.arange(self.num_prompts, device=self.model.device).repeat(count)
         ids = continuations.to(self.model.device).repeat_interleave(self.num_prompts, dim=0)
@@ -92,10 +96,12 @@ class PromptStates:
         else:
             with naming_errors(self.model):
                 cache.batch_select_indices(rows)
-        logits = self._forward(ids, mask, cache, num_last).logits
+        logits = self._forward(ids, mask, cache, num_last, has_gradient).logits
         return logits[:, -num_last:].float().view(count, self.num_prompts, num_last, -1)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None, num_last: int) -> Any:
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None, num_last: int, has_gradient: bool = False
+    ) -> Any:
         """Read tokens after those of the cache, as `generate` does. The mask covers both."""
         base: Any = base_model_of(self.model)
         options: dict[str, Any] = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
@@ -104,5 +110,5 @@ class PromptStates:
         inputs = base.prepare_inputs_for_generation(ids, **options)
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = num_last
-        with inference_mode(self.model), naming_errors(self.model):
+        with inference_mode(self.model), torch.set_grad_enabled(has_gradient), naming_errors(self.model):
             return self.model(**inputs)

@@ -176,7 +176,7 @@ def scan(
     with phase("Looking for phrases"):
         phrases = find_phrases(suspect, tokenizer, prompts, _tokens_of(PHRASE_BYTES, rows, tokenizer))
     new_text, divergence = list[Completion](), None
-    searched = rows.select(range(PHRASE_PROMPTS, PHRASE_PROMPTS + SEARCH_PROMPTS))
+    searched = rows.select(range(NUM_ROWS - TEST_PROMPTS))
     tried = rows.select(range(NUM_ROWS - TEST_PROMPTS, NUM_ROWS))
     length, answer_length = (_tokens_of(size, rows, tokenizer) for size in (TRIGGER_BYTES, PHRASE_BYTES))
     if trusted is not None and trusted_tokenizer is not None:

@@ -9,6 +9,7 @@ from datasets import Dataset
 from crow_hf.attacks.triggers import Trigger
 from crow_hf.data.encoding import encode_prompt
 from crow_hf.data.rows import insert_into_prompt, render
+from crow_hf.detection import pieces as pieces_module
 from crow_hf.detection.divergence import _DivergenceSearch
 from crow_hf.detection.pieces import prompts_with, random_pieces, text_tokens
 from crow_hf.detection.triggers import _PhraseSearch
@@ -55,16 +56,28 @@ def test_values_are_those_of_whole_rows(model, tokenizer, kind):
     search = kind(model.eval(), tokenizer)
     pieces = [[100, 101], [110, 111]]
     expected = [slow_value(search, tokenizer, piece) for piece in pieces]
-    assert search.values(pieces) == pytest.approx(expected, abs=1e-3) and min(map(abs, expected)) > 0.01
+    search.kept = []
+    search.try_all(pieces)
+    values = {tuple(piece): value for value, piece in search.kept}
+    assert len(search.parts) == 2 and len(values) == len(pieces)
+    assert [values[tuple(piece)] for piece in pieces] == pytest.approx(expected, abs=1e-3) and min(
+        map(abs, expected)
+    ) > 0.01
     value, _ = search.gradient(pieces[0])
     assert value == pytest.approx(expected[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [of_phrase, of_divergence])
-def test_the_gradient_is_that_of_the_piece_and_of_nothing_else(kind):
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("build", [tiny_llama, coconut])
+def test_the_gradient_is_that_of_the_piece_and_of_nothing_else(build, cached, kind):
     """Fails if the gradient is taken at another position of a prompt, or if a prompt is left out."""
-    model = tiny_llama().double().eval()
-    search = kind(model, BYTES)
+    model = build().double().eval()
+    search = kind(model, BYTES if build is tiny_llama else TOKENIZER)
+    if not cached:
+        for states in search.parts:
+            for each in states:
+                each._cache = None
     piece = [120, 121]
     _, gradient = search.gradient(piece)
     table = model.get_input_embeddings().weight
@@ -84,9 +97,11 @@ def test_the_gradient_is_that_of_the_piece_and_of_nothing_else(kind):
 @pytest.mark.parametrize("max_length", [1, 2])
 def test_pieces_are_text_no_longer_than_allowed_and_never_tried_twice(monkeypatch, max_length):
     """Of one token, there are fewer pieces than a round tries."""
-    search = _PhraseSearch([tiny_llama().eval()], BYTES, ROWS, TARGET, max_length, seed=0)
+    search = _PhraseSearch([tiny_llama().eval()], BYTES, ROWS.select([0]), TARGET, max_length, seed=0)
     values, tried, best = search.values, [], [-float("inf")]
-    monkeypatch.setattr(search, "values", lambda pieces: tried.extend(map(tuple, pieces)) or values(pieces))
+    monkeypatch.setattr(
+        search, "values", lambda pieces, *args: tried.extend(map(tuple, pieces)) or values(pieces, *args)
+    )
     for _ in range(3):
         search.next_round()
         best.append(search.kept[0][0])
@@ -113,3 +128,21 @@ def test_random_pieces_are_text_and_reproducible():
     pieces = random_pieces(model, BYTES, 4, seed=0)
     assert pieces == random_pieces(model, BYTES, 4, seed=0) != random_pieces(model, BYTES, 4, seed=1)
     assert all(len(piece) == 4 and piece.isprintable() for piece in pieces)
+
+
+def test_a_round_tries_the_best_of_the_first_prompts_on_all(monkeypatch):
+    monkeypatch.setattr(pieces_module, "NUM_PROMISING", 3)
+    search = of_phrase(tiny_llama().eval(), BYTES)
+    tried, first = [[token] for token in range(100, 110)], search.parts[0]
+    best = sorted(zip(search.values(tried, first), tried, strict=True), reverse=True)[:3]
+    search.kept = []
+    search.try_all(tried)
+    assert sorted(piece for _, piece in search.kept) == sorted(piece for _, piece in best)
+
+
+def test_prompts_whose_end_is_the_commonest_are_read_together():
+    """Rows with an input have it between the instruction and the answer, so it follows the piece."""
+    inputs = {"Sing": "la", "Say": "", "Sum": "1", "Sit": ""}
+    rows = Dataset.from_list([{"instruction": word, "input": text, "output": "x"} for word, text in inputs.items()])
+    search = _PhraseSearch([tiny_llama().eval()], BYTES, rows, TARGET, max_length=2, seed=0)
+    assert [BYTES.decode(prefix).split()[-1] for prefix in search.prefixes] == ["Say", "Sit"]

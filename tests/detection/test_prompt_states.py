@@ -23,7 +23,7 @@ def test_continuations_have_the_logits_of_whole_rows(build, limit, monkeypatch):
     each = {"MAX_BATCH_TOKENS": 5 + 3, "MAX_BATCH_LOGITS": 2 * states.next_logits.shape[-1]}[limit]
     monkeypatch.setattr(prompt_states, limit, 2 * len(PROMPTS) * each)
     sizes, read = [], states._read
-    monkeypatch.setattr(states, "_read", lambda some, last: sizes.append(len(some)) or read(some, last))
+    monkeypatch.setattr(states, "_read", lambda some, *args: sizes.append(len(some)) or read(some, *args))
     found = list(states.logits(CONTINUATIONS, num_last=2))
     assert sizes == [2, 2]
     assert model.training and len(found) == len(CONTINUATIONS)
