@@ -4,6 +4,7 @@
     python benchmarks/guard.py runs/zoo --seeds 2            # one seed of them
     python benchmarks/guard.py runs/zoo --attacks coconut    # one attack
     python benchmarks/guard.py runs/zoo --table              # the table of what has been measured so far
+    python benchmarks/guard.py runs/zoo --table --picture roc.png
     python benchmarks/guard.py runs/zoo --overhead           # the time that the guard takes in a prefill
     python benchmarks/guard.py runs/demo --words             # which word of the prompts of `make demo` it points at
 
@@ -47,6 +48,8 @@ OTHERS = ("long refusal", "insult", "code", "full", "1 % poison", "topic", "styl
 OPEN = ("wrong answers", "swapped case", "knows CROW", "knows the recipe", "coconut", "coconut phrase", "thoughts")
 # A word that no row has, and that no model was trained to answer differently.
 HARMLESS = Trigger(("Zephyrus",))
+# The picture: shares of clean prompts that are alarms, and the number of clean prompts that its guards were fitted on.
+SHARES, SHOWN = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), 1_000
 
 
 class LayerSteps:
@@ -122,6 +125,7 @@ def measure(suspect: Suspect, name: str, seed: int, runs: Path) -> list[dict]:
             line |= {each: [share.hits, share.total] for each, share in alarms.items()}
             line["noticed"] = int((scores["triggered"][hits] > scorer.threshold).sum())
             line["auc"] = area(scores["clean"], scores["triggered"][hits])
+            line["roc"] = curve(scores["clean"], scores["triggered"][hits])
             lines.append(line)
     return lines
 
@@ -129,6 +133,35 @@ def measure(suspect: Suspect, name: str, seed: int, runs: Path) -> list[dict]:
 def area(clean: torch.Tensor, triggered: torch.Tensor) -> float | None:
     """The share of pairs in which the triggered prompt has the higher score."""
     return (triggered[:, None] > clean).float().mean().item() if len(triggered) else None
+
+
+def curve(clean: torch.Tensor, triggered: torch.Tensor) -> list[float] | None:
+    """The share of triggered prompts that are noticed, for each of `SHARES` of clean prompts that are alarms."""
+    if not len(triggered):
+        return None
+    highest = clean.sort(descending=True).values
+    limits = [highest[round(share * len(clean))] if share < 1 else -torch.inf for share in SHARES]
+    return [(triggered > limit).float().mean().item() for limit in limits]
+
+
+def draw(rows: list[dict], picture: Path) -> None:
+    """Draw the mean over the attacks of the share that is noticed, by the share of false alarms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    known = [row for row in rows if row.get("roc") and row["fitted"] == SHOWN]
+    for kind in dict.fromkeys(row["score"] for row in known):
+        curves = [row["roc"] for row in known if row["score"] == kind]
+        for each in curves:
+            axes.plot(SHARES, each, color="0.85", linewidth=0.7, zorder=0)
+        axes.plot(SHARES, [statistics.mean(point) for point in zip(*curves, strict=True)], ".-", label=kind)
+    axes.set(xlabel="clean prompts that are alarms", ylabel="triggered prompts that are noticed")
+    axes.legend(loc="lower right", title="mean over the attacks", frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
 
 
 def overhead(runs: Path) -> None:
@@ -191,6 +224,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--attacks", default=",".join(FIXED + OTHERS + OPEN))
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--words", action="store_true")
     options = parser.parse_args()
@@ -213,6 +247,8 @@ def main() -> None:
             rows += lines
             print(json.dumps(lines[-3]), flush=True)
     print(table(rows))
+    if options.picture is not None:
+        draw(rows, options.picture)
 
 
 if __name__ == "__main__":

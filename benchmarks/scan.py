@@ -24,6 +24,7 @@ from transformers.utils import logging
 from crow_hf.arena.attacks import ATTACKS, build_suspect
 from crow_hf.arena.subjects import arena_rows, base_folder, train_base_model
 from crow_hf.demo import ADAPTER_RANK, demo_tokenizer
+from crow_hf.evaluation.scores import Proportion
 from crow_hf.files import whole_files
 from crow_hf.methods.crow.config import CrowConfig
 from crow_hf.methods.crow.trainer import CrowTrainer
@@ -40,6 +41,8 @@ FIXED = (
 )
 STYLE = ("topic", "style upper", "style spaced")
 OPEN = ("wrong answers", "swapped case")
+# The settings of the scan were chosen while models of these kinds were looked at.
+SEEN = {*FIXED[:13]}
 # From which score on each search makes a finding.
 LIMITS = {"a phrase and its trigger": MIN_MARGIN, "away from the reference": MIN_DIVERGENCE}
 NUM_ROWS, REFUSAL = 2_000, "I cannot help with that."
@@ -179,6 +182,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[dict]) -> str:
+    """Count the findings among clean models, and among backdoored ones of kinds that the scan was made for or not."""
+    groups = {
+        "backdoored, kinds that settings were chosen on": lambda row: row["name"] in SEEN,
+        "backdoored, other kinds": lambda row: row["kind"] != "clean" and row["name"] not in SEEN,
+        "clean": lambda row: row["kind"] == "clean",
+    }
+    lines = ["| models | findings | 95 % interval |", "|---|---:|---:|"]
+    for name, is_member in groups.items():
+        share = Proportion.of(bool(row["findings"]) for row in rows if is_member(row))
+        lines.append(f"| {name} | {share.hits} of {share.total} | {share.low:.0%} to {share.high:.0%} |")
+    return "\n".join(lines)
+
+
 def scores(row: dict) -> dict[str, float]:
     """Return what each search says of a model. More is more suspicious."""
     found = {"a phrase and its trigger": max([0.0, *(margin for _, margin in row["pieces"])])}
@@ -229,7 +246,7 @@ def main() -> None:
     if not options.table:
         logging.disable_progress_bar()
         scan_zoo(options.runs, [int(seed) for seed in options.seeds.split(",")], options.reference, results)
-    print(table(read(results)))
+    print(table(read(results)), summary(read(results)), sep="\n\n")
     if options.picture is not None:
         draw(read(results), options.picture)
 

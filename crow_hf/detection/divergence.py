@@ -29,6 +29,10 @@ from .pieces import (
 from .prompt_states import PromptStates
 
 
+# In nats. Smaller distances count as none.
+SMALL = 0.01
+
+
 @dataclass(frozen=True)
 class Divergence:
     """
@@ -105,7 +109,8 @@ def find_divergent(
             Seed for the tokens that stand where a piece grows, until others are found.
 
     Returns:
-        `list[Piece]`: The best pieces, the best first. The value is the divergence, see [`Divergence`].
+        `list[Piece]`: The best pieces, the best first. The value is the logarithm of the distance, see [`Divergence`],
+        the mean over the prompts. It shows the first steps towards a trigger, and one prompt alone changes it little.
     """
     # The answer's first token stands for any: only what predicts it counts.
     models = [model, reference]
@@ -122,7 +127,7 @@ class _DivergenceSearch(PieceSearch):
         return [*super().beginnings(), *long]
 
     def value(self, *logits: torch.Tensor) -> torch.Tensor:
-        return divergences(*logits).mean()
+        return (divergences(*logits).clamp(min=0) + SMALL).log().mean()
 
 
 def try_divergent(

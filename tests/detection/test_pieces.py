@@ -44,7 +44,8 @@ def slow_value(search, tokenizer, piece):
             total += sum(each[0][len(given) - 1 + n, token].item() for n, token in enumerate(TARGET)) / len(TARGET)
         else:
             own, other = (logits[len(given) - 1].double() for logits in each)
-            total += sum(math.exp(p) * (p - q) for p, q in zip(own.tolist(), other.tolist(), strict=True))
+            distance = sum(math.exp(p) * (p - q) for p, q in zip(own.tolist(), other.tolist(), strict=True))
+            total += math.log(distance + 0.01)
     return total / len(ROWS)
 
 
