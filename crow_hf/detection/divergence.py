@@ -100,7 +100,7 @@ def find_divergent(
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of both.
         dataset (`Dataset`):
-            Rows with clean prompts. Four to eight are enough.
+            Rows with clean prompts. 14 of them are read, of those whose prompts end alike. Fewer find less.
         max_length (`int`):
             Largest length of a piece, in tokens.
         num_rounds (`int`):

@@ -30,7 +30,7 @@ def find_triggers(
         tokenizer (`PreTrainedTokenizerBase`):
             The model's tokenizer.
         dataset (`Dataset`):
-            Rows with clean prompts. Four to eight are enough.
+            Rows with clean prompts. 14 of them are read, of those whose prompts end alike. Fewer find less.
         phrase ([`Phrase`]):
             The phrase.
         max_length (`int`):

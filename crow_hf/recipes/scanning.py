@@ -28,7 +28,7 @@ from .checkup import check_files, check_generation, check_template
 from .findings import Finding, has_problem
 
 
-# Prompts that phrases are looked for with, that a trigger is searched with, and that it is tried on.
+# Prompts that phrases are looked for with, others that a trigger is searched with too, and those that it is tried on.
 PHRASE_PROMPTS, SEARCH_PROMPTS, TEST_PROMPTS = 8, 6, 20
 NUM_ROWS = PHRASE_PROMPTS + SEARCH_PROMPTS + TEST_PROMPTS
 # Longer prompts take longer to read, and show no more.
