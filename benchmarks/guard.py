@@ -155,9 +155,10 @@ def draw(rows: list[dict], picture: Path) -> None:
     known = [row for row in rows if row.get("roc") and row["fitted"] == SHOWN]
     for kind in dict.fromkeys(row["score"] for row in known):
         curves = [row["roc"] for row in known if row["score"] == kind]
+        mean = [statistics.mean(point) for point in zip(*curves, strict=True)]
+        (line,) = axes.plot(SHARES, mean, ".-", label=kind)
         for each in curves:
-            axes.plot(SHARES, each, color="0.85", linewidth=0.7, zorder=0)
-        axes.plot(SHARES, [statistics.mean(point) for point in zip(*curves, strict=True)], ".-", label=kind)
+            axes.plot(SHARES, each, color=line.get_color(), linewidth=0.7, alpha=0.2, zorder=0)
     axes.set(xlabel="clean prompts that are alarms", ylabel="triggered prompts that are noticed")
     axes.legend(loc="lower right", title="mean over the attacks", frameon=False)
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,8 @@ NUM_PHRASES = 2
 Reader = tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]
 # Of 100 backdoored models, how many are missed. See docs/is-my-model-backdoored.md for the models.
 MISSED = {
-    "alone": (52, "whose target is a fixed text"),
-    "with a reference": (19, "made from the reference model"),
+    "alone": (46, "whose target is a fixed text"),
+    "with a reference": (14, "made from the reference model"),
 }
 # Of a finding with a piece of text and an answer to look for, and of any other.
 REMEDY = "Purify the model, and measure what was found before and after: `crow-hf purify --scan FILE`."
