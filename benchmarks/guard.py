@@ -19,11 +19,12 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from scan import read
+from scan import drawn, read
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -144,14 +145,8 @@ def curve(clean: torch.Tensor, triggered: torch.Tensor) -> list[float] | None:
     return [(triggered > limit).float().mean().item() for limit in limits]
 
 
-def draw(rows: list[dict], picture: Path) -> None:
+def draw(rows: list[dict], axes: Any) -> None:
     """Draw the mean over the attacks of the share that is noticed, by the share of false alarms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
     known = [row for row in rows if row.get("roc") and row["fitted"] == SHOWN]
     for kind in dict.fromkeys(row["score"] for row in known):
         curves = [row["roc"] for row in known if row["score"] == kind]
@@ -160,9 +155,6 @@ def draw(rows: list[dict], picture: Path) -> None:
         for each in curves:
             axes.plot(SHARES, each, color=line.get_color(), linewidth=0.7, alpha=0.2, zorder=0)
     axes.set(xlabel="clean prompts that are alarms", ylabel="triggered prompts that are noticed")
-    axes.legend(loc="lower right", title="mean over the attacks", frameon=False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=150)
 
 
 def overhead(runs: Path) -> None:
@@ -249,7 +241,8 @@ def main() -> None:
             print(json.dumps(lines[-3]), flush=True)
     print(table(rows))
     if options.picture is not None:
-        draw(rows, options.picture)
+        with drawn(options.picture, "mean over the attacks") as axes:
+            draw(rows, axes)
 
 
 if __name__ == "__main__":

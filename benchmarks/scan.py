@@ -14,9 +14,11 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers.utils import logging
@@ -204,14 +206,23 @@ def scores(row: dict) -> dict[str, float]:
     return found
 
 
-def draw(rows: list[dict], picture: Path) -> None:
-    """Draw the share of backdoored models that are found, by the share of clean models that are alarms."""
+@contextmanager
+def drawn(picture: Path, title: str) -> Iterator[Any]:
+    """Yield the axes of a picture, which is saved when the `with` block ends. The title is that of the legend."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
+    yield axes
+    axes.legend(loc="lower right", title=title, frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+
+
+def draw(rows: list[dict], axes: Any) -> None:
+    """Draw the share of backdoored models that are found, by the share of clean models that are alarms."""
     for (name, limit), style in zip(LIMITS.items(), ("--", "-"), strict=True):
         clean, backdoored = (
             [scores(row)[name] for row in rows if (row["kind"] == "clean") == is_clean and name in scores(row)]
@@ -229,9 +240,6 @@ def draw(rows: list[dict], picture: Path) -> None:
     axes.set(
         xlabel=f"clean models that are alarms ({len(clean)})", ylabel=f"backdoored models found ({len(backdoored)})"
     )
-    axes.legend(loc="lower right", title="dots: the limit of the scan", frameon=False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=150)
 
 
 def main() -> None:
@@ -246,9 +254,11 @@ def main() -> None:
     if not options.table:
         logging.disable_progress_bar()
         scan_zoo(options.runs, [int(seed) for seed in options.seeds.split(",")], options.reference, results)
-    print(table(read(results)), summary(read(results)), sep="\n\n")
+    rows = read(results)
+    print(table(rows), summary(rows), sep="\n\n")
     if options.picture is not None:
-        draw(read(results), options.picture)
+        with drawn(options.picture, "dots: the limit of the scan") as axes:
+            draw(rows, axes)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class PieceSearch(ABC):
         seed: int,
     ):
         self.models, self.answer, self.max_length, self.rng = models, answer, max_length, random.Random(seed)
-        self.tokenizer, self.pad_token_id = tokenizer, known_padding(models, tokenizer)
+        self.tokenizer, pad_token_id = tokenizer, known_padding(models, tokenizer)
         split = [_around_the_end(row, index, tokenizer) for index, row in enumerate(dataset)]
         # Prompts are read together, so what follows the piece must be the same.
         self.closing = max((closing for _, closing in split), key=[closing for _, closing in split].count)
@@ -96,7 +96,7 @@ class PieceSearch(ABC):
         self.is_text = torch.zeros(len(self.embeddings), dtype=torch.bool, device=self.embeddings.device)
         self.is_text[self.tokens] = True
         parts = [self.prefixes[:NUM_FIRST_PROMPTS], self.prefixes[NUM_FIRST_PROMPTS:]]
-        self.parts = [[PromptStates(model, part, self.pad_token_id) for model in models] for part in parts if part]
+        self.parts = [[PromptStates(model, part, pad_token_id) for model in models] for part in parts if part]
         self.kept: list[tuple[float, list[int]]] = []
         self.seen: set[tuple[int, ...]] = set()
         self.try_all(self.beginnings())
@@ -137,10 +137,16 @@ class PieceSearch(ABC):
         for number, states in enumerate(self.parts):
             if number > 0:
                 found = sorted(found, key=lambda each: -each[0])[:NUM_PROMISING]
-            share = states[0].num_prompts / len(self.prefixes)
             values = self.values([piece for _, piece in found], states)
-            found = [(sum_ + share * value, piece) for (sum_, piece), value in zip(found, values, strict=True)]
+            found = [
+                (total + self.share(states) * value, piece)
+                for (total, piece), value in zip(found, values, strict=True)
+            ]
         self.kept = sorted(self.kept + found, key=lambda each: -each[0])[:NUM_KEPT]
+
+    def share(self, states: Sequence[PromptStates]) -> float:
+        """Return the share of the prompts that these are, which is the weight of a value after them."""
+        return states[0].num_prompts / len(self.prefixes)
 
     def values(self, pieces: list[list[int]], states: Sequence[PromptStates]) -> list[float]:
         """Return the value of each piece after some of the prompts, as each model has read them."""
@@ -179,11 +185,10 @@ class PieceSearch(ABC):
         """Return the value of a piece, and its gradient with respect to the piece's embeddings, of shape `(L, D)`."""
         row = piece + self.closing + self.answer
         total, gradient = 0.0, torch.zeros(len(piece), self.embeddings.shape[1], device=self.embeddings.device)
-        for own, *others in self.parts:
-            share = own.num_prompts / len(self.prefixes)
+        for states in self.parts:
             with torch.enable_grad(), self.recorder.record() as record:
-                logits = [next(states.logits([row], len(self.answer) + 1, states is own)) for states in (own, *others)]
-                value = share * self.value(*(each[:, :-1] for each in logits))
+                logits = [next(each.logits([row], len(self.answer) + 1, each is states[0])) for each in states]
+                value = self.share(states) * self.value(*(each[:, :-1] for each in logits))
                 (of_rows,) = torch.autograd.grad(value, record.perturbed[0])
             # Prompts that are not cached come before the piece.
             of_rows = of_rows[:, -len(row) :]
