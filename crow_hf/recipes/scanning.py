@@ -160,17 +160,12 @@ def scan(
     findings = list(check_files(Path(model))) if Path(model).is_dir() else []
     if has_problem(findings):
         return Scan(findings)
-    tokenizer = load_tokenizer(model)
-    trusted_tokenizer = None if reference is None else load_tokenizer(reference)
-    suspect = load_causal_lm(model, device_map="auto")
+    suspect, tokenizer = _load(model)
     # Before the search for phrases, which takes minutes, because an error should come at once.
-    trusted = None if reference is None else load_causal_lm(reference, device_map="auto")
+    trusted = None if reference is None else _load(reference)
     # What nothing is said about is in order.
     findings += [*check_template(tokenizer), *check_generation(suspect, tokenizer)]
-    readers = [(suspect, tokenizer)]
-    if trusted is not None and trusted_tokenizer is not None:
-        readers.append((trusted, trusted_tokenizer))
-    rows = _usable_rows(readers, dataset, seed, batch_size)
+    rows = _usable_rows([(suspect, tokenizer), *([trusted] if trusted else [])], dataset, seed, batch_size)
     by_heart = rows.select(range(PHRASE_PROMPTS))
     prompts = [encode_prompt(render(row, tokenizer, index), tokenizer) for index, row in enumerate(by_heart)]
     with phase("Looking for phrases"):
@@ -179,15 +174,15 @@ def scan(
     searched = rows.select(range(NUM_ROWS - TEST_PROMPTS))
     tried = rows.select(range(NUM_ROWS - TEST_PROMPTS, NUM_ROWS))
     length, answer_length = (_tokens_of(size, rows, tokenizer) for size in (TRIGGER_BYTES, PHRASE_BYTES))
-    if trusted is not None and trusted_tokenizer is not None:
-        phrases = in_reference(phrases, tokenizer, prompts, trusted, trusted_tokenizer, batch_size)
+    if trusted is not None:
+        phrases = in_reference(phrases, tokenizer, prompts, *trusted, batch_size)
         with phase("Comparing with the reference"):
-            new_text = find_new_text(
-                suspect, tokenizer, trusted, trusted_tokenizer, answer_length, seed=seed, batch_size=batch_size
-            )
-            if _reads_the_same(trusted, trusted_tokenizer, tokenizer, rows):
-                pieces = find_divergent(suspect, trusted, tokenizer, searched, length, length + MORE_ROUNDS, seed)
-                divergence = try_divergent(suspect, trusted, tokenizer, tried, pieces, answer_length, seed, batch_size)
+            new_text = find_new_text(suspect, tokenizer, *trusted, answer_length, seed=seed, batch_size=batch_size)
+            if _reads_the_same(trusted, tokenizer, rows):
+                pieces = find_divergent(suspect, trusted[0], tokenizer, searched, length, length + MORE_ROUNDS, seed)
+                divergence = try_divergent(
+                    suspect, trusted[0], tokenizer, tried, pieces, answer_length, seed, batch_size
+                )
         trusted = None
         findings += _judge_reference(new_text, divergence)
     suspicions = []
@@ -224,16 +219,17 @@ def found_backdoor(path: str | Path) -> tuple[Trigger, Target]:
     raise ValueError(f"The scan {path} found no piece of text with an answer to look for: leave it out.")
 
 
-def _reads_the_same(
-    trusted: PreTrainedModel | PeftModel,
-    trusted_tokenizer: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-) -> bool:
+def _load(model: str | Path) -> Reader:
+    tokenizer = load_tokenizer(model)
+    return load_causal_lm(model, device_map="auto"), tokenizer
+
+
+def _reads_the_same(trusted: Reader, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> bool:
     """Whether the ids of the prompts are the same text for a trusted model. Fine-tuning often adds a few tokens."""
+    trusted_model, trusted_tokenizer = trusted
     if not (has_tokens_of(tokenizer, trusted_tokenizer) or has_tokens_of(trusted_tokenizer, tokenizer)):
         return False
-    known = len(embedding_table(trusted))
+    known = len(embedding_table(trusted_model))
     return all(max(encode_prompt(render(row, tokenizer, index), tokenizer)) < known for index, row in enumerate(rows))
 
 
