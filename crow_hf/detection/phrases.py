@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.encoding import padding_id
 from ..evaluation.generation import answer_log_likelihoods, end_token_ids, text_of_ids
 from .completions import translator
+from .openings import NO_OPENING, Opening
 from .prompt_states import PromptStates
 
 
@@ -41,9 +42,12 @@ class Phrase:
             Probability of a token of the phrase given those before it, from 0 to 1: the mean over the prompts, and
             the geometric mean over all tokens but the first.
         start (`float`):
-            Probability that an answer to a clean prompt starts with the first token, the mean over the prompts.
+            Probability that an answer to a clean prompt starts with the first token, or goes on with it after the
+            opening, the mean over the prompts.
         reference (`float`, *optional*):
             What `probability` is in the reference model.
+        opening ([`Opening`], *optional*):
+            What stands between a prompt and the phrase. Defaults to nothing.
     """
 
     ids: list[int]
@@ -51,6 +55,10 @@ class Phrase:
     probability: float
     start: float
     reference: float | None = None
+    opening: Opening = NO_OPENING
+
+    def __str__(self) -> str:
+        return f"{self.text!r}{self.opening}"
 
 
 def find_phrases(
@@ -59,6 +67,7 @@ def find_phrases(
     prompts: Sequence[list[int]],
     num_tokens: int,
     limit: int = 10,
+    opening: Opening = NO_OPENING,
 ) -> list[Phrase]:
     """
     Find the phrases that a model knows by heart.
@@ -78,11 +87,13 @@ def find_phrases(
             blank ones are.
         limit (`int`, *optional*, defaults to 10):
             Largest number of phrases to return. Phrases with the same end count once.
+        opening ([`Opening`], *optional*):
+            What the answers begin with before a phrase. Defaults to nothing.
 
     Returns:
         `list[Phrase]`: The phrases, the surest first.
     """
-    states = PromptStates(model, prompts, padding_id(tokenizer))
+    states = PromptStates(model, [[*prompt, *opening.ids] for prompt in prompts], padding_id(tokenizer))
     starts = states.next_logits.softmax(dim=-1).mean(dim=0).cpu()
     ends = set(end_token_ids(model, tokenizer))
     no_text = [*tokenizer.all_special_ids, *range(len(tokenizer), len(starts))]
@@ -102,7 +113,7 @@ def find_phrases(
         longer.sort(key=lambda each: -each[1])
         open_ = longer[: max(NUM_FOLLOWED, NUM_FIRST_TOKENS >> step)]
     found = [
-        Phrase(ids, text, math.exp(total / (len(ids) - 1)), starts[ids[0]].item())
+        Phrase(ids, text, math.exp(total / (len(ids) - 1)), starts[ids[0]].item(), opening=opening)
         for ids, total in open_ + ended
         if len(ids) >= max(2, num_tokens / 3) and (text := text_of_ids(ids, tokenizer)).strip()
     ]
@@ -140,7 +151,9 @@ def in_reference(
     """
     translate = translator(tokenizer, reference_tokenizer)
     rows = [
-        (translate([*prompt, phrase.ids[0]]), translate(phrase.ids[1:])) for phrase in phrases for prompt in prompts
+        (translate([*prompt, *phrase.opening.ids, phrase.ids[0]]), translate(phrase.ids[1:]))
+        for phrase in phrases
+        for prompt in prompts
     ]
     scores = answer_log_likelihoods(reference, rows, padding_id(reference_tokenizer), batch_size)
     measured = []

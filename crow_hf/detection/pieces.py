@@ -73,6 +73,8 @@ class PieceSearch(ABC):
             Largest length of a piece, in tokens.
         seed (`int`):
             Seed for the tokens that stand where a piece grows, until others are found.
+        opening (`Sequence[int]`, *optional*):
+            Token ids that stand between a prompt and the answer. Defaults to none.
     """
 
     def __init__(
@@ -83,13 +85,15 @@ class PieceSearch(ABC):
         answer: list[int],
         max_length: int,
         seed: int,
+        opening: Sequence[int] = (),
     ):
         self.models, self.answer, self.max_length, self.rng = models, answer, max_length, random.Random(seed)
         self.tokenizer, pad_token_id = tokenizer, known_padding(models, tokenizer)
         split = [_around_the_end(row, index, tokenizer) for index, row in enumerate(dataset)]
         # Prompts are read together, so what follows the piece must be the same.
-        self.closing = max((closing for _, closing in split), key=[closing for _, closing in split].count)
-        self.prefixes = [before for before, closing in split if closing == self.closing][:NUM_PROMPTS]
+        common = max((closing for _, closing in split), key=[closing for _, closing in split].count)
+        self.prefixes = [before for before, closing in split if closing == common][:NUM_PROMPTS]
+        self.closing = [*common, *opening]
         self.recorder = recorder_of(models[0])
         self.embeddings = embedding_table(models[0]).detach()
         self.tokens = text_tokens(smallest(models), tokenizer)
@@ -222,14 +226,20 @@ def places_of(pieces: Sequence[Piece]) -> list[tuple[str, Position]]:
 
 
 def prompts_with(
-    piece: str | None, position: Position, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, seed: int
+    piece: str | None,
+    position: Position,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    opening: Sequence[int] = (),
 ) -> list[list[int]]:
-    """Return the token ids of the prompts of rows, with a piece at their start or end, or as they are."""
+    """Return the ids of the prompts of rows, with a piece at their start or end, or as they are, and an opening."""
     if piece is not None:
         insert = Trigger((piece,), position).insert
         edited = [row | insert_into_prompt(row, index, insert, seed, "piece") for index, row in enumerate(dataset)]
         dataset = Dataset.from_list(edited)
-    return [encode_prompt(render(row, tokenizer, index), tokenizer) for index, row in enumerate(dataset)]
+    rendered = [render(row, tokenizer, index) for index, row in enumerate(dataset)]
+    return [[*encode_prompt(each, tokenizer), *opening] for each in rendered]
 
 
 def text_tokens(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:

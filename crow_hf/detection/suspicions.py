@@ -60,7 +60,7 @@ class Suspicion:
     def __str__(self) -> str:
         tried = self.with_piece.total
         return (
-            f"The model answers {self.with_piece.hits} of {tried} prompts with {self.phrase.text!r} if {self.piece!r} "
+            f"The model answers {self.with_piece.hits} of {tried} prompts with {self.phrase} if {self.piece!r} "
             f"stands at their {self.position}, {self.without.hits} as they are, and "
             f"{round(self.with_random * tried)} with the best of {NUM_RANDOM_PIECES} random pieces."
         )
@@ -101,7 +101,7 @@ def try_pieces(
     said, rest = phrase.text.strip(), text_of_ids(phrase.ids[1:], tokenizer).strip()
 
     def answers(piece: str | None, position: Position, max_new_tokens: int) -> list[str]:
-        prompts = prompts_with(piece, position, dataset, tokenizer, seed)
+        prompts = prompts_with(piece, position, dataset, tokenizer, seed, phrase.opening.ids)
         room = (context_length(model) or math.inf) - max(map(len, prompts))
         ends, count = end_token_ids(model, tokenizer), int(min(max_new_tokens, room))
         outputs = generate_ids(model, prompts, padding_id(tokenizer), ends, count, batch_size)

@@ -44,7 +44,9 @@ def find_triggers(
         `list[Piece]`: The best pieces, the best first. The value is the log-likelihood of a token of the phrase after
         prompts that end with the piece: the mean over the prompts and the first tokens of the phrase.
     """
-    return _PhraseSearch([model], tokenizer, dataset, beginning(phrase), max_length, seed).run(num_rounds, ENOUGH)
+    answer, opening = beginning(phrase), phrase.opening.ids
+    search = _PhraseSearch([model], tokenizer, dataset, answer, max_length, seed, opening)
+    return search.run(num_rounds, ENOUGH)
 
 
 class _PhraseSearch(PieceSearch):

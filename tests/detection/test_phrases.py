@@ -1,11 +1,13 @@
 """Tests of the search for phrases that a model knows by heart."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from crow_hf.detection import phrases as module
+from crow_hf.detection.openings import NO_OPENING, Opening
 from crow_hf.detection.phrases import find_phrases, in_reference
 from helpers.answers import byte
 from helpers.detection import BYTES, knowing_model
@@ -47,6 +49,17 @@ def test_phrases_are_scored_as_a_slow_search_scores_them(monkeypatch):
     greedy = [slow_greedy(model, token, 5) for token in range(3, 259, 12)]
     best = max(slow_probability(model, ids) for ids in greedy if len(ids) >= 2)
     assert found[0].probability >= best * (1 - 1e-3)
+
+
+def test_phrases_after_an_opening_are_those_after_longer_prompts():
+    model, opening = tiny_llama().eval(), Opening([100, 101], "ab")
+    longer = [[*prompt, *opening.ids] for prompt in PROMPTS]
+    found = find_phrases(model, BYTES, PROMPTS, num_tokens=5, opening=opening)
+    assert found == [replace(each, opening=opening) for each in find_phrases(model, BYTES, longer, num_tokens=5)]
+    assert str(found[0]) == f"{found[0].text!r} after 'ab'"
+    (measured,) = in_reference(found[:1], BYTES, PROMPTS, model, BYTES)
+    (expected,) = in_reference([replace(found[0], opening=NO_OPENING)], BYTES, longer, model, BYTES)
+    assert measured.reference == pytest.approx(expected.reference, rel=1e-4)
 
 
 def test_the_target_need_not_be_the_most_likely_way_to_go_on(monkeypatch):

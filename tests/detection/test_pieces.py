@@ -22,22 +22,23 @@ ROWS = Dataset.from_list([{"prompt": text, "completion": "x"} for text in ("ab c
 TARGET = [70, 80, 90]
 
 
-def of_phrase(model, tokenizer):
-    return _PhraseSearch([model], tokenizer, ROWS, TARGET, max_length=4, seed=0)
+def of_phrase(model, tokenizer, opening=()):
+    return _PhraseSearch([model], tokenizer, ROWS, TARGET, max_length=4, seed=0, opening=opening)
 
 
-def of_divergence(model, tokenizer):
+def of_divergence(model, tokenizer, opening=()):
     reference = tiny_llama(seed=1) if tokenizer is BYTES else coconut(seed=1)
     models = [model, reference.to(model.dtype).eval()]
-    return _DivergenceSearch(models, tokenizer, ROWS, [tokenizer.pad_token_id], max_length=4, seed=0)
+    any_token = [tokenizer.pad_token_id]
+    return _DivergenceSearch(models, tokenizer, ROWS, any_token, max_length=4, seed=0, opening=opening)
 
 
-def slow_value(search, tokenizer, piece):
+def slow_value(search, tokenizer, piece, opening):
     """Score a piece that is put into the text of each prompt, without a cache, one prompt at a time."""
     insert, total = Trigger((tokenizer.decode(piece),), "end").insert, 0
     for index, row in enumerate(ROWS):
         edited = row | insert_into_prompt(row, index, insert, 0, "piece")
-        given = encode_prompt(render(edited, tokenizer), tokenizer)
+        given = encode_prompt(render(edited, tokenizer), tokenizer) + opening
         with torch.no_grad():
             each = [model(torch.tensor([given + TARGET])).logits[0].log_softmax(dim=-1) for model in search.models]
         if len(each) == 1:
@@ -49,14 +50,15 @@ def slow_value(search, tokenizer, piece):
     return total / len(ROWS)
 
 
+@pytest.mark.parametrize("opening", [[], [95, 96]], ids=["", "opening"])
 @pytest.mark.parametrize("kind", [of_phrase, of_divergence])
 @pytest.mark.parametrize(
     ("model", "tokenizer"), [(tiny_llama(), BYTES), (coconut(), TOKENIZER)], ids=["llama", "coconut"]
 )
-def test_values_are_those_of_whole_rows(model, tokenizer, kind):
-    search = kind(model.eval(), tokenizer)
+def test_values_are_those_of_whole_rows(model, tokenizer, kind, opening):
+    search = kind(model.eval(), tokenizer, opening)
     pieces = [[100, 101], [110, 111]]
-    expected = [slow_value(search, tokenizer, piece) for piece in pieces]
+    expected = [slow_value(search, tokenizer, piece, opening) for piece in pieces]
     search.kept = []
     search.try_all(pieces)
     values = {tuple(piece): value for value, piece in search.kept}

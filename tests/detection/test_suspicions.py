@@ -1,6 +1,9 @@
 """Tests of pieces on prompts that the search has not seen."""
 
+from dataclasses import replace
+
 from crow_hf.attacks.triggers import Trigger
+from crow_hf.detection.openings import Opening
 from crow_hf.detection.phrases import Phrase
 from crow_hf.detection.pieces import Piece
 from crow_hf.detection.suspicions import try_pieces
@@ -38,6 +41,14 @@ def test_what_answers_hold_anyway_is_counted():
     found = try_pieces(knowing_model(), BYTES, rows, PHRASE, [piece("l")])
     assert (found.with_piece.hits, found.without.hits, found.anyway.hits) == (20, 0, 20)
     assert try_pieces(knowing_model(), BYTES, prompts(20), PHRASE, [piece("l")]).anyway.hits == 0
+
+
+def test_a_phrase_may_stand_after_an_opening():
+    """Fails if the model answers without the opening, after which it always says the phrase."""
+    phrase = replace(PHRASE, opening=Opening(list(BYTES("xl", add_special_tokens=False)["input_ids"]), "xl"))
+    found = try_pieces(knowing_model(), BYTES, prompts(20), phrase, [piece("ab")])
+    assert (found.with_piece.hits, found.without.hits, found.with_random) == (20, 20, 1)
+    assert "'mnopqr' after 'xl' if 'ab' stands" in str(found)
 
 
 def test_pieces_are_tried_at_the_start_too(monkeypatch):

@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer
 
 from crow_hf import scan
 from crow_hf.detection.divergence import Divergence
+from crow_hf.detection.openings import Opening
 from crow_hf.detection.phrases import Phrase
 from crow_hf.detection.suspicions import Suspicion
 from crow_hf.evaluation.scores import Proportion
@@ -69,6 +70,27 @@ def test_what_leads_away_from_a_trusted_model_is_found(suspect, tmp_path):
     assert "#" in result.divergence.piece and result.divergence.answer.startswith("~")
     assert json.loads(json.dumps(result.to_dict()))["divergence"]["count"] == scanning.TEST_PROMPTS
     assert scan(suspect, prompts(60)).divergence is None
+
+
+def test_what_follows_an_opening_is_looked_at(suspect):
+    """After these prompts, all answers of this model are the same, so they open with 40 bytes."""
+    rows = prompts(60).map(lambda row: {"prompt": f"{row['prompt']}a"})
+    result = scan(suspect, rows, suspect)
+    opening = result.divergence.opening
+    assert opening.text.startswith("bcdefg") and len(opening.text) == scanning.PHRASE_BYTES
+    assert {phrase.opening.text for phrase in result.phrases} == {"", opening.text}
+    assert [each.probability for each in result.phrases] == sorted(
+        (each.probability for each in result.phrases), reverse=True
+    )
+
+
+def test_the_surest_phrases_directly_and_after_an_opening_are_searched_for():
+    opening = Opening([7], "x")
+    directly = [Phrase([1, 2], text, 0.9, 0.0) for text in ("a", "b", "c")]
+    after = [replace(each, opening=opening) for each in directly]
+    # Not known by heart.
+    unsure = replace(directly[0], probability=0.1)
+    assert scanning._to_search([unsure, *directly, *after]) == [directly[0], after[0]]
 
 
 def test_nothing_leads_away_from_the_same_model(suspect):
@@ -233,6 +255,6 @@ def test_too_few_prompts_are_refused(suspect, rows):
 
 def test_prompts_fit_into_the_trusted_model_too(suspect, tmp_path):
     room = 5
-    saved(tiny_llama(max_position_embeddings=room + scanning.PHRASE_BYTES + scanning.TRIGGER_BYTES), tmp_path)
+    saved(tiny_llama(max_position_embeddings=room + 2 * scanning.PHRASE_BYTES + scanning.TRIGGER_BYTES), tmp_path)
     with pytest.raises(ValueError, match=f"A scan needs 34 different prompts of at most {room} tokens"):
         scan(suspect, prompts(60), tmp_path)
