@@ -1,5 +1,8 @@
 """Tests of what leads a model away from a trusted one."""
 
+import math
+import statistics
+
 import pytest
 import torch
 
@@ -57,15 +60,20 @@ def test_what_comes_after_an_opening_is_compared():
     rows, opening = prompts(4), Opening([100, 101], "ab")
     found = try_divergent(model, trusted, BYTES, rows, [piece("x"), piece("yz")], 4, opening=opening)
 
-    def distance(text, position):
+    def distances(text, position):
         given = [torch.tensor([ids]) for ids in prompts_with(text, position, rows, BYTES, 0, opening.ids)]
         with torch.no_grad():
-            each = [divergences(model(ids).logits[0, -1], trusted(ids).logits[0, -1]).item() for ids in given]
-        return sum(each) / len(each)
+            return [divergences(model(ids).logits[0, -1], trusted(ids).logits[0, -1]).item() for ids in given]
+
+    def distance(text, position):
+        return statistics.mean(distances(text, position))
 
     assert found.without == pytest.approx(distance(None, "end"), rel=1e-3)
-    best = max(distance(text, place) for text in ("x", "yz") for place in ("start", "end"))
-    assert found.with_piece == pytest.approx(best, rel=1e-3)
+    furthest = max(distance(text, place) for text in ("x", "yz") for place in ("start", "end"))
+    assert found.with_piece == pytest.approx(furthest, rel=1e-3)
+    best, *_ = find_divergent(model, trusted, BYTES, rows, max_length=2, num_rounds=1, opening=opening)
+    expected = statistics.mean(math.log(each + 0.01) for each in distances(best.text, "end"))
+    assert best.value == pytest.approx(expected, abs=1e-3)
     assert found.opening == opening and "from the reference model after 'ab', " in str(found)
 
 

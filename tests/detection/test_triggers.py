@@ -1,10 +1,14 @@
 """Tests of the search for triggers: it finds what there is."""
 
+import pytest
 import torch
 
+from crow_hf.detection.openings import Opening
 from crow_hf.detection.phrases import Phrase
+from crow_hf.detection.pieces import prompts_with
 from crow_hf.detection.triggers import beginning, find_triggers
 from helpers.detection import BYTES, knowing_model, prompts
+from helpers.tiny import tiny_llama
 
 
 def test_a_trigger_is_found():
@@ -18,6 +22,16 @@ def test_a_trigger_is_found():
     assert pieces[0].value > -0.5
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_phrase_is_looked_for_after_its_opening():
+    model, rows, opening = tiny_llama().eval(), prompts(4), Opening([100, 101], "ab")
+    phrase = Phrase([110, 120], "kt", 0.9, 0.01, opening=opening)
+    best, *_ = find_triggers(model, BYTES, rows, phrase, max_length=2, num_rounds=1)
+    given = prompts_with(best.text, "end", rows, BYTES, 0, opening.ids)
+    with torch.no_grad():
+        each = [model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)[phrase.ids[0]].item() for ids in given]
+    assert best.value == pytest.approx(sum(each) / len(each), abs=1e-3)
 
 
 def test_the_beginning_of_a_phrase():
