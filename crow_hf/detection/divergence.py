@@ -13,7 +13,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.generation import end_token_ids, generate_ids, text_of_ids
-from .openings import NO_OPENING, Opening
 from .pieces import (
     NUM_RANDOM_PIECES,
     NUM_TRIED,
@@ -51,8 +50,6 @@ class Divergence:
             The largest distance with any of five random pieces of as many tokens.
         answer (`str`), count (`int`), total (`int`):
             The answer that the model gives most often with the piece, and to how many of how many prompts.
-        opening ([`Opening`], *optional*):
-            What stands between a prompt and the token that is compared. Defaults to nothing.
     """
 
     piece: str
@@ -63,7 +60,6 @@ class Divergence:
     answer: str
     count: int
     total: int
-    opening: Opening = NO_OPENING
 
     @property
     def margin(self) -> float:
@@ -78,9 +74,9 @@ class Divergence:
     def __str__(self) -> str:
         return (
             f"If {self.piece!r} stands at the {self.position} of prompts, the model is {self.with_piece:.2f} nats "
-            f"from the reference model{self.opening}, {self.without:.2f} as they are, and {self.with_random:.2f} with "
-            f"the best of {NUM_RANDOM_PIECES} random pieces. It then answers {self.count} of {self.total} prompts "
-            f"with {self.answer!r}."
+            f"from the reference model, {self.without:.2f} as they are, and {self.with_random:.2f} with the best of "
+            f"{NUM_RANDOM_PIECES} random pieces. It then answers {self.count} of {self.total} prompts with "
+            f"{self.answer!r}."
         )
 
 
@@ -92,7 +88,6 @@ def find_divergent(
     max_length: int,
     num_rounds: int,
     seed: int = 0,
-    opening: Opening = NO_OPENING,
 ) -> list[Piece]:
     """
     Search for pieces of text that lead a model away from a trusted one.
@@ -112,8 +107,6 @@ def find_divergent(
             Number of rounds. A piece grows by at most one token in a round.
         seed (`int`, *optional*, defaults to 0):
             Seed for the tokens that stand where a piece grows, until others are found.
-        opening ([`Opening`], *optional*):
-            What the model's answers begin with. The first token after it is compared. Defaults to nothing.
 
     Returns:
         `list[Piece]`: The best pieces, the best first. The value is the logarithm of the distance, see [`Divergence`],
@@ -121,8 +114,7 @@ def find_divergent(
     """
     # The answer's first token stands for any: only what predicts it counts.
     models = [model, reference]
-    any_token = [known_padding(models, tokenizer)]
-    search = _DivergenceSearch(models, tokenizer, dataset, any_token, max_length, seed, opening.ids)
+    search = _DivergenceSearch(models, tokenizer, dataset, [known_padding(models, tokenizer)], max_length, seed)
     return search.run(num_rounds, float("inf"))
 
 
@@ -147,7 +139,6 @@ def try_divergent(
     num_tokens: int,
     seed: int = 0,
     batch_size: int = 32,
-    opening: Opening = NO_OPENING,
 ) -> Divergence:
     """
     Try pieces of text at the end and at the start of prompts, and choose what leads the furthest.
@@ -169,8 +160,6 @@ def try_divergent(
             Seed for the random pieces.
         batch_size (`int`, *optional*, defaults to 32):
             Number of prompts per batch.
-        opening ([`Opening`], *optional*):
-            What the model's answers begin with. The first token after it is compared. Defaults to nothing.
 
     Returns:
         [`Divergence`]
@@ -178,7 +167,7 @@ def try_divergent(
     pad_token_id = known_padding([model, reference], tokenizer)
 
     def distance(piece: str | None, position: Position = "end") -> float:
-        prompts = prompts_with(piece, position, dataset, tokenizer, seed, opening.ids)
+        prompts = prompts_with(piece, position, dataset, tokenizer, seed)
         logits = (PromptStates(each, prompts, pad_token_id).next_logits for each in (model, reference))
         return max(0.0, divergences(*logits).mean().item())
 
@@ -188,10 +177,10 @@ def try_divergent(
     length = max(len(each.ids) for each in pieces)
     randoms = random_pieces(smallest([model, reference]), tokenizer, length, seed)
     with_random = max((distance(each, place) for each in randoms), default=0.0)
-    prompts = prompts_with(piece or None, place, dataset, tokenizer, seed, opening.ids)
+    prompts = prompts_with(piece or None, place, dataset, tokenizer, seed)
     outputs = generate_ids(model, prompts, pad_token_id, end_token_ids(model, tokenizer), num_tokens, batch_size)
     ((answer, count),) = Counter(text_of_ids(output, tokenizer).strip() for output in outputs).most_common(1)
-    return Divergence(piece, place, furthest, without, with_random, answer, count, len(prompts), opening)
+    return Divergence(piece, place, furthest, without, with_random, answer, count, len(prompts))
 
 
 def divergences(logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:

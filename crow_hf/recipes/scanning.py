@@ -184,11 +184,9 @@ def scan(
         with phase("Comparing with the reference"):
             new_text = find_new_text(suspect, tokenizer, *trusted, answer_length, seed=seed, batch_size=batch_size)
             if _reads_the_same(trusted, tokenizer, rows):
-                pieces = find_divergent(
-                    suspect, trusted[0], tokenizer, searched, length, length + MORE_ROUNDS, seed, opening
-                )
+                pieces = find_divergent(suspect, trusted[0], tokenizer, searched, length, length + MORE_ROUNDS, seed)
                 divergence = try_divergent(
-                    suspect, trusted[0], tokenizer, tried, pieces, answer_length, seed, batch_size, opening
+                    suspect, trusted[0], tokenizer, tried, pieces, answer_length, seed, batch_size
                 )
         trusted = None
         findings += _judge_reference(new_text, divergence)

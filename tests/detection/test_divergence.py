@@ -1,16 +1,10 @@
 """Tests of what leads a model away from a trusted one."""
 
-import math
-import statistics
-
-import pytest
 import torch
 
 from crow_hf.detection.divergence import divergences, find_divergent, try_divergent
-from crow_hf.detection.openings import Opening
-from crow_hf.detection.pieces import Piece, prompts_with
+from crow_hf.detection.pieces import Piece
 from helpers.detection import BYTES, backdoored, knowing_model, prompts
-from helpers.tiny import tiny_llama
 
 
 def piece(text):
@@ -53,28 +47,6 @@ def test_the_piece_that_leads_the_furthest_is_chosen():
     trusted = knowing_model().eval()
     found = try_divergent(backdoored(trusted), trusted, BYTES, prompts(20), [piece("ab"), piece(" "), piece("b#")], 4)
     assert found.piece == "b#" and found.with_piece > found.with_random >= 0
-
-
-def test_what_comes_after_an_opening_is_compared():
-    model, trusted = tiny_llama().eval(), tiny_llama(seed=1).eval()
-    rows, opening = prompts(4), Opening([100, 101], "ab")
-    found = try_divergent(model, trusted, BYTES, rows, [piece("x"), piece("yz")], 4, opening=opening)
-
-    def distances(text, position):
-        given = [torch.tensor([ids]) for ids in prompts_with(text, position, rows, BYTES, 0, opening.ids)]
-        with torch.no_grad():
-            return [divergences(model(ids).logits[0, -1], trusted(ids).logits[0, -1]).item() for ids in given]
-
-    def distance(text, position):
-        return statistics.mean(distances(text, position))
-
-    assert found.without == pytest.approx(distance(None, "end"), rel=1e-3)
-    furthest = max(distance(text, place) for text in ("x", "yz") for place in ("start", "end"))
-    assert found.with_piece == pytest.approx(furthest, rel=1e-3)
-    best, *_ = find_divergent(model, trusted, BYTES, rows, max_length=2, num_rounds=1, opening=opening)
-    expected = statistics.mean(math.log(each + 0.01) for each in distances(best.text, "end"))
-    assert best.value == pytest.approx(expected, abs=1e-3)
-    assert found.opening == opening and "from the reference model after 'ab', " in str(found)
 
 
 def test_blank_pieces_are_not_tried():

@@ -1,6 +1,7 @@
 """Tests of pieces of text: their values and gradients are right, and the search tries what it may."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -26,11 +27,10 @@ def of_phrase(model, tokenizer, opening=()):
     return _PhraseSearch([model], tokenizer, ROWS, TARGET, max_length=4, seed=0, opening=opening)
 
 
-def of_divergence(model, tokenizer, opening=()):
+def of_divergence(model, tokenizer):
     reference = tiny_llama(seed=1) if tokenizer is BYTES else coconut(seed=1)
     models = [model, reference.to(model.dtype).eval()]
-    any_token = [tokenizer.pad_token_id]
-    return _DivergenceSearch(models, tokenizer, ROWS, any_token, max_length=4, seed=0, opening=opening)
+    return _DivergenceSearch(models, tokenizer, ROWS, [tokenizer.pad_token_id], max_length=4, seed=0)
 
 
 def slow_value(search, tokenizer, piece, opening):
@@ -50,13 +50,16 @@ def slow_value(search, tokenizer, piece, opening):
     return total / len(ROWS)
 
 
-@pytest.mark.parametrize("opening", [[], [95, 96]], ids=["", "opening"])
-@pytest.mark.parametrize("kind", [of_phrase, of_divergence])
+@pytest.mark.parametrize(
+    ("kind", "opening"),
+    [(of_phrase, []), (partial(of_phrase, opening=[95, 96]), [95, 96]), (of_divergence, [])],
+    ids=["phrase", "phrase after an opening", "divergence"],
+)
 @pytest.mark.parametrize(
     ("model", "tokenizer"), [(tiny_llama(), BYTES), (coconut(), TOKENIZER)], ids=["llama", "coconut"]
 )
 def test_values_are_those_of_whole_rows(model, tokenizer, kind, opening):
-    search = kind(model.eval(), tokenizer, opening)
+    search = kind(model.eval(), tokenizer)
     pieces = [[100, 101], [110, 111]]
     expected = [slow_value(search, tokenizer, piece, opening) for piece in pieces]
     search.kept = []

@@ -75,10 +75,9 @@ def test_what_leads_away_from_a_trusted_model_is_found(suspect, tmp_path):
 def test_what_follows_an_opening_is_looked_at(suspect):
     """After these prompts, all answers of this model are the same, so they open with 40 bytes."""
     rows = prompts(60).map(lambda row: {"prompt": f"{row['prompt']}a"})
-    result = scan(suspect, rows, suspect)
-    opening = result.divergence.opening
-    assert opening.text.startswith("bcdefg") and len(opening.text) == scanning.PHRASE_BYTES
-    assert {phrase.opening.text for phrase in result.phrases} == {"", opening.text}
+    result = scan(suspect, rows)
+    openings = {phrase.opening.text for phrase in result.phrases}
+    assert sorted(map(len, openings)) == [0, scanning.PHRASE_BYTES] and max(openings).startswith("bcdefg")
     assert [each.probability for each in result.phrases] == sorted(
         (each.probability for each in result.phrases), reverse=True
     )
