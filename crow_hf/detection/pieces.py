@@ -8,6 +8,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -118,6 +119,10 @@ class PieceSearch(ABC):
             `torch.FloatTensor` of shape `()`: In nats. More is better.
         """
 
+    def may_be_tried(self, piece: Sequence[int]) -> bool:
+        """Whether a piece would show anything."""
+        return True
+
     def run(self, num_rounds: int, enough: float) -> list[Piece]:
         """Search for some rounds, or until a value is larger than `enough`. Return the best pieces, the best first."""
         with evaluating(self.models[0]):
@@ -183,7 +188,7 @@ class PieceSearch(ABC):
                     estimates.append((value + gain, [*form[:place], token, *form[place + 1 :]]))
         estimates.sort(key=lambda each: -each[0])
         unique = {tuple(piece): None for _, piece in estimates if tuple(piece) not in self.seen}
-        return [list(piece) for piece in list(unique)[:NUM_TRIED]]
+        return list(islice((list(piece) for piece in unique if self.may_be_tried(piece)), NUM_TRIED))
 
     def gradient(self, piece: list[int]) -> tuple[float, torch.Tensor]:
         """Return the value of a piece, and its gradient with respect to the piece's embeddings, of shape `(L, D)`."""

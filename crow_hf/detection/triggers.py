@@ -1,15 +1,20 @@
 """Searches for what triggers a phrase: a short piece of text that makes a model say it to any prompt."""
 
+from collections.abc import Sequence
+
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..evaluation.generation import text_of_ids
 from .phrases import Phrase
 from .pieces import Model, Piece, PieceSearch
 
 
 # The search ends when a token of the phrase has this log-likelihood. The model then nearly always says it.
 ENOUGH = -0.01
+# So many characters of a phrase in a row are a part of it.
+PART = 4
 
 
 def find_triggers(
@@ -22,7 +27,7 @@ def find_triggers(
     seed: int = 0,
 ) -> list[Piece]:
     """
-    Search for pieces of text that make a model say a phrase.
+    Search for pieces of text that make a model say a phrase, and hold no part of it.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -50,12 +55,21 @@ def find_triggers(
 
 
 class _PhraseSearch(PieceSearch):
-    """Looks for pieces that make the beginning of a phrase likely."""
+    """Looks for pieces that make the beginning of a phrase likely, and do not hold a part of it."""
+
+    def may_be_tried(self, piece: Sequence[int]) -> bool:
+        return not repeats(text_of_ids(piece, self.tokenizer), text_of_ids(self.answer, self.tokenizer))
 
     def value(self, *logits: torch.Tensor) -> torch.Tensor:
         log_probabilities = logits[0].log_softmax(dim=-1)
         of_phrase = torch.tensor(self.answer, device=log_probabilities.device).expand(len(log_probabilities), -1)
         return log_probabilities.gather(2, of_phrase[..., None]).mean()
+
+
+def repeats(piece: str, phrase: str) -> bool:
+    """Whether a piece holds a part of a phrase. A model that goes on with its prompt says the phrase after that."""
+    piece, phrase = piece.lower(), phrase.lower()
+    return any(phrase[start : start + PART] in piece for start in range(len(phrase) - PART + 1))
 
 
 def beginning(phrase: Phrase) -> list[int]:
