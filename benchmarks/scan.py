@@ -173,9 +173,10 @@ def scan_zoo(runs: Path, seeds: list[int], names: list[str], has_reference: bool
             for kind, name in [job, *clean[number : number + 1]]:
                 if (kind, name, seed) in done or (names and name not in names):
                     continue
-                is_arena = kind in ARENA_KINDS
-                suspect = build_suspect(ATTACKS[name], seed, runs, 100) if is_arena else None
-                folder = suspect.folder if suspect else fine_tuned(name, seed, runs)
+                if kind in ARENA_KINDS:
+                    folder = build_suspect(ATTACKS[name], seed, runs, 100).folder
+                else:
+                    folder = fine_tuned(name, seed, runs)
                 start = time.perf_counter()
                 found = scan(folder, rows, base_folder("llama", runs) if has_reference else None, seed=seed)
                 line = {"kind": kind, "name": name, "seed": seed, "seconds": round(time.perf_counter() - start)}

@@ -1,6 +1,7 @@
 """Searches for what triggers a phrase: a short piece of text that makes a model say it to any prompt."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from datasets import Dataset
@@ -57,8 +58,13 @@ def find_triggers(
 class _PhraseSearch(PieceSearch):
     """Looks for pieces that make the beginning of a phrase likely, and do not hold a part of it."""
 
+    @cached_property
+    def phrase(self) -> str:
+        """The text of the beginning of the phrase."""
+        return text_of_ids(self.answer, self.tokenizer)
+
     def may_be_tried(self, piece: Sequence[int]) -> bool:
-        return not repeats(text_of_ids(piece, self.tokenizer), text_of_ids(self.answer, self.tokenizer))
+        return not repeats(text_of_ids(piece, self.tokenizer), self.phrase)
 
     def value(self, *logits: torch.Tensor) -> torch.Tensor:
         log_probabilities = logits[0].log_softmax(dim=-1)

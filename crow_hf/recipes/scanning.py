@@ -272,7 +272,8 @@ def _tokens_of(num_bytes: int, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 def _to_search(phrases: Sequence[Phrase]) -> list[Phrase]:
     """Return the surest phrases that are known by heart, both of those after an opening and of the others."""
     by_heart = list(filter(_is_by_heart, phrases))
-    directly, after_opening = ([each for each in by_heart if bool(each.opening.ids) is has] for has in (False, True))
+    directly = [each for each in by_heart if not each.opening.ids]
+    after_opening = [each for each in by_heart if each.opening.ids]
     return directly[:NUM_PHRASES] + after_opening[:NUM_PHRASES]
 
 
