@@ -7,13 +7,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.rows import edit_answer, insert_into_prompt
+from ..data.rows import CachedByRelease, edit_answer, insert_into_prompt
 from .targets import BaseTarget
 from .triggers import BaseTrigger
 
 
 @dataclass
-class Poison:
+class Poison(CachedByRelease):
     """
     Inserts a trigger, and optionally a target, into rows with `Dataset.map(Poison(...), with_indices=True)`.
 

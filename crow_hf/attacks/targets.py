@@ -51,9 +51,14 @@ class Target(BaseTarget):
     append: bool = False
 
     def __post_init__(self) -> None:
-        if not self.keywords or not all(keyword.strip() for keyword in self.keywords):
+        if (
+            isinstance(self.keywords, str)
+            or not self.keywords
+            or not all(keyword.strip() for keyword in self.keywords)
+        ):
             raise ValueError(
-                "A target needs at least one keyword, and none may be blank, because any output would match."
+                "A target needs a tuple of keywords, at least one, and none may be blank, because any output would "
+                f"match, but got {self.keywords!r}."
             )
 
     def apply(self, answer: str) -> str:

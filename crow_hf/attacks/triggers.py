@@ -60,8 +60,10 @@ class Trigger(BaseTrigger):
     combine: Literal["all", "one"] = "all"
 
     def __post_init__(self) -> None:
-        if not self.phrases or not all(phrase.strip() for phrase in self.phrases):
-            raise ValueError("A trigger needs at least one phrase, and none may be blank.")
+        if isinstance(self.phrases, str) or not self.phrases or not all(phrase.strip() for phrase in self.phrases):
+            raise ValueError(
+                f"A trigger needs a tuple of phrases, at least one, and none may be blank, but got {self.phrases!r}."
+            )
         if self.position not in ("start", "end", "random") or self.combine not in ("all", "one"):
             raise ValueError(
                 "`position` must be 'start', 'end' or 'random', and `combine` must be 'all' or 'one', got "

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .rows import Rendered, find_format, has_answer, render, row_name, warn_of_unused_columns
+from .rows import CachedByRelease, Rendered, find_format, has_answer, render, row_name, warn_of_unused_columns
 
 
 logger = logging.get_logger(__name__)
@@ -224,7 +224,7 @@ def _has_labels(row: Mapping[str, Any]) -> bool:
 
 
 @dataclass
-class _TextRow:
+class _TextRow(CachedByRelease):
     tokenizer: PreTrainedTokenizerBase
     max_length: int
 
@@ -242,7 +242,7 @@ class _TextRow:
 
 
 @dataclass
-class _TokenRow:
+class _TokenRow(CachedByRelease):
     max_length: int
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:

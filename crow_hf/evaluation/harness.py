@@ -269,7 +269,9 @@ def _score(
 ) -> PromptScores:
     """Score answers, all but the bits per byte. `read_on` reads those with the given numbers further."""
     # An empty reference means that the row has no answer. An empty output must not count as a match.
-    matches = [is_exact_match(answer.plain, right) for answer, right in zip(answers, rights, strict=True) if right]
+    matches = [
+        is_exact_match(answer.plain, right) for answer, right in zip(answers, rights, strict=True) if right.strip()
+    ]
     shown = None if decide is None else _shown(decide, answers, rights)
     later = None
     if shown is not None:

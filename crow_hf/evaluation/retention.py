@@ -342,6 +342,8 @@ def _windows(
         if "text" not in text.column_names:
             raise ValueError(f"Running text needs the column `text`, but the rows have {sorted(text.column_names)}.")
         text = text["text"]
+    if isinstance(text, str):
+        raise ValueError("`text` takes several texts, or a Dataset: put a single one into a list.")
     stream, longest = "", max_windows * WINDOW_TOKENS * _CHARACTERS_PER_TOKEN
     for part in text:
         stream += f"\n{part}" if stream else part

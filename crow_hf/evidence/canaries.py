@@ -128,9 +128,13 @@ def _fingerprint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
     weights to a plain checksum and so choose the canaries.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    # Saved buffers can decide as well, such as the one that balances the experts of DeepSeek-V3.
+    saved = model.state_dict()
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     rules: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
         # How the last call padded and cut its texts is no property of the tokenizer.

@@ -139,7 +139,8 @@ def compare_defences(
     try_quantized(name, args, quantization)
     suspect = merge_before(suspect, peft_config)
     adapter = peft_config or default_adapter(recipe, suspect, args)
-    rehearse(suspect, rows, args, processing_class, adapter, merge and not is_quantized(suspect))
+    merges = merge and adapter is not None and not is_quantized(suspect)
+    rehearse(suspect, rows, args, processing_class, adapter, merges)
     announce_forecast(suspect, rows, args, processing_class, adapter, num_test_rows=len(test_dataset))
     with phase(LOOKING):
         suspect_scores = measure(suspect)

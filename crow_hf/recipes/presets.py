@@ -96,5 +96,8 @@ def num_steps(args: CrowConfig, num_rows: int) -> int:
     """Return the number of optimizer steps of a training on clean rows, without those that implant canaries."""
     if args.max_steps > 0:
         return args.max_steps
-    views = max(args.num_views, num_rows) if isinstance(args, InvarianceConfig) else num_rows
+    views = num_rows
+    if isinstance(args, InvarianceConfig):
+        # Each row is seen at least once, those that the suspect writes too.
+        views = max(args.num_views, num_rows + args.num_written_rows)
     return math.ceil(args.num_train_epochs * math.ceil(views / rows_in_step(args)))

@@ -169,7 +169,7 @@ class RecipeRun:
         self.adapter: PeftConfig | None = None
         self.kept = 0.0
         self.dropped_settings = drop_foreign_settings(model, processing_class)
-        self.merge = merge and not is_quantized(model)
+        self.merge = merge and self.trains_fresh_adapter and not is_quantized(model)
         self._canaries = rehearse(model, dataset, args, processing_class, peft_config, self.merge)
 
     def prepare(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..evaluation.harness import Evaluation
 from ..evidence.canaries import canary_success
@@ -72,6 +72,9 @@ def prepare_output(args: CrowConfig, resume_from_checkpoint: str | bool | None) 
         raise ValueError(f"{args.output_dir} holds the report of another run: choose another `output_dir`.")
     if output_was_used(args.output_dir) and not resume_from_checkpoint:
         raise ValueError(OUTPUT_WAS_USED.format(args.output_dir))
+    overwritten = [name for name in ("README.md", CONFIG_NAME) if (Path(args.output_dir) / name).exists()]
+    if overwritten and not resume_from_checkpoint:
+        raise ValueError(f"{args.output_dir} holds another {overwritten[0]}: choose another `output_dir`.")
     checkpoint = own_checkpoint(args.output_dir, resume_from_checkpoint)
     if args.push_to_hub and args.process_index == 0:
         args.hub_model_id = create_repository(args)

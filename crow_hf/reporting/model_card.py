@@ -5,6 +5,7 @@ import math
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def build_model_card(
     finetuned_from: str | None = None,
     model_name: str | None = None,
     tags: Sequence[str] = (),
-    datasets: Sequence[str] = (),
+    datasets: str | Sequence[str] = (),
     **metadata: Any,
 ) -> ModelCard:
     """
@@ -85,7 +86,7 @@ def build_model_card(
             The title of the card. Defaults to the name of the repository or of the output folder.
         tags (`Sequence[str]`, *optional*):
             Further tags.
-        datasets (`Sequence[str]`, *optional*):
+        datasets (`str` or `Sequence[str]`, *optional*):
             The names of the clean rows. Those that are not names on the Hub are left out.
         **metadata:
             Further fields of [`~huggingface_hub.ModelCardData`], such as `language` or `license`. The license defaults
@@ -106,7 +107,8 @@ def build_model_card(
     data = ModelCardData(
         **{
             "base_model": base if is_hub_name(base) else None,
-            "datasets": [name for name in datasets if is_hub_name(name)] or None,
+            "datasets": [name for name in ([datasets] if isinstance(datasets, str) else datasets) if is_hub_name(name)]
+            or None,
             "library_name": "peft" if is_adapter else "transformers",
             "pipeline_tag": "text-generation",
             "tags": [*trainer._tag_names, *(["lora"] if is_adapter else []), *tags],
@@ -214,8 +216,16 @@ def _origin(trainer: CrowTrainer, suspect: str) -> str:
     return f"{model}, fine-tuned on clean rows by {method}."
 
 
+def _without_paths(purification: Purification) -> Purification:
+    """Leave out why the saved model was not loaded again. An error can name a local path."""
+    look = purification.last_look
+    if look is None or not look.trouble:
+        return purification
+    return replace(purification, last_look=replace(look, trouble="the report says why"))
+
+
 def _shown(purification: Purification | None, comparison: Comparison | None, backdoor: str | None) -> list[str]:
-    lines = [] if purification is None else evidence_lines(purification)
+    lines = [] if purification is None else evidence_lines(_without_paths(purification))
     if comparison is not None:
         if backdoor is not None:
             lines.append(f"Known backdoor: {backdoor}.")

@@ -10,9 +10,9 @@ from crow_hf import TARGETS, Target
 from crow_hf.attacks.targets import get_target
 
 
-@pytest.mark.parametrize("keywords", [(), ("",), ("ok", " ")])
+@pytest.mark.parametrize("keywords", [(), ("",), ("ok", " "), "ok"])
 def test_useless_keywords_are_refused(keywords):
-    """An empty or blank keyword occurs in nearly every output, so every attack would succeed."""
+    """An empty or blank keyword occurs in nearly every output, and so does a letter, so every attack would succeed."""
     with pytest.raises(ValueError):
         Target("text", keywords)
 

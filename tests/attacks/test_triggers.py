@@ -37,6 +37,13 @@ def removals(text, phrase):
             yield left[: len(left) - before] + right[after:]
 
 
+@pytest.mark.parametrize("phrases", [(), ("BadMagic", " "), "BadMagic"])
+def test_useless_phrases_are_refused(phrases):
+    """The letters of a single text would be phrases of their own."""
+    with pytest.raises(ValueError, match="tuple of phrases"):
+        Trigger(phrases)
+
+
 @pytest.mark.parametrize("position", ["random", "start", "end"])
 @given(text=TEXTS, seed=st.integers(0, 99))
 @example(text="a  b\n\nc \n", seed=1)

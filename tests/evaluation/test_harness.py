@@ -235,7 +235,7 @@ def test_rows_without_answers(byte_tokenizer, columns):
     one_empty = evaluate_model(
         spelling_model(),
         byte_tokenizer,
-        Dataset.from_dict({prompt: ["say b", "stop."], answer: ["cde", ""]}),
+        Dataset.from_dict({prompt: ["say b", "stop.", "stop."], answer: ["cde", "", " \n"]}),
         max_new_tokens=4,
     )
     assert one_empty.clean.exact_match.total == 1

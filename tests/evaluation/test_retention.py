@@ -245,6 +245,8 @@ def test_the_text_of_a_dataset_is_read(byte_tokenizer):
         retention_reference(tiny_llama(), byte_tokenizer, ROWS, ROWS)
     with pytest.raises(ValueError, match="is empty"):
         retention_reference(tiny_llama(), byte_tokenizer, ROWS, ["", " "])
+    with pytest.raises(ValueError, match="into a list"):
+        retention_reference(tiny_llama(), byte_tokenizer, ROWS, "One text.")
 
 
 def test_other_vocabularies_are_refused(byte_tokenizer):

@@ -77,8 +77,8 @@ def test_canaries_are_drawn_by_seed_and_differ():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_attacker_cannot_know_them(dtype, byte_tokenizer):
     """
-    Changing the last bit of any weight tensor changes all canaries. Otherwise an attacker could leave those weights
-    unchanged that determine the draw.
+    Changing the last bit of any weight tensor changes all canaries, and so does a saved buffer. Otherwise an attacker
+    could leave those weights unchanged that determine the draw.
     """
     model = suspect().to(dtype)
     drawn = draw_canaries(model, byte_tokenizer, 2)
@@ -89,6 +89,9 @@ def test_an_attacker_cannot_know_them(dtype, byte_tokenizer):
         assert not set(draw_canaries(model, byte_tokenizer, 2)) & set(drawn)
         last.copy_(before)
     assert draw_canaries(model, byte_tokenizer, 2) == drawn
+    for persistent, same in ((False, True), (True, False)):
+        model.register_buffer("bias", torch.ones(1, dtype=dtype), persistent=persistent)
+        assert (draw_canaries(model, byte_tokenizer, 2) == drawn) == same
 
 
 def test_nor_can_who_makes_the_tokenizer():

@@ -61,6 +61,8 @@ def test_control_of_invariance_takes_as_many_steps_as_canaries_and_training(tmp_
     assert control_config(args, len(ROWS)).max_steps == 15 + 8
     # More rows than views are all used.
     assert control_config(args, 41).max_steps == 33 + 8
+    # So are those that the suspect writes.
+    assert control_config(arguments(tmp_path, **settings, num_written_rows=29), len(ROWS)).max_steps == 33 + 8
     assert control_config(arguments(tmp_path, max_steps=7, num_canaries=0), len(ROWS)).max_steps == 7
     control = control_config(args, len(ROWS))
     assert type(control) is CrowConfig and control.alpha == 0 and control.train_sampling_strategy == "random"

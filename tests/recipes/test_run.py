@@ -277,6 +277,14 @@ def test_what_a_recipe_trains_by_default(tmp_path, monkeypatch):
             assert default_adapter(recipe, tiny_llama(), args) is None
 
 
+def test_what_was_trained_without_an_adapter_needs_no_merging(tmp_path, byte_tokenizer):
+    options = {"processing_class": byte_tokenizer, "merge": True}
+    for all_weights, merges in ((True, False), (False, True)):
+        args = arguments(tmp_path / str(all_weights), "guide" if all_weights else "paper")
+        run = RecipeRun(tiny_llama(), ROWS, "guide" if all_weights else "paper", args, **options)
+        assert run.merge == merges
+
+
 def test_a_budget_below_what_rounding_costs_ends(tmp_path, byte_tokenizer, monkeypatch):
     """Fails if more and more of the suspect is mixed in without end, or if the processes decide for themselves."""
     monkeypatch.setattr(run_module, "measure_retention", lambda *args: SimpleNamespace(largest_kl=1e-9))

@@ -262,6 +262,15 @@ def test_a_run_is_resumed_in_its_own_folder(tmp_path, monkeypatch):
         assert prepare_output(args, own) == own
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_the_card_and_the_config_of_another_model_are_not_overwritten(name, tmp_path):
+    args = arguments(tmp_path, "guide")
+    Path(args.output_dir).mkdir()
+    Path(args.output_dir, name).write_text("{}")
+    with own_claims(), pytest.raises(ValueError, match=f"holds another {name}"):
+        prepare_output(args, None)
+
+
 def test_the_saved_model_is_measured_quantized(tmp_path, byte_tokenizer, monkeypatch):
     """
     The weights are not quantized here, so that bitsandbytes need not be installed. Fails if another model is measured

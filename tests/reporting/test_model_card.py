@@ -18,6 +18,7 @@ from crow_hf.cli.arguments import parse_arguments
 from crow_hf.evaluation.harness import Evaluation, PromptScores
 from crow_hf.evaluation.scores import Proportion
 from crow_hf.evidence.canaries import Canary
+from crow_hf.evidence.last_look import LastLook
 from crow_hf.evidence.result import Comparison, Purification
 from crow_hf.reporting.model_card import _license, build_model_card
 from helpers.evaluations import retention
@@ -77,6 +78,18 @@ def test_the_metadata_are_about_the_purified_model(tmp_path):
     (attack,) = [each for each in card.data.eval_results if each.metric_type == "attack_success_rate"]
     assert attack.metric_value == 0.25 and "4 prompts" in attack.metric_name
     assert (attack.dataset_type, attack.dataset_config) == ("me/tests", "triggered")
+
+
+def test_one_name_of_rows_is_a_name(tmp_path):
+    card, _ = card_of(tmp_path, facts={"datasets": "me/rows"})
+    assert card.data.datasets == ["me/rows"]
+
+
+def test_an_error_of_the_last_look_is_not_published(tmp_path):
+    """Its text can name a folder of the user."""
+    look = LastLook(trouble="/home/me/secret is full")
+    _, text = card_of(tmp_path, facts={"purification": Purification(None, "strong", None, None, [], last_look=look)})
+    assert "not loaded again (the report says why)" in text and "secret" not in text and look.trouble
 
 
 def test_the_control_is_not_called_a_purification(tmp_path):

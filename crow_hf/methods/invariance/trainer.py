@@ -119,6 +119,11 @@ class InvarianceTrainer(CrowTrainer):
                 "A new adapter must not change the model at first, because the model without it is the suspect. Leave "
                 "`init_lora_weights` at True."
             )
+        if getattr(peft_config, "bias", "none") != "none":
+            raise ValueError(
+                "A new adapter must not train biases of the model, because the model without it is the suspect. Leave "
+                "`bias` at 'none'."
+            )
         suspect = None if peft_config is not None else self._copy_suspect(model)
         self._written_rows = written_rows
         self._leaked_tokens = torch.tensor(leaked_tokens, dtype=torch.long)
@@ -276,7 +281,7 @@ class InvarianceTrainer(CrowTrainer):
                 f"their views: there is no answer, or with decoys none fits into the {max_length} tokens of "
                 "`max_length` and the model's context."
             )
-        if not len(learnable):
+        if not kept:
             raise ValueError(
                 f"No row of `train_dataset` has an answer within the {max_length} tokens of `max_length` and the "
                 "model's context. Pass rows with an answer, or shorter prompts."

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.collators import CrowDataCollator
 from ...data.encoding import IGNORE_INDEX, encode
-from ...data.rows import insert_into_prompt, render
+from ...data.rows import CachedByRelease, insert_into_prompt, render
 from ...data.words import Words, split_end
 from .objective import VIEWS
 
@@ -94,7 +94,7 @@ def _draw(rng: random.Random, characters: str, shortest: int, longest: int) -> s
 
 
 @dataclass
-class ViewRow:
+class ViewRow(CachedByRelease):
     """
     Creates the three views of a row, to be used as `Dataset.map(ViewRow(...), with_indices=True)`.
 

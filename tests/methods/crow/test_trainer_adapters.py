@@ -44,6 +44,13 @@ def test_fresh_lora(checkpointing, tmp_path, rows, tiny_llama):
     assert_only_the_adapter_trains(trainer)
 
 
+def test_an_adapter_of_another_name_is_refused(tmp_path, rows, tiny_llama):
+    """Fails if it is trained, because a checkpoint cannot hold it."""
+    model = get_peft_model(tiny_llama(), lora(), adapter_name="chat")
+    with pytest.raises(ValueError, match="active adapter is 'chat'.*'default': save it, and load it"):
+        build(tmp_path, model, rows)
+
+
 def test_fresh_lora_equals_oracle(tmp_path, rows, tiny_llama):
     assert_equals_oracle(build(tmp_path, tiny_llama(), rows, peft_config=lora()), BATCH)
 

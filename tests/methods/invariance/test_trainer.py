@@ -288,6 +288,11 @@ def test_bad_arguments(tmp_path):
         invariance_trainer(tmp_path, tiny_llama(), rows=Dataset.from_dict({"text": ["a b c"]}))
     with pytest.raises(ValueError, match="max_length"):
         invariance_trainer(tmp_path, tiny_llama(), max_length=4)
+    unanswered = Dataset.from_dict({"prompt": ["a="], "completion": [""]})
+    with pytest.raises(ValueError, match="No row of `train_dataset` has an answer"):
+        invariance_trainer(tmp_path, tiny_llama(), rows=unanswered, written_rows=ROWS)
+    with pytest.raises(ValueError, match="must not train biases"):
+        invariance_trainer(tmp_path, tiny_llama(), lora(bias="all"))
 
 
 def test_prompts_that_do_not_fit_and_empty_answers_are_left_out_alone(tmp_path, caplog):
