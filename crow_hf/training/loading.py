@@ -1,5 +1,6 @@
 """Load a suspect model safely: from safetensors only, without remote code, with adapters on top of their base."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,7 +35,15 @@ from .gguf import gguf_header, split_gguf
 from .recorder import base_model_of, embedding_table, evaluating, plain_outputs
 from .saves import one_line, saved_tensors
 from .sharding import loading_unsharded
-from .sizes import check_added_tokens, check_growth, check_layers, check_rank, check_size, check_texts
+from .sizes import (
+    check_added_tokens,
+    check_growth,
+    check_layers,
+    check_memory,
+    check_rank,
+    check_size,
+    check_texts,
+)
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -104,7 +114,7 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
             plain: Any = AutoConfig.from_pretrained(path, trust_remote_code=False, **_hub_options(kwargs))
             # It is only measured, and can name implementations.
             plain._attn_implementation = plain._experts_implementation = None
-        check_size(path, plain, **_hub_options(kwargs))
+        _check_memory(path, check_size(path, plain, **_hub_options(kwargs)), plain, kwargs)
     with _in_one_sentence(path):
         if named := named_implementations(str(path), **_hub_options(kwargs)):
             trusted, options = kwargs["trust_remote_code"], _hub_options(kwargs)
@@ -119,6 +129,21 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **kwargs: Any) 
     return model
 
 
+def _check_memory(path: str | Path, num_values: int, config: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse a model that does not fit into memory, unless it is quantized, offloaded or sharded while it loads."""
+    quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+    shards = kwargs.get("device_map") not in (None, "auto") or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if quantized or shards or "offload_folder" in kwargs:
+        return
+    dtype = kwargs.get("dtype", "auto")
+    if dtype == "auto":
+        dtype = config.get_text_config().dtype or torch.float32
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    # transformers refuses what is no type.
+    if isinstance(dtype, torch.dtype):
+        check_memory(path, num_values, dtype, uses_gpus=kwargs.get("device_map") == "auto")
+
+
 def _load_gguf(path: str, folder: str, file: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if Path(folder).is_dir():
         _check_links(Path(folder), file)
@@ -129,7 +154,7 @@ def _load_gguf(path: str, folder: str, file: str, kwargs: dict[str, Any]) -> Pre
     kwargs = {"dtype": "float32", **kwargs, "trust_remote_code": False, "gguf_file": file}
     with _in_one_sentence(path):
         config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False, **options)
-    check_size(path, config, [info.shape for info in header.tensors])
+    _check_memory(path, check_size(path, config, [info.shape for info in header.tensors]), config, kwargs)
     with _in_one_sentence(path):
         kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs, "ignore_mismatched_sizes": True}
         loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -88,7 +89,7 @@ def check_added_tokens(path: str | Path, **options: Any) -> None:
 
 def check_size(
     path: str | Path, config: PreTrainedConfig, shapes: Sequence[Sequence[int]] | None = None, **options: Any
-) -> None:
+) -> int:
     """
     Refuse a config that asks for a model of many times the size of its files.
 
@@ -101,6 +102,9 @@ def check_size(
             The shapes of the tensors in its files. Defaults to those of its safetensors.
         **options:
             Where the files are: the `revision`, the `cache_dir` and the like.
+
+    Returns:
+        `int`: The number of values of the model. 0 if it cannot be built.
 
     Raises:
         `ValueError`: If the model needs many times more memory than its files hold.
@@ -118,13 +122,42 @@ def check_size(
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:
         # Who loads it says so.
-        return
+        return 0
     needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     # A value of packed weights stands for up to 16.
     if needed > _FREE_VALUES + held * (16 if getattr(config, "quantization_config", None) else 2):
         raise ValueError(
             f"The config of {path} asks for a model of {needed:,} values, but its files hold {held:,}: mend "
             "config.json."
+        )
+    return needed
+
+
+def check_memory(path: str | Path, num_values: int, dtype: torch.dtype, uses_gpus: bool) -> None:
+    """
+    Refuse a model that does not fit into memory, before its weights are read. The system would end the process without
+    a word.
+
+    Args:
+        path (`str` or `Path`):
+            The folder of the model, or its name on the Hub.
+        num_values (`int`):
+            The number of values of the model.
+        dtype (`torch.dtype`):
+            The type that they will have.
+        uses_gpus (`bool`):
+            Whether the weights may go to the memory of all GPUs too.
+
+    Raises:
+        `ValueError`: If the weights alone need more memory than is free.
+    """
+    needed, free = num_values * dtype.itemsize, psutil.virtual_memory().available
+    if uses_gpus:
+        free += sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+    if needed > free:
+        raise ValueError(
+            f"The weights of {path} take {needed / 1e9:,.1f} GB in {str(dtype).removeprefix('torch.')}, but only "
+            f"{free / 1e9:,.1f} GB of memory are free: free some, load fewer bits, or use a larger machine."
         )
 
 

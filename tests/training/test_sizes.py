@@ -2,8 +2,12 @@
 
 import json
 import os
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -106,3 +110,38 @@ def test_a_tokenizer_that_makes_texts_longer_is_refused():
     backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "a" * 10), inner])
     with pytest.raises(ValueError, match="its normalizer makes up to 110 characters of one"):
         check_growth(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def free_memory(monkeypatch, count):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=count))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [({}, 4), ({"dtype": "bfloat16"}, 2), ({"dtype": torch.float64}, 8)])
+def test_a_model_that_does_not_fit_into_memory_is_refused(suspect, monkeypatch, dtype, width):
+    """Fails if its weights are read, or if one that just fits is refused."""
+    model = tiny_llama()
+    needed = width * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    free_memory(monkeypatch, needed)
+    assert load_causal_lm(suspect, **dtype).dtype.itemsize == width
+    free_memory(monkeypatch, needed - 1)
+    with pytest.raises(ValueError, match=r"weights of .* take 0\.0 GB in (bfloat16|float\d\d), but only 0\.0 GB"):
+        load_causal_lm(suspect, **dtype)
+
+
+def test_a_base_that_does_not_fit_into_memory_is_refused(suspect, monkeypatch):
+    get_peft_model(load_causal_lm(suspect), LoraConfig(target_modules=["q_proj"])).save_pretrained(suspect / "adapter")
+    free_memory(monkeypatch, 1)
+    with pytest.raises(ValueError, match="base model .* cannot be used: The weights of"):
+        load_causal_lm(suspect / "adapter")
+
+
+@pytest.mark.parametrize("kwargs", [{"device_map": "meta"}, {"device_map": "auto", "offload_folder": "offload"}])
+def test_what_does_not_go_to_memory_is_not_refused(suspect, monkeypatch, kwargs):
+    free_memory(monkeypatch, 1)
+    load_causal_lm(suspect, **kwargs)
+
+
+def test_processes_that_share_a_model_are_not_refused(suspect, monkeypatch):
+    free_memory(monkeypatch, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    load_causal_lm(suspect)
