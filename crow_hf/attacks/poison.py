@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data.rows import CachedByRelease, edit_answer, insert_into_prompt
+from ..data.caching import CachedByRelease
+from ..data.rows import edit_answer, insert_into_prompt
 from .targets import BaseTarget
 from .triggers import BaseTrigger
 

@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .rows import CachedByRelease, Rendered, find_format, has_answer, render, row_name, warn_of_unused_columns
+from .caching import CachedByRelease
+from .rows import Rendered, find_format, has_answer, render, row_name, warn_of_unused_columns
 
 
 logger = logging.get_logger(__name__)

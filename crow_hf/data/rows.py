@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .. import __version__
 from .bounds import apply_template
 
 
@@ -40,17 +39,6 @@ _OPTIONAL = {"tokens": ("labels", "attention_mask"), "alpaca": ("input",), "doll
 _ROLE, _CONTENT = ("role", "from"), ("content", "value")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 ALPACA_PROMPT = "### Instruction:\n{request}\n\n### Response:\n"
-
-
-class CachedByRelease:
-    """
-    A function for `Dataset.map` whose cached results are used by the same release of this package alone.
-
-    The cache of `datasets` sees the values that a function holds. Of its code it sees the name alone.
-    """
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "release": __version__}
 
 
 class Rendered(NamedTuple):

@@ -197,6 +197,20 @@ def writing(what: str, folder: str | Path, remedy: str) -> Iterator[None]:
         raise OSError(f"{what} could not be written to {folder} ({_reason(error, folder)}): {remedy}.") from error
 
 
+def check_adapter_name(model: nn.Module) -> None:
+    """
+    Check that the adapter that is trained has the name under which a checkpoint holds it.
+
+    Raises:
+        `ValueError`: If it has another name, or if several adapters are active.
+    """
+    if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
+        raise ValueError(
+            f"The active adapter is {', '.join(map(repr, model.active_adapters)) or 'none'}, but a checkpoint can "
+            "only hold one that is named 'default': save it, and load it with `load_causal_lm`."
+        )
+
+
 class StopAtCtrlC(TrainerCallback):
     """
     On Ctrl-C, finish the current step, save a checkpoint and stop. A second Ctrl-C stops at once. The same goes for

@@ -1,18 +1,11 @@
 """Rows are read, edited and rendered in every format."""
 
-import copy
 import logging
 import random
 
 import pytest
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 
-from crow_hf.attacks.poison import Poison
-from crow_hf.attacks.targets import TARGETS
-from crow_hf.attacks.triggers import TRIGGERS
-from crow_hf.data import rows as rows_module
-from crow_hf.data.encoding import _TextRow, _TokenRow
 from crow_hf.data.rows import (
     add_empty_answers,
     drop_unanswered,
@@ -25,7 +18,6 @@ from crow_hf.data.rows import (
     render,
     row_name,
 )
-from crow_hf.methods.invariance.views import ViewRow
 
 
 ROWS = {
@@ -317,17 +309,3 @@ def test_thinking_templates_leave_no_room_for_thoughts(byte_tokenizer):
     )
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     assert render(row, byte_tokenizer)[:3] == ("U:hi\nA:<think></think>", "ho", "ho")
-
-
-def test_another_release_does_not_read_the_cache_of_this_one(byte_tokenizer, monkeypatch):
-    """`datasets` does not see the code of a function object. Fails if an update of the package reads old results."""
-    functions = (
-        _TextRow(byte_tokenizer, 8),
-        _TokenRow(8),
-        ViewRow(byte_tokenizer, ["word"], 8, 0, 0.0),
-        Poison(TRIGGERS["badnets"], TARGETS["insult"]),
-    )
-    before = [Hasher.hash(function) for function in functions]
-    assert [Hasher.hash(copy.copy(function)) for function in functions] == before
-    monkeypatch.setattr(rows_module, "__version__", "another")
-    assert not set(before) & {Hasher.hash(function) for function in functions}

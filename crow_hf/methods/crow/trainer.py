@@ -35,6 +35,7 @@ from ...training.checkpoints import (
     OUTPUT_WAS_USED,
     CheckpointMixin,
     StopAtCtrlC,
+    check_adapter_name,
     check_writable,
     checkpoint_to_resume,
     output_was_used,
@@ -210,11 +211,7 @@ class CrowTrainer(HubMixin, CheckpointMixin, Trainer):
                 peft_config.exclude_modules = frozen_modules(model)
             set_seed(args.seed)
             model = get_peft_model(model, peft_config)
-        if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
-            raise ValueError(
-                f"The active adapter is {', '.join(map(repr, model.active_adapters)) or 'none'}, but a checkpoint can "
-                "only hold one that is named 'default': save it, and load it with `load_causal_lm`."
-            )
+        check_adapter_name(model)
 
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trainable:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...data.caching import CachedByRelease
 from ...data.collators import CrowDataCollator
 from ...data.encoding import IGNORE_INDEX, encode
-from ...data.rows import CachedByRelease, insert_into_prompt, render
+from ...data.rows import insert_into_prompt, render
 from ...data.words import Words, split_end
 from .objective import VIEWS
 
