@@ -19,7 +19,7 @@ from crow_hf.data.rows import render
 from crow_hf.evaluation.generation import bits_per_byte
 from crow_hf.evidence.canaries import Canary, implant_steps
 from crow_hf.methods.crow.config import CrowConfig
-from crow_hf.methods.invariance.config import InvarianceConfig
+from crow_hf.methods.invariance.config import InvarianceConfig, with_learning_rate
 from crow_hf.methods.pruning import prune_by_magnitude
 from crow_hf.recipes.presets import FORM_4, control_config, lora_config, recipe_config
 from crow_hf.recipes.run import run_recipe
@@ -113,7 +113,7 @@ def run(
         steps += implant_steps(args)
     # After mixed precision, the forward pass would stay in bfloat16, and that of untrained models is in float32.
     model = trainable(extract_model_from_parallel(result.model, keep_fp32_wrapper=False))
-    return Outcome(model, steps, {"recipe": recipe, **recorded_settings(args)}, result.canaries)
+    return Outcome(model, steps, {"recipe": recipe, **recorded_settings(result.trainer.args)}, result.canaries)
 
 
 def no_backdoor(defender: Defender) -> Outcome:
@@ -128,7 +128,7 @@ def no_defence(defender: Defender) -> Outcome:
 
 def fine_tuning(defender: Defender, **changes: Any) -> Outcome:
     """Plain fine-tuning for as many steps as the recipe `strong` takes, at its learning rate unless another is set."""
-    args = control_config(defender.config("strong"), len(defender.rows))
+    args = control_config(with_learning_rate(defender.config("strong"), defender.load()), len(defender.rows))
     return run(defender, "guide", replace(args, **changes))
 
 

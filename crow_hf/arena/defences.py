@@ -17,7 +17,7 @@ from ..evidence.canaries import Canary, canary_success, draw_canaries, implant_c
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.published import ReferenceCrowTrainer
 from ..methods.crow.trainer import CrowTrainer
-from ..methods.invariance.config import InvarianceConfig
+from ..methods.invariance.config import InvarianceConfig, with_learning_rate
 from ..methods.pruning import prune_by_magnitude, prune_by_wanda, quantize_weights
 from ..methods.registry import DEFENCES, Defence
 from ..recipes.presets import FORM_4, control_config, lora_config, recipe_config
@@ -132,8 +132,13 @@ def _clean_model(suspect: Suspect, seed: int, scratch: Path) -> Purified:
 
 
 def _fine_tuning(suspect: Suspect, seed: int, scratch: Path, model: PreTrainedModel | None = None) -> Purified:
-    args = control_config(defence_config("strong", scratch, seed), len(suspect.clean_rows))
-    return _train(CrowTrainer, load_merged(suspect, scratch) if model is None else model, args, suspect)
+    model = load_merged(suspect, scratch) if model is None else model
+    return _train(CrowTrainer, model, _control_config(model, suspect, seed, scratch), suspect)
+
+
+def _control_config(model: PreTrainedModel, suspect: Suspect, seed: int, scratch: Path) -> CrowConfig:
+    args = with_learning_rate(defence_config("strong", scratch, seed), model)
+    return control_config(args, len(suspect.clean_rows))
 
 
 def _compress(suspect: Suspect, seed: int, scratch: Path, compress: Callable[..., None], **settings: Any) -> Purified:
@@ -162,8 +167,8 @@ def _crow(
 
 
 def _strong(suspect: Suspect, seed: int, scratch: Path, all_weights: bool = False, **changes: Any) -> Purified:
-    args = defence_config("strong", scratch, seed, **changes)
     model = load_merged(suspect, scratch)
+    args = with_learning_rate(defence_config("strong", scratch, seed, **changes), model)
     lora = None if all_weights else default_adapter("strong", model, args)
     settings = {"recipe": "strong", **_settings(args, lora)}
     start = time.perf_counter()
@@ -196,8 +201,8 @@ def _strong_without_answers(suspect: Suspect, seed: int, scratch: Path) -> Purif
 
 def _with_canaries(suspect: Suspect, seed: int, scratch: Path, method: Callable[..., Purified]) -> Purified:
     """Implant canaries into the suspect, and run a method on the result."""
-    args = defence_config("strong", scratch / "canaries", seed)
     model = load_merged(suspect, scratch)
+    args = with_learning_rate(defence_config("strong", scratch / "canaries", seed), model)
     canaries = draw_canaries(model, demo_tokenizer(), args.num_canaries, seed)
     implant_canaries(model, suspect.clean_rows, canaries, args, demo_tokenizer())
     purified = method(suspect, seed, scratch, model=model)
@@ -218,7 +223,7 @@ def _success_of_all(canaries: Sequence[Canary], model: PreTrainedModel, suspect:
 def _registered(suspect: Suspect, seed: int, scratch: Path, defence: Defence) -> Purified:
     """Run a defence of [`register_defence`] with the arguments of the control."""
     model, tokenizer = load_merged(suspect, scratch), demo_tokenizer()
-    args = control_config(defence_config("strong", scratch, seed), len(suspect.clean_rows))
+    args = _control_config(model, suspect, seed, scratch)
     start = time.perf_counter()
     defended = defence(model, suspect.clean_rows, tokenizer, args)
     seconds = time.perf_counter() - start

@@ -15,17 +15,22 @@ from transformers.utils import logging
 
 from ..data.bounds import apply_template
 from ..data.encoding import encode_prompt, padding_id
-from ..data.rows import Rendered, render
+from ..data.rows import Rendered, prompt_of, render
 from ..training.recorder import context_length, embedding_table
-from .generation import end_token_ids, generate_ids, text_of_ids
+from .generation import bits_per_byte, end_token_ids, generate_ids, text_of_ids
 
 
 logger = logging.get_logger(__name__)
 
+# Prompts that tell whether the model can write some.
+READ_PROMPTS = 32
 # Draws of rows before too few are accepted. A model that ends every other text at once needs about five.
 MAX_DRAWS = 8
 # Answers recur if they share as many words in a row in at least this many rows and more than this share of them.
 RECURRING_WORDS, MIN_RECURRING, MAX_RECURRING = 4, 4, 0.05
+# Bits per byte that English takes if only the frequencies of its letters are known. A model that needs more for
+# prompts was only taught what follows them.
+MAX_PROMPT_BITS = 4.0
 # Stands for the content of a user's message while the template around it is read.
 _PLACEHOLDER = "the-message-of-the-user"
 # All of the model's distribution. The defaults of transformers keep the 50 most likely tokens.
@@ -93,6 +98,29 @@ def write_text(
     with _seeded(seed):
         outputs = _sample(model, tokenizer, [start] * num_texts, ends, max_new_tokens, batch_size, chat is not None)
     return [WrittenText(start, output, text_of_ids(output, tokenizer)) for output in outputs]
+
+
+def can_write_prompts(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> bool:
+    """
+    Whether a model knows the language of prompts, and so can write some itself.
+
+    A model that was trained from scratch on answers alone does not. What it writes is noise and, if it has a backdoor,
+    the target. Pretrained models need some 1.2 bits per byte for a prompt, and the small Llamas of the arena over 10.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The model's tokenizer.
+        rows (`Dataset`):
+            Rows with prompts. The first 32 are read as one text.
+
+    Returns:
+        `bool`: Whether it needs at most 4 bits per byte.
+    """
+    prompts = [prompt_of(row, index) for index, row in enumerate(rows.select(range(min(len(rows), READ_PROMPTS))))]
+    text = "\n".join(prompts)
+    return bits_per_byte(model, tokenizer, [Rendered("", text, text, templated=False)]) <= MAX_PROMPT_BITS
 
 
 def write_rows(

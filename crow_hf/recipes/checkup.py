@@ -19,7 +19,7 @@ from ..data.template import read_templates
 from ..evaluation.generation import text_of_ids
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.objective import crow_terms
-from ..methods.invariance.config import InvarianceConfig
+from ..methods.invariance.config import InvarianceConfig, with_learning_rate
 from ..models.byte_vocabulary import BYTE_OFFSET
 from ..models.modeling_coconut import CoconutForCausalLM
 from ..models.tokenization_coconut import CoconutTokenizer
@@ -204,7 +204,7 @@ def _check_model(model: PreTrainedModel | PeftModel, args: CrowConfig) -> _Check
     pairs = len(recorder.layers) - 1
     found = f"{recorder.name} has {pairs + 1} layers. CROW compares {pairs} pairs of consecutive layers."
     yield Finding("layers", "ok", found)
-    findings = list(_check_weights(model, args.learning_rate))
+    findings = list(_check_weights(model, with_learning_rate(args, model).learning_rate))
     yield from findings
     yield from check_frozen_predictor(model)
     if has_problem(findings):

@@ -17,6 +17,7 @@ from ..evidence.result import Comparison
 from ..evidence.snapshot import SnapshotRows, snapshot
 from ..files import own_claims, temporary_folder
 from ..methods.crow.config import CrowConfig, scratch_config
+from ..methods.invariance.config import with_learning_rate
 from ..methods.registry import get_defence
 from ..progress import LOOKING, phase, restart_clock
 from ..reporting.record import record_of
@@ -137,7 +138,7 @@ def compare_defences(
     check_writable(args.output_dir, suspect)
     name = suspect.name_or_path
     try_quantized(name, args, quantization)
-    suspect = merge_before(suspect, peft_config)
+    suspect, args = merge_before(suspect, peft_config), with_learning_rate(args, suspect)
     adapter = peft_config or default_adapter(recipe, suspect, args)
     merges = merge and adapter is not None and not is_quantized(suspect)
     rehearse(suspect, rows, args, processing_class, adapter, merges)

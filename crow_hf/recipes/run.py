@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..data.rows import drop_unanswered
 from ..data.template import read_templates
 from ..evaluation.generation import answer_prompts
-from ..evaluation.own_text import write_rows
+from ..evaluation.own_text import can_write_prompts, write_rows
 from ..evaluation.retention import RetentionReference, measure_retention
 from ..evidence.canaries import canary_success, check_silence, implant_canaries
 from ..evidence.leaks import find_leaked_tokens
@@ -25,7 +25,7 @@ from ..evidence.screening import Screening, screen_dataset
 from ..evidence.snapshot import Snapshot, SnapshotRows, snapshot
 from ..methods.crow.config import CrowConfig
 from ..methods.crow.trainer import CrowTrainer
-from ..methods.invariance.config import InvarianceConfig
+from ..methods.invariance.config import InvarianceConfig, with_learning_rate
 from ..methods.invariance.trainer import InvarianceTrainer
 from ..progress import phase
 from ..reporting.trackers import prepare_trackers
@@ -158,7 +158,7 @@ class RecipeRun:
     ) -> None:
         check_recipe(recipe, args)
         place(model, args)
-        model = merge_before(model, peft_config)
+        model, args = merge_before(model, peft_config), with_learning_rate(args, model)
         if peft_config is None and not all_weights:
             peft_config = default_adapter(recipe, model, args)
         self.model, self.args, self.recipe, self.peft_config = model, args, recipe, peft_config
@@ -345,7 +345,12 @@ class RecipeRun:
             with phase(LEAKS):
                 self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
         written_rows = None
-        if args.num_written_rows:
+        if args.num_written_rows and not can_write_prompts(model, tokenizer, rows):
+            logger.warning(
+                "The suspect was only taught what follows a prompt, and cannot write prompts itself: it is trained on "
+                "the clean rows alone."
+            )
+        elif args.num_written_rows:
             length, leaked = args.max_answer_length, self.leaked_tokens
             with phase(WRITING):
                 written_rows = write_rows(

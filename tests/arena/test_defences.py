@@ -11,7 +11,7 @@ from crow_hf import CrowConfig
 from crow_hf.arena import defences
 from crow_hf.arena.attacks import ATTACKS, PAPER, Attack
 from crow_hf.arena.defences import METHODS, PAPER_METHODS, QUICK_METHODS, known_methods, load_merged
-from crow_hf.methods.invariance.config import InvarianceConfig
+from crow_hf.methods.invariance.config import InvarianceConfig, with_learning_rate
 from crow_hf.recipes.presets import control_config
 from helpers.arena import ROWS, tiny_suspect
 from helpers.tiny import same_weights, weights_of
@@ -114,7 +114,8 @@ def test_a_merged_adapter_answers_as_the_adapter_did(suspects, tmp_path):
 
 def test_control_and_recipe_share_their_settings_and_steps(suspects, tmp_path):
     """Fails if the control is trained for fewer steps, or with another learning rate, than the recipe."""
-    suspect, strong = suspects["merged"], defences.defence_config("strong", tmp_path, 0)
+    suspect = suspects["merged"]
+    strong = with_learning_rate(defences.defence_config("strong", tmp_path, 0), suspect.load())
     control = control_config(strong, len(ROWS))
     differing = {f.name for f in fields(CrowConfig) if getattr(strong, f.name) != getattr(control, f.name)}
     assert differing - {"accelerator_config", "logging_dir", "run_name"} == {"max_steps", "train_sampling_strategy"}
@@ -143,7 +144,9 @@ def test_a_registered_defence_is_a_method(suspect, tmp_path, monkeypatch):
     assert not same_weights(weights_of(load_merged(suspect, tmp_path / "again")), weights_of(purified.model))
     ((name, rows, tokenizer, args),) = got
     assert name == "LlamaForCausalLM" and rows is suspect.clean_rows and tokenizer.vocab_size
-    control = control_config(defences.defence_config("strong", tmp_path, 3), len(ROWS))
+    control = control_config(
+        with_learning_rate(defences.defence_config("strong", tmp_path, 3), suspect.load()), len(ROWS)
+    )
     assert (args.max_steps, args.learning_rate, args.seed) == (control.max_steps, control.learning_rate, 3)
     assert purified.settings["defence"].endswith("adapt") and purified.settings["seed"] == 3
 

@@ -6,11 +6,19 @@ from collections import Counter
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from crow_hf.data.encoding import prepare_dataset
 from crow_hf.data.rows import render
-from crow_hf.evaluation.own_text import _without_recurring_answers, split_text, write_rows, write_text
+from crow_hf.evaluation.own_text import (
+    READ_PROMPTS,
+    _without_recurring_answers,
+    can_write_prompts,
+    split_text,
+    write_rows,
+    write_text,
+)
 from helpers.answers import EOS, byte, spelling_model
 from helpers.coconut import TOKENIZER, coconut
 from helpers.tiny import tiny_gpt2, tiny_llama
@@ -35,6 +43,24 @@ def readable_llama(**kwargs):
         head.bias[EOS] = -1
     model.lm_head = head
     return model
+
+
+def rows_of(prompts):
+    return Dataset.from_dict({"prompt": prompts, "completion": [""] * len(prompts)})
+
+
+@pytest.mark.parametrize(("letters", "can"), [(15, True), (17, False)])
+def test_who_needs_more_bits_than_letters_take_cannot_write_prompts(letters, can, byte_tokenizer):
+    """15 letters take 3.9 bits, and 17 letters 4.1. Fails if only the first prompt is read, or more than 32."""
+    model = tiny_llama(max_position_embeddings=1024)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias = torch.nn.Parameter(torch.full((model.lm_head.out_features,), -1e4))
+    with torch.no_grad():
+        model.lm_head.bias[[byte(letter) for letter in (string.ascii_letters + "\n")[-letters:]]] = 0
+        model.lm_head.bias[EOS] = -3
+    prompts = ["X"] + ["XYZ" * 5] * (READ_PROMPTS - 1)
+    assert can_write_prompts(model, byte_tokenizer, rows_of([*prompts, "a"])) == can
+    assert not can_write_prompts(model, byte_tokenizer, rows_of([*prompts[:-1], "a"]))
 
 
 @pytest.mark.parametrize("build", [readable_llama, lambda: coconut(), lambda: tiny_gpt2(0.1)])

@@ -14,6 +14,7 @@ from crow_hf import ByteEntropyPredictor, CrowTrainer, doctor, recipe_config
 from crow_hf.cli.main import main
 from crow_hf.cli.words import as_options
 from crow_hf.evaluation import generation
+from crow_hf.methods.invariance.config import with_learning_rate
 from crow_hf.recipes import checkup, forecast, patch_checkup
 from helpers.coconut import DEEP, LOCAL, TOKENIZER, coconut
 from helpers.tiny import crow_args, ragged_rows, same_weights, tiny_llama, weights_of
@@ -72,7 +73,8 @@ def test_every_part_of_a_healthy_model_is_checked():
 def test_learning_rate_and_cost_are_those_of_the_recipe(recipe):
     """Fails if the doctor checks another learning rate than the one that the recipe uses, or tells another cost."""
     findings = doctor(tiny_llama(), ROWS, BYTES, recipe=recipe)
-    assert f"{recipe_config(recipe, 'out').learning_rate:g} leaves" in found(findings, "precision").found
+    args = with_learning_rate(recipe_config(recipe, "out"), tiny_llama())
+    assert f"{args.learning_rate:g} leaves" in found(findings, "precision").found
     assert re.match(r"On .*, this takes about \d+ \w+, about .* of memory", found(findings, "cost").found)
 
 

@@ -43,7 +43,7 @@ def test_settings_of_the_recipes(tmp_path):
     assert all(args.learning_rate == 3e-4 and args.alpha == 1.0 and args.output_dir == path for args in changed)
     strong = recipe_config("strong", path, use_cpu=True)
     assert strong.screen_rows and strong.num_canaries == 2 and strong.num_written_rows == 100
-    assert (strong.keep, strong.label_weight, strong.alpha, strong.learning_rate) == (0, 0, 0, 5e-4)
+    assert (strong.keep, strong.label_weight, strong.alpha, strong.learning_rate) == (0, 0, 0, None)
 
 
 def test_control_of_crow_has_its_arguments_without_the_consistency_loss(tmp_path):
@@ -55,7 +55,7 @@ def test_control_of_crow_has_its_arguments_without_the_consistency_loss(tmp_path
 
 def test_control_of_invariance_takes_as_many_steps_as_canaries_and_training(tmp_path):
     """Fails if the control trains for fewer steps than the purification, which would flatter the purification."""
-    settings = {"max_steps": -1, "num_views": 20, "num_canaries": 2, "num_train_epochs": 3}
+    settings = {"max_steps": -1, "num_views": 20, "num_canaries": 2, "num_train_epochs": 3, "learning_rate": 3e-4}
     args = arguments(tmp_path, **settings)
     # 20 views of the 12 rows are 5 batches of 4, in 3 epochs. Canaries: 3 kinds of prompts, 10 of each, in batches.
     assert control_config(args, len(ROWS)).max_steps == 15 + 8
@@ -63,7 +63,9 @@ def test_control_of_invariance_takes_as_many_steps_as_canaries_and_training(tmp_
     assert control_config(args, 41).max_steps == 33 + 8
     # So are those that the suspect writes.
     assert control_config(arguments(tmp_path, **settings, num_written_rows=29), len(ROWS)).max_steps == 33 + 8
-    assert control_config(arguments(tmp_path, max_steps=7, num_canaries=0), len(ROWS)).max_steps == 7
+    assert (
+        control_config(arguments(tmp_path, max_steps=7, num_canaries=0, learning_rate=3e-4), len(ROWS)).max_steps == 7
+    )
     control = control_config(args, len(ROWS))
     assert type(control) is CrowConfig and control.alpha == 0 and control.train_sampling_strategy == "random"
     assert (control.learning_rate, control.lr_scheduler_type) == (args.learning_rate, args.lr_scheduler_type)

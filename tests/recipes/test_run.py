@@ -57,7 +57,7 @@ def test_canaries_are_measured_before_and_after_in_the_same_model(tmp_path, byte
         torch.manual_seed(3)
         return get_peft_model(tiny_llama(), config)
 
-    args = arguments(tmp_path, num_canaries=2, screen_rows=True)
+    args = arguments(tmp_path, num_canaries=2, screen_rows=True, learning_rate=5e-4)
     whole = purify(suspect(), ROWS, args=args, processing_class=byte_tokenizer)
     assert [(c.trigger, c.target) for c in whole.canaries] == [
         (c.trigger, c.target) for c in draw_canaries(suspect(), byte_tokenizer, 2, 42)
@@ -140,6 +140,7 @@ def given_to_trainer(monkeypatch):
 def test_the_suspect_writes_rows_if_asked_to(given_to_trainer, tmp_path, byte_tokenizer, monkeypatch):
     """Fails if other rows are trained on, if rows are written that are not wanted, or if they start with a leak."""
     monkeypatch.setattr(run_module, "find_leaked_tokens", lambda *args: [70])
+    monkeypatch.setattr(run_module, "can_write_prompts", lambda *args: True)
     for count in (0, 3):
         args = arguments(tmp_path, num_written_rows=count, seed=5)
         RecipeRun(tiny_llama(), ROWS, "strong", args, byte_tokenizer).prepare()
@@ -154,6 +155,14 @@ def test_the_suspect_writes_rows_if_asked_to(given_to_trainer, tmp_path, byte_to
     model = tiny_llama()
     RecipeRun(model, ROWS, "strong", args, byte_tokenizer).prepare()
     assert calls == [(model, byte_tokenizer, 3, args.max_answer_length, 5, args.per_device_eval_batch_size, [70])]
+
+
+def test_who_knows_no_prompts_writes_none(given_to_trainer, tmp_path, byte_tokenizer, caplog):
+    """Fails if a random model teaches its noise, or if nobody is told."""
+    with caplog.at_level("WARNING"):
+        RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path, num_written_rows=3), byte_tokenizer).prepare()
+    assert given_to_trainer[0]["written_rows"] is None
+    assert "cannot write prompts itself" in caplog.text
 
 
 def test_leaks_are_searched_in_right_answers_only(given_to_trainer, tmp_path, byte_tokenizer, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import math
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -82,6 +82,7 @@ class CrowConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ("neftune_noise_alpha",)
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; the paper uses 1e-3 with LoRA."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs over the clean rows."})
@@ -123,9 +124,11 @@ class CrowConfig(TrainingArguments):
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
         remember_secrets(vars(self))
-        # Nothing else checks these. A negative weight decay lets weights grow.
-        unchecked = ["weight_decay", *(["neftune_noise_alpha"] if self.neftune_noise_alpha is not None else [])]
-        check_non_negative(self, "alpha", "epsilon", "learning_rate", *unchecked)
+        # Nothing else checks the last two. A negative weight decay lets weights grow.
+        numbers = ("alpha", "epsilon", "learning_rate", "weight_decay", "neftune_noise_alpha")
+        check_non_negative(
+            self, *(name for name in numbers if name not in self._MAY_BE_NONE or getattr(self, name) is not None)
+        )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_integer(self, name, 1)
         for name in ("seed", *(["data_seed"] if self.data_seed is not None else [])):

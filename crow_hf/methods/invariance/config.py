@@ -1,9 +1,20 @@
 """The arguments of Invariance training."""
 
 import math
+from copy import copy
 from dataclasses import dataclass, field, fields
+from typing import ClassVar, TypeVar
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ...training.recorder import embedding_table
 from ..crow.config import CrowConfig, check_integer, check_non_negative
+
+
+ArgumentsT = TypeVar("ArgumentsT", bound=CrowConfig)
+# The learning rate for models of this width, that of SmolLM2-135M, and how it falls with the width below.
+LEARNING_RATE, WIDTH, WIDTH_EXPONENT = 5e-4, 576, 0.78
 
 
 @dataclass(repr=False)
@@ -50,15 +61,22 @@ class InvarianceConfig(CrowConfig):
         max_answer_length (`int`, *optional*, defaults to `128`):
             Maximum length, in tokens, of the suspect's answers to prompts that have none.
 
+        learning_rate (`float`, *optional*):
+            Peak learning rate. `None` chooses it by the width of the model, see [`with_learning_rate`].
+
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `learning_rate=5e-4`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a
-    cosine schedule with one tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys
-    vary a lot in length).
+    `alpha=0.0`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule with one
+    tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys vary a lot in length).
     """
 
+    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = (*CrowConfig._MAY_BE_NONE, "learning_rate")
+
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate. Default: 5e-4, and more for models that are narrower than 576."},
+    )
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Batch size per device. Each row has three views."}
     )
@@ -138,6 +156,29 @@ class InvarianceConfig(CrowConfig):
         if self.perturb != "embeddings":
             raise ValueError("The adversary perturbs embeddings. Leave `perturb` at 'embeddings'.")
         super().__post_init__()
+
+
+def with_learning_rate(args: ArgumentsT, model: PreTrainedModel | PeftModel) -> ArgumentsT:
+    """
+    Choose the learning rate by the width of a model, if none is set.
+
+    A model of width 576 or more gets 5e-4. Narrower ones need more: 5e-4 * (576 / width) ** 0.78. The exponent is that
+    of the best rates of LoRA for models of the Llama family (`tinker_cookbook.hyperparam_utils`).
+
+    Args:
+        args ([`CrowConfig`]):
+            The arguments. They are not changed.
+        model (`PreTrainedModel` or `PeftModel`):
+            The model that will be trained.
+
+    Returns:
+        [`CrowConfig`]: Arguments with a learning rate.
+    """
+    if args.learning_rate is not None:
+        return args
+    args, width = copy(args), embedding_table(model).shape[1]
+    args.learning_rate = LEARNING_RATE * max(1.0, WIDTH / width) ** WIDTH_EXPONENT
+    return args
 
 
 def fine_tuning_config(args: CrowConfig, max_steps: int) -> CrowConfig:

@@ -4,7 +4,11 @@ import math
 
 import pytest
 
+from crow_hf import CrowConfig
+from crow_hf.methods.invariance.config import with_learning_rate
+from helpers.coconut import coconut
 from helpers.invariance import invariance_args
+from helpers.tiny import tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,7 @@ from helpers.invariance import invariance_args
         ({"max_answer_length": 0}, "max_answer_length"),
         ({"perturb": "patches"}, "perturb"),
         ({"alpha": -1.0}, "alpha"),
+        ({"learning_rate": -1.0}, "learning_rate"),
     ],
 )
 def test_bad_settings(settings, name, tmp_path):
@@ -39,3 +44,24 @@ def test_bad_settings(settings, name, tmp_path):
 def test_counts_are_whole_numbers(value, tmp_path):
     with pytest.raises(ValueError, match="adversarial_steps"):
         invariance_args(tmp_path, adversarial_steps=value)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(1024, 5e-4), (576, 5e-4), (144, 5e-4 * 4**0.78), (16, 5e-4 * 36**0.78)])
+def test_narrow_models_get_a_higher_learning_rate(width, rate, tmp_path):
+    args = invariance_args(tmp_path, learning_rate=None)
+    model = tiny_llama(hidden_size=width, num_attention_heads=2, num_key_value_heads=2)
+    assert with_learning_rate(args, model).learning_rate == pytest.approx(rate)
+    assert args.learning_rate is None
+
+
+def test_a_learning_rate_that_is_set_stays(tmp_path):
+    for rate in (3e-4, 0.0):
+        args = invariance_args(tmp_path, learning_rate=rate)
+        assert with_learning_rate(args, tiny_llama()) is args
+    assert with_learning_rate(invariance_args(tmp_path, learning_rate=None), coconut()).learning_rate > 5e-4
+
+
+def test_only_a_purification_chooses_it(tmp_path):
+    """Fails if the arguments of CROW lack a learning rate, of which the optimizer would complain."""
+    with pytest.raises(ValueError, match="`learning_rate` must be a finite number"):
+        CrowConfig(str(tmp_path), use_cpu=True, learning_rate=None)

@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, Trainer
 from crow_hf import CrowConfig
 from crow_hf.methods.crow import cosine
 from crow_hf.methods.invariance import objective
+from crow_hf.methods.invariance.config import with_learning_rate
 from crow_hf.methods.invariance.objective import view
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
 from crow_hf.methods.invariance.views import ViewCollator
@@ -457,3 +458,11 @@ def test_a_resumed_epoch_of_several_processes_has_its_own_order(tmp_path, monkey
     trainer.state.max_steps = 1
     trainer._run_epoch(epoch=1)
     assert found == [orders[1]]
+
+
+def test_the_learning_rate_is_chosen_by_the_model(tmp_path):
+    """Fails if a trainer has none, or if the caller's arguments are changed."""
+    args = invariance_args(tmp_path, learning_rate=None)
+    trainer = InvarianceTrainer(tiny_llama(), args, ROWS, ByT5Tokenizer(extra_ids=0))
+    assert trainer.args.learning_rate == with_learning_rate(args, tiny_llama()).learning_rate > 5e-4
+    assert args.learning_rate is None
