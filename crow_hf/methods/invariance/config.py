@@ -41,7 +41,8 @@ class InvarianceConfig(CrowConfig):
             prompts.
         num_written_rows (`int`, *optional*, defaults to `100`):
             Number of rows that [`purify`] lets the suspect write itself ([`write_rows`]), about anything. Training on
-            them keeps what the clean rows do not cover. 0 uses the clean rows alone.
+            them keeps what the clean rows do not cover. 0 uses the clean rows alone, and so does a suspect that knows
+            no prompts ([`can_write_prompts`]).
         num_views (`int`, *optional*, defaults to `1600`):
             Total number of training prompts, and never less than the number of rows. Rows are repeated until there
             are as many, each time with other decoys.
@@ -62,7 +63,8 @@ class InvarianceConfig(CrowConfig):
             Maximum length, in tokens, of the suspect's answers to prompts that have none.
 
         learning_rate (`float`, *optional*):
-            Peak learning rate. `None` chooses it by the width of the model, see [`with_learning_rate`].
+            Peak learning rate. By default, 5e-4 for models of width 576 or more, and 5e-4 * (576 / width) ** 0.78 for
+            narrower ones.
 
     > Defaults that differ from [`CrowConfig`]
 
