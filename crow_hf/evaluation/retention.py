@@ -105,8 +105,8 @@ class Retention:
         answer_kl (`float`, *optional*):
             KL(reference || model) in nats per token, the mean over the tokens of the answers. For tokenizers of more
             than 1,024 tokens, it is a lower bound. `None` if there are no answers.
-        text_kl (`float`):
-            The same on running text.
+        text_kl (`float`, *optional*):
+            The same on running text. `None` if there is none.
         text_bits_per_byte (`float`):
             Bits that the model needs for each byte of the running text. NaN if the text has no bytes.
         reference_text_bits_per_byte (`float`):
@@ -120,7 +120,7 @@ class Retention:
     """
 
     answer_kl: float | None
-    text_kl: float
+    text_kl: float | None
     text_bits_per_byte: float
     reference_text_bits_per_byte: float
     num_answer_tokens: int
@@ -132,9 +132,12 @@ class Retention:
 
     @property
     def largest_kl(self) -> float:
-        """The larger of the divergences on answers and on running text, in nats per token. Infinity if one is NaN."""
+        """
+        The larger of the divergences on answers and on running text, in nats per token. Infinity if one is NaN, or if
+        there are neither answers nor text.
+        """
         known = [kl for kl in (self.answer_kl, self.text_kl) if kl is not None]
-        return math.inf if any(map(math.isnan, known)) else max(known)
+        return math.inf if any(map(math.isnan, known)) else max(known, default=math.inf)
 
     @property
     def text_bits_ratio(self) -> float:
@@ -188,7 +191,7 @@ def retention_reference(
         max_rows (`int`, *optional*, defaults to 32):
             Number of rows, the first ones.
         max_windows (`int`, *optional*, defaults to 32):
-            Number of windows of text.
+            Number of windows of text. 0 leaves running text out.
         max_new_tokens (`int`, *optional*, defaults to 128):
             Maximum number of tokens of the model's own greedy answers.
 
@@ -203,7 +206,8 @@ def retention_reference(
     if text is None:
         # A recipe may train on texts that the suspect wrote with the same seed.
         own_seed = int.from_bytes(hashlib.sha256(f"retention-{seed}".encode()).digest()[:4])
-        written = write_text(model, tokenizer, max_windows, WRITTEN_TOKENS, own_seed, batch_size)
+        options = WRITTEN_TOKENS, own_seed, batch_size
+        written = write_text(model, tokenizer, max_windows, *options) if max_windows else []
         windows = [Passage(each.start + each.ids, len(each.start)) for each in written]
         num_bytes = sum(_count_bytes(each.ids, tokenizer) for each in written)
     else:
@@ -265,7 +269,7 @@ def measure_retention(
     return Retention(
         # Rounding can make a sum of zeros negative. As the second argument of `max`, 0 does not hide a NaN.
         answer_kl=max(sum(divergences) / sum(lengths), 0.0) if lengths else None,
-        text_kl=max(sum(divergences_of_text) / sum(text_lengths), 0.0),
+        text_kl=max(sum(divergences_of_text) / sum(text_lengths), 0.0) if text_lengths else None,
         text_bits_per_byte=_bits_per_byte(sum(log_likelihoods), reference.text_bytes),
         reference_text_bits_per_byte=_bits_per_byte(sum(before), reference.text_bytes),
         num_answer_tokens=sum(lengths),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.encoding import encode_prompt
 from ..data.rows import add_empty_answers, has_prompts, render
 from ..evaluation.harness import Evaluation, evaluate_model
+from ..evaluation.own_text import can_write_prompts
 from ..evaluation.retention import Retention, RetentionReference, retention_reference
 from ..training.recorder import context_length
 
@@ -67,8 +68,14 @@ def reference_of(
     seed: int,
     batch_size: int,
 ) -> RetentionReference:
-    """Record what the suspect says, as [`retention_reference`] does, on few windows of running text."""
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "max_windows": RETENTION_WINDOWS}
+    """
+    Record what the suspect says, as [`retention_reference`] does, on few windows of running text. What a suspect
+    writes that was never taught to write would be noise, and is left out.
+    """
+    rows = add_empty_answers(rows)
+    cannot_write = text is None and has_prompts(rows.column_names) and not can_write_prompts(model, tokenizer, rows)
+    windows = 0 if cannot_write else RETENTION_WINDOWS
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "max_windows": windows}
     return retention_reference(model, tokenizer, rows, text, **options)
 
 

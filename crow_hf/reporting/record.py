@@ -32,10 +32,10 @@
 Without test rows, `evaluations` are those of `suspect` and `purified` on held-out clean rows, and `null` if there are
 none. The `system_length` of a sample is the number of characters that stand before the first words of the user.
 
-`retention` holds `answer_kl` (`null` without answers) and `text_kl` in nats per token, `text_bits_per_byte`,
-`reference_text_bits_per_byte` (of the suspect), `num_answer_tokens`, `num_text_tokens`, `text_source` (`"passed"` or
-`"written by the reference"`, which is the suspect), `text_bits_ratio`, and the upper ends of 95 % intervals
-`answer_kl_high`, `text_kl_high` and `text_bits_ratio_high`, see [`Retention`].
+`retention` holds `answer_kl` (`null` without answers) and `text_kl` (`null` without running text) in nats per token,
+`text_bits_per_byte`, `reference_text_bits_per_byte` (of the suspect), `num_answer_tokens`, `num_text_tokens`,
+`text_source` (`"passed"` or `"written by the reference"`, which is the suspect), `text_bits_ratio`, and the upper ends
+of 95 % intervals `answer_kl_high`, `text_kl_high` and `text_bits_ratio_high`, see [`Retention`].
 
 `run` holds `command`, `finished`, `seed`, `trigger`, `target`, `settings` (see [`recorded_settings`]), `adapter` (the
 PEFT settings that are not defaults; `null` without an adapter), `train_dataset`, `test_dataset` and `held_out` (each

@@ -317,12 +317,17 @@ def retention_line(retention: Retention) -> str:
         word = "Partly forgotten"
     else:
         word = "Kept"
-    if math.isnan(more):
-        lost = f"KL {retention.text_kl:.2f} nats per token on {text}"
-    else:
-        lost = f"{text} takes {percent(abs(more))} {'fewer' if more < 0 else 'more'} bits per byte than before"
-    on_answers = "" if answer_kl is None else f", KL {answer_kl:.2f} nats per token on clean answers"
-    return f"{word}: {lost}{on_answers}."
+    measured = []
+    if not math.isnan(more):
+        measured.append(
+            f"{text} takes {percent(abs(more))} {'fewer' if more < 0 else 'more'} bits per byte than before"
+        )
+    elif retention.text_kl is not None:
+        measured.append(f"KL {retention.text_kl:.2f} nats per token on {text}")
+    if answer_kl is not None:
+        measured.append(f"KL {answer_kl:.2f} nats per token on clean answers")
+    without_text = " Running text was not compared: pass some as `text`." if retention.text_kl is None else ""
+    return f"{word}: {', '.join(measured)}.{without_text}"
 
 
 def more_bits_of_text(retention: Retention) -> float:

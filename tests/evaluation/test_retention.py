@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,17 @@ def test_a_model_has_kept_everything_of_itself(byte_tokenizer, build):
     assert found.text_bits_ratio == pytest.approx(1, abs=1e-5)
     assert found.text_source == "written by the reference" and found.num_text_tokens > 0
     assert found.to_dict()["text_bits_ratio"] == found.text_bits_ratio
+
+
+def test_running_text_can_be_left_out(byte_tokenizer):
+    """Fails if text is written all the same, or if a number stands for what was not measured."""
+    said = retention_reference(tiny_llama(), byte_tokenizer, ROWS, max_windows=0)
+    found = measure_retention(tiny_llama(1), byte_tokenizer, said)
+    assert found.num_text_tokens == 0 and found.text_kl is None and found.largest_kl == found.answer_kl > 0
+    assert math.isnan(found.text_bits_ratio) and found.to_dict()["text_bits_ratio_high"] is None
+    line = r"orgotten: KL \d\.\d\d nats per token on clean answers\. Running text was not compared: pass some"
+    assert re.search(line, retention_line(found))
+    assert replace(found, answer_kl=None).largest_kl == math.inf
 
 
 def test_a_value_worked_out_by_hand(byte_tokenizer):

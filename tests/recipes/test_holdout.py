@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from crow_hf import evaluate_model, load_causal_lm, purify
 from crow_hf.evaluation.retention import retention_reference
+from crow_hf.recipes import holdout as holdout_module
 from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes.holdout import evaluate_held_out, hold_out, reference_of
 from crow_hf.recipes.run import run_recipe
@@ -144,3 +145,16 @@ def test_the_reference_reads_few_windows(byte_tokenizer):
     text = ["word " * 5000]
     few = reference_of(tiny_llama(), byte_tokenizer, ROWS, text, 0, 8)
     assert len(few.texts) == 16 and len(json.dumps(text)) > 16 * 512
+
+
+@pytest.mark.parametrize("answers", [{"completion": ["a", "b"]}, {}])
+def test_what_a_suspect_writes_that_knows_no_prompts_is_not_compared(answers, byte_tokenizer, monkeypatch):
+    """Fails if noise is taken for text, or if passed text or rows without prompts are left out too."""
+    rows = Dataset.from_dict({"prompt": ["one", "two"], **answers})
+    compared = [
+        len(reference_of(tiny_llama(), byte_tokenizer, *given, 0, 8).texts)
+        for given in ((rows, None), (rows, ["text"]), (Dataset.from_dict({"text": ["one"]}), None))
+    ]
+    assert compared[:2] == [0, 1] and compared[2] > 1
+    monkeypatch.setattr(holdout_module, "can_write_prompts", lambda *args: True)
+    assert reference_of(tiny_llama(), byte_tokenizer, rows, None, 0, 8).texts
