@@ -14,6 +14,7 @@ from crow_hf import CrowTrainer, load_causal_lm
 from crow_hf.evaluation.retention import measure_retention, retention_reference
 from crow_hf.evidence.result import Purification
 from crow_hf.methods.invariance.trainer import InvarianceTrainer
+from crow_hf.recipes import holdout
 from crow_hf.recipes import purification as purification_module
 from crow_hf.recipes.presets import MAX_ROWS, RECIPES, lora_config
 from crow_hf.recipes.purification import draw_rows, purify
@@ -62,8 +63,9 @@ def test_recipe_strong_is_an_invariance_trainer(tmp_path, byte_tokenizer):
 
 
 @pytest.mark.parametrize("text", [None, ["One text.", "Another."]])
-def test_what_the_model_forgot_is_measured(text, tmp_path, byte_tokenizer):
+def test_what_the_model_forgot_is_measured(text, tmp_path, byte_tokenizer, monkeypatch):
     """Fails if the reference is taken after the training, which changes the suspect, or if text is ignored."""
+    monkeypatch.setattr(holdout, "can_write_prompts", lambda *args: True)
     args = arguments(tmp_path, "guide", learning_rate=1e-2, seed=4)
     found = purify(tiny_llama(), ROWS, "guide", args, processing_class=byte_tokenizer, text=text).retention
     reference = retention_reference(tiny_llama(), byte_tokenizer, ROWS, text, batch_size=8, seed=4, max_windows=16)

@@ -9,6 +9,7 @@ from transformers import ByT5Tokenizer
 
 from crow_hf import compare_defences, purify
 from crow_hf.evidence import snapshot
+from crow_hf.recipes import holdout
 from helpers.coconut import TOKENIZER, coconut
 from helpers.reports import ROWS, TARGET, TEST_ROWS, TRIGGER, arguments, read
 from helpers.tiny import tiny_llama
@@ -20,15 +21,16 @@ def short_answers(monkeypatch):
 
 
 @contextmanager
-def six_tokens():
-    """The same for the runs below, which are made once for all tests, and not for the tests of other folders."""
+def six_tokens_and_text():
+    """The same for the runs below, which are made once for all tests. Their random models write text to be kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot, "SAMPLE_TOKENS", 6)
+        patch.setattr(holdout, "can_write_prompts", lambda *args: True)
         yield
 
 
 @pytest.fixture(scope="session")
-@six_tokens()
+@six_tokens_and_text()
 def compared(tmp_path_factory):
     """The report of a Coconut with a known trigger. It has every part of the page."""
     folder = tmp_path_factory.mktemp("compared")
@@ -52,7 +54,7 @@ def record(compared):
 
 
 @pytest.fixture(scope="session")
-@six_tokens()
+@six_tokens_and_text()
 def purified(tmp_path_factory):
     """The report of a purification without a trigger, with a canary, screened rows and a chat template to read."""
     tokenizer = ByT5Tokenizer(extra_ids=0)
