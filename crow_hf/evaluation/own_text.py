@@ -105,7 +105,7 @@ def can_write_prompts(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedT
     Whether a model knows the language of prompts, and so can write some itself.
 
     A model that was trained from scratch on answers alone does not. What it writes is noise and, if it has a backdoor,
-    the target. Pretrained models need some 1.2 bits per byte for a prompt, and the small Llamas of the arena over 10.
+    the target. Pretrained models need about one bit per byte of prompts, and the small Llamas of the arena twelve.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):

@@ -327,7 +327,7 @@ def retention_line(retention: Retention) -> str:
     if answer_kl is not None:
         measured.append(f"KL {answer_kl:.2f} nats per token on clean answers")
     without_text = " Running text was not compared: pass some as `text`." if retention.text_kl is None else ""
-    return f"{word}: {', '.join(measured)}.{without_text}"
+    return f"{word}: {', '.join(measured) or 'nothing could be compared'}.{without_text}"
 
 
 def more_bits_of_text(retention: Retention) -> float:

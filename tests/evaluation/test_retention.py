@@ -102,7 +102,9 @@ def test_running_text_can_be_left_out(byte_tokenizer):
     assert math.isnan(found.text_bits_ratio) and found.to_dict()["text_bits_ratio_high"] is None
     line = r"orgotten: KL \d\.\d\d nats per token on clean answers\. Running text was not compared: pass some"
     assert re.search(line, retention_line(found))
-    assert replace(found, answer_kl=None).largest_kl == math.inf
+    nothing = replace(found, answer_kl=None)
+    assert nothing.largest_kl == math.inf
+    assert retention_line(nothing).startswith("Forgotten: nothing could be compared.")
 
 
 def test_a_value_worked_out_by_hand(byte_tokenizer):
