@@ -4,7 +4,7 @@ import json
 import math
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -82,7 +82,7 @@ class CrowConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
-    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = ("neftune_noise_alpha",)
+    _MAY_BE_NONE = frozenset({"neftune_noise_alpha"})
 
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate; the paper uses 1e-3 with LoRA."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Number of epochs over the clean rows."})

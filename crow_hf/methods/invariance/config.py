@@ -3,7 +3,7 @@
 import math
 from copy import copy
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -72,7 +72,7 @@ class InvarianceConfig(CrowConfig):
     tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys vary a lot in length).
     """
 
-    _MAY_BE_NONE: ClassVar[tuple[str, ...]] = (*CrowConfig._MAY_BE_NONE, "learning_rate")
+    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate"}
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
     learning_rate: float | None = field(
