@@ -128,8 +128,9 @@ def no_defence(defender: Defender) -> Outcome:
 
 def fine_tuning(defender: Defender, **changes: Any) -> Outcome:
     """Plain fine-tuning for as many steps as the recipe `strong` takes, at its learning rate unless another is set."""
-    args = control_config(with_learning_rate(defender.config("strong"), defender.load()), len(defender.rows))
-    return run(defender, "guide", replace(args, **changes))
+    model = defender.load()
+    args = control_config(with_learning_rate(defender.config("strong"), model), len(defender.rows))
+    return run(defender, "guide", replace(args, **changes), model)
 
 
 def fine_tuning_at_best_rate(defender: Defender) -> Outcome:

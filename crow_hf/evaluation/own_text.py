@@ -22,15 +22,13 @@ from .generation import bits_per_byte, end_token_ids, generate_ids, text_of_ids
 
 logger = logging.get_logger(__name__)
 
-# Prompts that tell whether the model can write some.
-READ_PROMPTS = 32
 # Draws of rows before too few are accepted. A model that ends every other text at once needs about five.
 MAX_DRAWS = 8
 # Answers recur if they share as many words in a row in at least this many rows and more than this share of them.
 RECURRING_WORDS, MIN_RECURRING, MAX_RECURRING = 4, 4, 0.05
 # Bits per byte that English takes if only the frequencies of its letters are known. A model that needs more for
-# prompts was only taught what follows them.
-MAX_PROMPT_BITS = 4.0
+# prompts was only taught what follows them. The first so many prompts tell.
+MAX_PROMPT_BITS, READ_PROMPTS = 4.0, 32
 # Stands for the content of a user's message while the template around it is read.
 _PLACEHOLDER = "the-message-of-the-user"
 # All of the model's distribution. The defaults of transformers keep the 50 most likely tokens.
