@@ -136,7 +136,9 @@ def test_a_base_that_does_not_fit_into_memory_is_refused(suspect, monkeypatch):
 
 
 @pytest.mark.parametrize("kwargs", [{"device_map": "meta"}, {"device_map": "auto", "offload_folder": "offload"}])
-def test_what_does_not_go_to_memory_is_not_refused(suspect, monkeypatch, kwargs):
+def test_what_does_not_go_to_memory_is_not_refused(suspect, tmp_path, monkeypatch, kwargs):
+    # The folder for what is offloaded is made here.
+    monkeypatch.chdir(tmp_path)
     free_memory(monkeypatch, 1)
     load_causal_lm(suspect, **kwargs)
 
