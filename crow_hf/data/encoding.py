@@ -248,7 +248,7 @@ class _TokenRow(CachedByRelease):
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         columns = {
-            name: list(row[name]) for name in ("input_ids", "labels", "attention_mask") if row.get(name) is not None
+            name: _listed(row[name]) for name in ("input_ids", "labels", "attention_mask") if row.get(name) is not None
         }
         for name in ("input_ids", *columns):
             values = columns.get(name, [None])
@@ -270,6 +270,11 @@ class _TokenRow(CachedByRelease):
             )
         cut = lengths["input_ids"] > self.max_length
         return {**{name: values[: self.max_length] for name, values in columns.items()}, "cut": cut}
+
+
+def _listed(values: Any) -> list[Any]:
+    # Datasets in the format "torch" or "numpy" give arrays.
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def check_ids(rows: Iterable[Sequence[int]], num_embeddings: int) -> int:

@@ -308,6 +308,15 @@ def test_tokenized_rows_need_no_tokenizer():
     assert ids_and_labels(row) == {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
 
 
+@pytest.mark.parametrize("values", ["torch", "numpy"])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["rows", "stream"])
+def test_ids_may_be_arrays(values, is_stream):
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, 6, 7], [-100, 9]]})
+    formatted = rows.with_format(values)
+    prepared = prepare_dataset(formatted.to_iterable_dataset() if is_stream else formatted, None, 512)
+    assert [{name: list(map(int, ids)) for name, ids in row.items()} for row in prepared] == list(rows)
+
+
 def test_text_needs_a_tokenizer():
     with pytest.raises(ValueError, match="tokenizer"):
         prepare({"text": ["x"]}, None)
