@@ -183,8 +183,8 @@ def messages_of(row: Mapping[str, Any], index: int | None = None) -> list[dict]:
             if "\ufffc" in text:
                 raise ValueError(f"{row_name(index)} has more than text in message {number}. Drop the row.")
         said_by = _ROLES.get(message[role].lower(), message[role].lower())
-        if text is None and said_by == "assistant" and number == len(messages) - 1:
-            # Such as a call of a tool: the row has no answer.
+        if text is None and said_by == "assistant" and (number == len(messages) - 1 or message.get("tool_calls")):
+            # Who calls a tool may say nothing. At the end, the row has no answer.
             text = ""
         read.append({**message, "role": said_by, "content": text_of({content: text}, content, index)})
     return read

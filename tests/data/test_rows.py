@@ -243,6 +243,25 @@ def test_unreadable_chats_are_named(messages, found, byte_tokenizer):
             read({"messages": messages})
 
 
+def test_a_call_of_a_tool_needs_no_text(byte_tokenizer):
+    """Fails if an assistant who calls a tool and says nothing is refused, or if the template loses the call."""
+    byte_tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    (row,) = Dataset.from_list([{"messages": chat}])
+    rendered = render(row, byte_tokenizer)
+    assert rendered.prompt == "<user>What time is it?<assistant>clock<tool>noon<assistant>"
+    assert rendered.answer == "It is noon." and prompt_of(row) == "What time is it?"
+
+
 def test_a_template_that_refuses_a_row_is_named(byte_tokenizer):
     byte_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="^Row 3 is refused by the tokenizer's chat template .*roles must alternate"):
