@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from ..data.collators import CrowDataCollator
 from ..data.encoding import encode, padding_id, prepare_dataset
 from ..data.rows import add_empty_answers, has_prompts, render
+from ..detection.phrases import NUM_FOLLOWED
 from ..evaluation.generation import generate_ids, naming_errors
 from ..evaluation.retention import WRITTEN_TOKENS
 from ..evidence.canaries import implant_steps
@@ -34,6 +36,7 @@ from ..training.loading import move
 from ..training.recorder import context_length, evaluating, recorder_of
 from ..training.sharding import will_shard
 from .holdout import RETENTION_WINDOWS
+from .phrases import PHRASE_BYTES, PHRASE_PROMPTS, PHRASES, length_in_tokens
 from .presets import num_steps
 from .run import CANARIES, CANARIES_AGAIN, CONTROL, LEAKS, LOOKING_AGAIN, PURIFYING, SCREENING, WRITING
 
@@ -290,6 +293,7 @@ def _seconds(
     preparing = {
         SCREENING: _num_variants(dataset, tokenizer) * costs.forward if invariance.screen_rows else 0.0,
         LEAKS: num_rows * costs.forward,
+        PHRASES: _num_phrase_passes(dataset, tokenizer) * costs.forward if invariance.num_phrases else 0.0,
         # A prompt and its answer.
         WRITING: 2 * generating(invariance.num_written_rows, invariance.max_answer_length),
     }
@@ -309,6 +313,18 @@ def _num_variants(dataset: Dataset | IterableDataset, tokenizer: PreTrainedToken
     if rows is None or not has_prompts(rows.column_names):
         return 0
     return sum(num_variants(render(row, tokenizer, index).prompt) for index, row in enumerate(rows))
+
+
+def _num_phrase_passes(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the number of rows whose tokens are as many as the search for phrases reads."""
+    rows = add_empty_answers(dataset) if isinstance(dataset, Dataset) else None
+    if rows is None or not has_prompts(rows.column_names) or len(rows) < PHRASE_PROMPTS:
+        return 0.0
+    length = length_in_tokens(PHRASE_BYTES, rows, tokenizer)
+    rendered = (render(row, tokenizer, index) for index, row in enumerate(rows))
+    row_length = length / PHRASE_BYTES * mean(len(f"{row.prompt}{row.answer}".encode()) for row in rendered)
+    # Each beginning is read from its first token again whenever it grows by one.
+    return PHRASE_PROMPTS * NUM_FOLLOWED * length**2 / 2 / row_length
 
 
 def _trained(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None) -> int:

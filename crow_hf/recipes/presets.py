@@ -29,7 +29,13 @@ PAPER: dict[str, Any] = {
     "warmup_steps": 0.1,
 }
 # The settings of form 4 of the recipe `strong`, see docs/recipe-development.md. It trained all weights.
-FORM_4: dict[str, Any] = {"label_weight": 1.0, "learning_rate": 7e-4, "keep": 0.3, "num_written_rows": 0}
+FORM_4: dict[str, Any] = {
+    "label_weight": 1.0,
+    "learning_rate": 7e-4,
+    "keep": 0.3,
+    "num_written_rows": 0,
+    "num_phrases": 0,
+}
 # The rank of the LoRA that a recipe trains, unless the suspect is an adapter.
 LORA_RANKS = {"strong": 16, "paper": 8}
 # The number of clean rows that a recipe uses, if nothing else is asked for.

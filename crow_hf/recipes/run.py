@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..data.rows import drop_unanswered
 from ..data.template import read_templates
+from ..detection.phrases import Phrase
 from ..evaluation.generation import answer_prompts
 from ..evaluation.own_text import can_write_prompts, write_rows
 from ..evaluation.retention import RetentionReference, measure_retention
@@ -36,6 +37,7 @@ from ..training.loading import is_quantized, merged, move
 from ..training.saves import cast_to, write_weights
 from ..training.sharding import will_shard
 from ..training.trial import place
+from .phrases import PHRASES, known_phrases
 from .presets import LORA_RANKS, lora_config
 from .rehearsal import check_recipe, merge_before, rehearse
 
@@ -130,6 +132,8 @@ class RecipeRun:
             The trainer.
         leaked_tokens (`list[int]`):
             Ids of the tokens that leak into the suspect's answers to clean prompts, see [`find_leaked_tokens`].
+        phrases (`list[Phrase]`):
+            Phrases that the suspect knows by heart, see [`find_phrases`]. The adversary leads to them.
         trains_fresh_adapter (`bool`):
             Whether the trained adapter did not come with the suspect.
         adapter (`PeftConfig`, *optional*):
@@ -166,6 +170,7 @@ class RecipeRun:
         self.rows: Any = dataset
         self.screening: Screening | None = None
         self.leaked_tokens: list[int] = []
+        self.phrases: list[Phrase] = []
         self.adapter: PeftConfig | None = None
         self.kept = 0.0
         self.dropped_settings = drop_foreign_settings(model, processing_class)
@@ -189,6 +194,7 @@ class RecipeRun:
             self.peft_config,
             written_rows=written_rows,
             leaked_tokens=self.leaked_tokens,
+            phrases=[[*phrase.opening.ids, *phrase.ids] for phrase in self.phrases],
         )
 
     def snapshot(self, rows: SnapshotRows) -> Snapshot:
@@ -344,6 +350,11 @@ class RecipeRun:
         if has_right_answers:
             with phase(LEAKS):
                 self.leaked_tokens = find_leaked_tokens(model, tokenizer, rows, args.max_length, batch_size)
+        if args.num_phrases:
+            with phase(PHRASES):
+                self.phrases = known_phrases(model, tokenizer, rows, args.num_phrases, args.seed, batch_size)
+            for each in self.phrases:
+                logger.info(f"The suspect knows {each} by heart (probability {each.probability:.2f} per token).")
         written_rows = None
         if args.num_written_rows and not can_write_prompts(model, tokenizer, rows):
             logger.warning(

@@ -98,6 +98,7 @@ def test_form_4_has_the_settings_of_its_results(suspects, tmp_path):
     defaults = InvarianceConfig(str(tmp_path)).to_dict()
     found = {**defaults, **settings}
     expected = {"label_weight": 1.0, "learning_rate": 7e-4, "keep": 0.3, "num_written_rows": 0, "num_canaries": 2}
+    expected["num_phrases"] = 0
     expected |= {"decoy_weight": 1.0, "adversarial_weight": 1.0, "distillation_weight": 1.0, "adversarial_steps": 2}
     expected |= {"adversarial_step_size": 0.35, "alpha": 0.0, "per_device_train_batch_size": 16}
     assert {name: found[name] for name in expected} == expected

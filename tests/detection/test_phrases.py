@@ -8,7 +8,7 @@ import torch
 
 from crow_hf.detection import phrases as module
 from crow_hf.detection.openings import NO_OPENING, Opening
-from crow_hf.detection.phrases import find_phrases, in_reference
+from crow_hf.detection.phrases import Phrase, find_phrases, in_reference, surest_by_heart
 from helpers.answers import byte
 from helpers.detection import BYTES, knowing_model
 from helpers.tiny import tiny_llama
@@ -120,3 +120,15 @@ def test_a_reference_may_have_another_tokenizer():
     found = find_phrases(model, BYTES, [[100, 101], [102, 103]], num_tokens=6)
     (measured,) = in_reference(found[:1], BYTES, [[100, 101], [102, 103]], shifted, Shifted(extra_ids=0))
     assert measured.reference == pytest.approx(measured.probability, rel=1e-3)
+
+
+def test_the_surest_phrases_directly_and_after_an_opening_are_chosen():
+    opening = Opening([7], "x")
+    directly = [Phrase([1, 2], text, 0.9, 0.0) for text in ("a", "b", "c")]
+    after = [replace(each, opening=opening) for each in directly]
+    unsure, known = replace(directly[0], probability=0.1), replace(directly[0], reference=0.85)
+    phrases = [unsure, known, *directly, *after]
+    assert surest_by_heart(phrases, 1) == [directly[0], after[0]]
+    assert surest_by_heart(phrases, 2) == [*directly[:2], *after[:2]]
+    assert surest_by_heart(phrases, 9) == directly + after
+    assert replace(known, reference=0.75).is_by_heart

@@ -48,11 +48,19 @@ def lora(**kwargs):
 
 
 def invariance_trainer(
-    tmp_path, model, peft_config=None, rows=ROWS, tokenizer=None, written_rows=None, leaked_tokens=(), **kwargs
+    tmp_path,
+    model,
+    peft_config=None,
+    rows=ROWS,
+    tokenizer=None,
+    written_rows=None,
+    leaked_tokens=(),
+    phrases=(),
+    **kwargs,
 ):
     """An InvarianceTrainer with the arguments of `invariance_args`."""
     args, tokenizer = invariance_args(tmp_path, **kwargs), tokenizer or ByT5Tokenizer(extra_ids=0)
-    return InvarianceTrainer(model, args, rows, tokenizer, peft_config, written_rows, leaked_tokens)
+    return InvarianceTrainer(model, args, rows, tokenizer, peft_config, written_rows, leaked_tokens, phrases)
 
 
 FAMILIES = {"llama": (tiny_llama, ByT5Tokenizer(extra_ids=0)), "coconut": (smooth_coconut, TOKENIZER)}
@@ -67,13 +75,13 @@ def family(name, tmp_path, **kwargs):
     return model, suspect, rows, trainer.data_collator(rows)
 
 
-def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper", leaked=()):
+def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper", leaked=(), phrase=()):
     """The terms of the Invariance objective on a batch of the collator."""
     recorder, suspect_recorder = recorder_of(model), recorder_of(suspect)
     batch = dict(recorder.prepare(batch))
     mask, weights = batch.pop("inserted_mask"), batch.pop("label_weights")
     options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "layers": layers}
-    options["leaked"] = torch.tensor(leaked, dtype=torch.long)
+    options |= {"leaked": torch.tensor(leaked, dtype=torch.long), "phrase": torch.tensor(phrase, dtype=torch.long)}
     return invariance_terms(recorder, model, suspect_recorder, suspect, batch, mask, label_weights=weights, **options)
 
 

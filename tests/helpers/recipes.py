@@ -20,6 +20,7 @@ INVARIANCE = {
     "num_views": 12,
     "num_canaries": 0,
     "num_written_rows": 0,
+    "num_phrases": 0,
     "screen_rows": False,
     "max_answer_length": 4,
 }

@@ -72,6 +72,10 @@ def test_phases_take_what_they_do_times_what_was_measured(tmp_path, byte_tokeniz
     # Two batches of 8 and 4 rows, and 128 tokens of each message and of each answer.
     written = module._seconds(ROWS, replace(args, num_written_rows=12), byte_tokenizer, COSTS)["Writing rows"]
     assert written == pytest.approx(2 * 2 * 128 * 0.1)
+    # 64 beginnings of up to 40 bytes after 8 prompts. The 12 rows have 208 bytes.
+    assert seconds["Looking for phrases"] == pytest.approx(0.5 * 8 * 64 * 40**2 / 2 / (208 / 12))
+    none = module._seconds(ROWS, replace(args, num_phrases=0), byte_tokenizer, COSTS)
+    assert "Looking for phrases" not in none
     crow = settings(tmp_path, "guide", max_steps=10, per_device_train_batch_size=4)
     assert module._seconds(ROWS, crow, byte_tokenizer, COSTS)["Purifying"] == pytest.approx(10 * 4 * (2 * 1.5 + 1.0))
 

@@ -9,6 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from crow_hf.data.rows import render
+from crow_hf.detection.openings import Opening
+from crow_hf.detection.phrases import Phrase
 from crow_hf.evaluation.generation import answer_prompts, generate_answers
 from crow_hf.evaluation.own_text import write_rows
 from crow_hf.evaluation.scores import Proportion
@@ -155,6 +157,19 @@ def test_the_suspect_writes_rows_if_asked_to(given_to_trainer, tmp_path, byte_to
     model = tiny_llama()
     RecipeRun(model, ROWS, "strong", args, byte_tokenizer).prepare()
     assert calls == [(model, byte_tokenizer, 3, args.max_answer_length, 5, args.per_device_eval_batch_size, [70])]
+
+
+def test_phrases_are_looked_for_if_asked_to(given_to_trainer, tmp_path, byte_tokenizer, monkeypatch):
+    """Fails if the trainer gets other phrases, if the opening is lost, or if phrases are not wanted and looked for."""
+    found = [Phrase([80, 90], "MW", 0.9, 0.1), Phrase([100], "a", 0.8, 0.1, opening=Opening([70], "C"))]
+    calls = []
+    monkeypatch.setattr(run_module, "known_phrases", lambda *args: calls.append(args) or found)
+    for count in (0, 2):
+        run = RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path, num_phrases=count, seed=5), byte_tokenizer)
+        run.prepare()
+    assert [given["phrases"] for given in given_to_trainer] == [[], [[80, 90], [70, 100]]]
+    assert run.phrases == found
+    assert [call[3:] for call in calls] == [(2, 5, run.args.per_device_eval_batch_size)]
 
 
 def test_who_knows_no_prompts_writes_none(given_to_trainer, tmp_path, byte_tokenizer, caplog):

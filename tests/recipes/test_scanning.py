@@ -10,11 +10,10 @@ from transformers import ByT5Tokenizer
 
 from crow_hf import scan
 from crow_hf.detection.divergence import Divergence
-from crow_hf.detection.openings import Opening
-from crow_hf.detection.phrases import Phrase
+from crow_hf.detection.phrases import MIN_PROBABILITY, Phrase
 from crow_hf.detection.suspicions import Suspicion
 from crow_hf.evaluation.scores import Proportion
-from crow_hf.recipes import scanning
+from crow_hf.recipes import phrases, scanning
 from crow_hf.recipes.scanning import Scan, found_backdoor
 from helpers.coconut import TOKENIZER
 from helpers.detection import BYTES, backdoored, knowing_model, prompts
@@ -23,7 +22,8 @@ from helpers.tiny import tiny_llama
 
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
-    monkeypatch.setattr(scanning, "TRIGGER_BYTES", 2)
+    for module in (scanning, phrases):
+        monkeypatch.setattr(module, "TRIGGER_BYTES", 2)
     monkeypatch.setattr(scanning, "NUM_PHRASES", 1)
 
 
@@ -81,15 +81,6 @@ def test_what_follows_an_opening_is_looked_at(suspect):
     assert [each.probability for each in result.phrases] == sorted(
         (each.probability for each in result.phrases), reverse=True
     )
-
-
-def test_the_surest_phrases_directly_and_after_an_opening_are_searched_for():
-    opening = Opening([7], "x")
-    directly = [Phrase([1, 2], text, 0.9, 0.0) for text in ("a", "b", "c")]
-    after = [replace(each, opening=opening) for each in directly]
-    # Not known by heart.
-    unsure = replace(directly[0], probability=0.1)
-    assert scanning._to_search([unsure, *directly, *after]) == [directly[0], after[0]]
 
 
 def test_nothing_leads_away_from_the_same_model(suspect):
@@ -176,7 +167,7 @@ def test_a_device_is_no_scan():
 def test_a_trusted_model_that_cannot_be_read_is_told_at_once(suspect, tmp_path, monkeypatch):
     saved(tiny_llama(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
-    monkeypatch.setattr(scanning, "find_phrases", lambda *arguments: pytest.fail("It was searched for phrases first."))
+    monkeypatch.setattr(phrases, "find_phrases", lambda *arguments: pytest.fail("It was searched for phrases first."))
     with pytest.raises(ValueError, match="cannot be read"):
         scan(suspect, prompts(60), tmp_path)
 
@@ -217,7 +208,7 @@ def test_the_margin_decides(with_piece, without, anyway, finding):
 
 def test_a_model_that_knows_nothing_writes_its_own_prompts(tmp_path):
     result = scan(saved(tiny_llama(), tmp_path))
-    assert not result.has_findings and result.phrases[0].probability < scanning.MIN_PROBABILITY
+    assert not result.has_findings and result.phrases[0].probability < MIN_PROBABILITY
     assert levels(result) == {"files": "ok", "remote code": "ok", "phrases": "ok"}
 
 
@@ -228,10 +219,8 @@ def test_files_that_cannot_be_loaded_are_findings(tmp_path):
 
 
 def test_prompts_without_tokens_do_not_count(suspect, monkeypatch):
-    encode = scanning.encode_prompt
-    monkeypatch.setattr(
-        scanning, "encode_prompt", lambda row, tokenizer: encode(row, tokenizer)[: row.prompt[0] > "c"]
-    )
+    encode = phrases.encode_prompt
+    monkeypatch.setattr(phrases, "encode_prompt", lambda row, tokenizer: encode(row, tokenizer)[: row.prompt[0] > "c"])
     with pytest.raises(ValueError, match="A scan needs 34 different prompts"):
         scan(suspect, prompts(40))
 

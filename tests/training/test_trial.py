@@ -83,6 +83,7 @@ def assert_purifiable(model_type, **changes):
         adversarial_step_size=0.35,
         label_weights=torch.full((9,), 0.5),
         leaked=torch.tensor([], dtype=torch.long),
+        phrase=torch.tensor([], dtype=torch.long),
         layers="paper",
     )
     assert all(math.isfinite(term.item()) for term in terms.values())

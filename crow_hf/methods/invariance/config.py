@@ -33,6 +33,9 @@ class InvarianceConfig(CrowConfig):
             Number of sign steps of the adversary. With 0, adversarial decoys are ordinary decoys.
         adversarial_step_size (`float`, *optional*, defaults to `0.35`):
             Size of a sign step for each coordinate, in units of the RMS of each embedding.
+        num_phrases (`int`, *optional*, defaults to `2`):
+            Largest number of phrases that [`purify`] looks for and leads the adversary to, if the suspect knows them
+            by heart ([`find_phrases`]). With 0, the adversary leads away from the right answers.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the plain prompts.
         label_weight (`float`, *optional*, defaults to `0.0`):
@@ -101,6 +104,9 @@ class InvarianceConfig(CrowConfig):
     adversarial_step_size: float = field(
         default=0.35, metadata={"help": "Size of a sign step, in units of the RMS of each embedding."}
     )
+    num_phrases: int = field(
+        default=2, metadata={"help": "Number of phrases known by heart that the adversary leads to, if there are any."}
+    )
     distillation_weight: float = field(default=1.0, metadata={"help": "Weight of the plain prompts."})
     label_weight: float = field(
         default=0.0,
@@ -139,6 +145,7 @@ class InvarianceConfig(CrowConfig):
         )
         for name, least in {
             "adversarial_steps": 0,
+            "num_phrases": 0,
             "num_views": 1,
             "num_canaries": 0,
             "num_written_rows": 0,

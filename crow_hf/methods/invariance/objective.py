@@ -7,7 +7,8 @@ answers are the teacher. The model under purification learns to give them whatev
     L =   w_0 * KL(teacher(x) || model(x))               distillation: keeps what the model knows
         + w_d * KL(teacher(x) || model(x + d))           decoys d: random words, letters, digits, bytes
         + w_a * KL(teacher(x) || model(x + d' + delta))  adversarial decoys: delta, K sign steps on the embeddings
-                                                         of d', leads the frozen suspect away from the teacher's
+                                                         of d', leads the frozen suspect towards a phrase that it
+                                                         knows by heart or, if it knows none, away from the teacher's
                                                          answers, and so towards whatever opens a backdoor
         + alpha * L_cons(x + d' + delta)                 CROW's consistency loss under that perturbation
 
@@ -35,6 +36,8 @@ from .divergence import answer_divergence
 
 
 VIEWS = 3
+# The sign steps towards a phrase. Twice as large ones overshoot, because a phrase is a single point.
+PHRASE_STEPS, PHRASE_STEP_SIZE = 4, 0.1
 # Stands for a probability of 0, whose logarithm is infinite. CPUs are many times slower with the smallest numbers.
 LEAST_PROBABILITY = 1e-30
 
@@ -108,7 +111,7 @@ def view(inputs: Inputs, number: int) -> Inputs:
     return {name: value.chunk(VIEWS)[number] if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
-def adversarial_perturbation(
+def away_from_teacher(
     recorder: LayerRecorder,
     forward: Callable[..., Any],
     teacher: torch.Tensor,
@@ -143,11 +146,67 @@ def adversarial_perturbation(
     Returns:
         `torch.Tensor`: The perturbation delta, shape `(B, S, D)`, detached. With 0 steps, zeros of shape `(B, S, 1)`.
     """
-    delta = torch.zeros(*inputs["input_ids"].shape, 1, device=inputs["input_ids"].device)
+
+    def divergence() -> torch.Tensor:
+        return answer_divergence(teacher, answer_logits(recorder.base, forward, inputs))
+
+    return _ascend(recorder, divergence, inserted_mask, steps, step_size)
+
+
+def towards_phrase(
+    recorder: LayerRecorder,
+    forward: Callable[..., Any],
+    phrase: torch.Tensor,
+    inputs: Inputs,
+    inserted_mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Perturb the embeddings of the inserted tokens so that the suspect is most likely to answer with a phrase.
+
+    Many directions lead a large model away from its answers, and those of its backdoor are not the steepest. A phrase
+    that the suspect knows by heart is what the backdoor says, if it says the same whatever the prompt is about.
+
+    Args:
+        recorder (`LayerRecorder`):
+            The suspect's recorder.
+        forward (`Callable`):
+            The suspect.
+        phrase (`torch.Tensor`):
+            Token ids of the phrase, shape `(L,)`.
+        inputs (`dict[str, torch.Tensor]`):
+            The rows with insertions.
+        inserted_mask (`torch.Tensor`):
+            Shape `(B, S)`, true at inserted tokens. Nothing else is perturbed.
+
+    Returns:
+        `torch.Tensor`: The perturbation delta, shape `(B, S, D)`, detached.
+    """
+    said, positions = recorder.prepare(_answer_with(phrase, inputs)), inserted_mask.shape[1]
+    excess = said["input_ids"].shape[1] - positions
+
+    def log_likelihood() -> torch.Tensor:
+        logits = answer_logits(recorder.base, forward, said).float()
+        return -torch.nn.functional.cross_entropy(logits, phrase.repeat(len(inserted_mask)))
+
+    # Padding by a negative number cuts off.
+    inserted_mask = torch.nn.functional.pad(inserted_mask, (0, excess))
+    delta = _ascend(recorder, log_likelihood, inserted_mask, PHRASE_STEPS, PHRASE_STEP_SIZE)
+    return torch.nn.functional.pad(delta, (0, 0, 0, -excess))
+
+
+def _ascend(
+    recorder: LayerRecorder,
+    objective: Callable[[], torch.Tensor],
+    inserted_mask: torch.Tensor,
+    steps: int,
+    step_size: float,
+) -> torch.Tensor:
+    """Take sign steps on the embeddings of the inserted tokens, up an objective that one forward pass computes."""
+    delta = torch.zeros(*inserted_mask.shape, 1, device=inserted_mask.device)
     for _ in range(steps):
         with recorder.record(partial(_shift, delta=delta)) as record:
-            divergence = answer_divergence(teacher, answer_logits(recorder.base, forward, inputs))
-        (gradient,) = torch.autograd.grad(divergence, record.perturbed)
+            value = objective()
+        (gradient,) = torch.autograd.grad(value, record.perturbed)
         embeddings = record.perturbed[0].detach()
         step = perturb_embeddings(embeddings, gradient, step_size, "relative") - embeddings
         delta = delta + step * inserted_mask[..., None]
@@ -156,6 +215,23 @@ def adversarial_perturbation(
 
 def _shift(embeddings: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return (embeddings.detach() + delta.to(embeddings.dtype)).requires_grad_().clone()
+
+
+def _answer_with(phrase: torch.Tensor, inputs: Inputs) -> Inputs:
+    """The rows with a phrase `(L,)` as their answer, shape `(B, S')`. Padding is on the right."""
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    starts = (labels != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)
+    length = int(starts.max()) + len(phrase)
+    places = starts + torch.arange(len(phrase), device=ids.device)
+    phrases = phrase.expand(len(ids), -1)
+    ids = torch.nn.functional.pad(ids, (0, length - ids.shape[1]))
+    return {
+        "input_ids": ids.scatter(1, places, phrases),
+        "labels": torch.full_like(ids, IGNORE_INDEX).scatter(1, places, phrases),
+        "attention_mask": (torch.arange(length, device=ids.device) < starts + len(phrase)).to(
+            inputs["attention_mask"]
+        ),
+    }
 
 
 def invariance_terms(
@@ -170,6 +246,7 @@ def invariance_terms(
     adversarial_step_size: float,
     label_weights: torch.Tensor,
     leaked: torch.Tensor,
+    phrase: torch.Tensor,
     layers: Layers,
 ) -> tuple[torch.Tensor, Terms]:
     """
@@ -191,13 +268,16 @@ def invariance_terms(
         inserted_mask (`torch.Tensor`):
             Shape `(3 B, S)`, true at inserted tokens.
         adversarial_steps (`int`):
-            See [`adversarial_perturbation`].
+            See [`away_from_teacher`].
         adversarial_step_size (`float`):
-            See [`adversarial_perturbation`].
+            See [`away_from_teacher`].
         label_weights (`torch.Tensor`):
             Share of the rows' own answers in the teacher, shape `(3 B,)`. The values of the first view count.
         leaked (`torch.Tensor`):
             See [`strike_out`].
+        phrase (`torch.Tensor`):
+            Token ids of the phrase that the adversary leads the suspect towards, shape `(L,)`. If it is empty, the
+            adversary leads away from the teacher.
         layers (`str`):
             See [`layer_consistency_loss`].
 
@@ -215,15 +295,19 @@ def invariance_terms(
         del suspect
 
     # The adversary's delta on d'.
-    delta = adversarial_perturbation(
-        suspect_recorder,
-        suspect_forward,
-        teacher,
-        attacked,
-        inserted_mask.chunk(VIEWS)[2],
-        steps=adversarial_steps,
-        step_size=adversarial_step_size,
-    )
+    inserted_mask = inserted_mask.chunk(VIEWS)[2]
+    if len(phrase):
+        delta = towards_phrase(suspect_recorder, suspect_forward, phrase, attacked, inserted_mask)
+    else:
+        delta = away_from_teacher(
+            suspect_recorder,
+            suspect_forward,
+            teacher,
+            attacked,
+            inserted_mask,
+            steps=adversarial_steps,
+            step_size=adversarial_step_size,
+        )
 
     def add_delta(H_0: torch.Tensor) -> torch.Tensor:
         *others, attacked_embeddings = H_0.chunk(VIEWS)

@@ -70,6 +70,9 @@ class InvarianceTrainer(CrowTrainer):
         leaked_tokens (`Sequence[int]`, *optional*, defaults to `()`):
             Ids of tokens that leak from the backdoor into the suspect's answers to clean prompts, see
             [`find_leaked_tokens`]. The suspect does not teach them.
+        phrases (`Sequence[Sequence[int]]`, *optional*, defaults to `()`):
+            Token ids of phrases that the suspect knows by heart, such as what its backdoor says. The adversary leads
+            to one of them after the other, one per optimizer step. Without any, it leads away from the right answers.
         **kwargs:
             As in [`CrowTrainer`], except `eval_dataset`.
 
@@ -102,6 +105,7 @@ class InvarianceTrainer(CrowTrainer):
         peft_config: PeftConfig | None = None,
         written_rows: Dataset | None = None,
         leaked_tokens: Sequence[int] = (),
+        phrases: Sequence[Sequence[int]] = (),
         **kwargs: Any,
     ):
         if not isinstance(args, InvarianceConfig):
@@ -128,6 +132,7 @@ class InvarianceTrainer(CrowTrainer):
         suspect = None if peft_config is not None else self._copy_suspect(model)
         self._written_rows = written_rows
         self._leaked_tokens = torch.tensor(leaked_tokens, dtype=torch.long)
+        self._phrases = [torch.tensor(phrase, dtype=torch.long) for phrase in phrases or [()]]
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
@@ -157,6 +162,7 @@ class InvarianceTrainer(CrowTrainer):
         """Compute the Invariance objective. Each term is weighted as in [`CrowTrainer.compute_loss`]."""
         args, inputs = self.args, dict(self.recorder.prepare(inputs))
         inserted_mask, label_weights = inputs.pop("inserted_mask"), inputs.pop("label_weights")
+        device, phrase = inputs["input_ids"].device, self._phrases[self.state.global_step % len(self._phrases)]
         logits, terms = invariance_terms(
             self.recorder,
             model,
@@ -167,7 +173,8 @@ class InvarianceTrainer(CrowTrainer):
             adversarial_steps=args.adversarial_steps,
             adversarial_step_size=args.adversarial_step_size,
             label_weights=label_weights,
-            leaked=self._leaked_tokens.to(inputs["input_ids"].device),
+            leaked=self._leaked_tokens.to(device),
+            phrase=phrase.to(device),
             layers=args.consistency_layers,
         )
         labels, positions = self._count(inputs)

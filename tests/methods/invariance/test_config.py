@@ -28,6 +28,7 @@ from helpers.tiny import tiny_llama
         ({"adversarial_steps": -1}, "adversarial_steps"),
         ({"num_views": 0}, "num_views"),
         ({"num_canaries": -1}, "num_canaries"),
+        ({"num_phrases": -1}, "num_phrases"),
         ({"num_written_rows": -1}, "num_written_rows"),
         ({"max_answer_length": 0}, "max_answer_length"),
         ({"perturb": "patches"}, "perturb"),

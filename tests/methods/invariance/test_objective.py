@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from crow_hf.methods.invariance.divergence import answer_divergence
-from crow_hf.methods.invariance.objective import adversarial_perturbation, strike_out, teacher_log_probs, view
+from crow_hf.methods.invariance.objective import (
+    PHRASE_STEP_SIZE,
+    PHRASE_STEPS,
+    away_from_teacher,
+    strike_out,
+    teacher_log_probs,
+    towards_phrase,
+    view,
+)
 from crow_hf.training.answer_logits import answer_logits
 from crow_hf.training.recorder import recorder_of
 from helpers.invariance import FAMILIES, family, invariance_trainer, layers_of, terms_of
@@ -46,28 +54,45 @@ def slow_kl(teacher, student):
     return sum((teacher[t].exp() * (teacher[t] - student[t])).sum() for t in range(len(teacher)))
 
 
-def slow_delta(suspect, teacher, row, steps, step_size):
-    ids, inside = row["prompts"][2] + row["completion"], range(*row["inserted"])
+def slow_delta(suspect, row, said, objective, steps, step_size):
+    """Sign steps up an objective of the log-probabilities at the positions that predict what is said."""
+    ids, inside = row["prompts"][2] + said, range(*row["inserted"])
     embedded = suspect.get_input_embeddings()(torch.tensor([ids])).detach()
     delta = torch.zeros_like(embedded)
     for _ in range(steps):
         shift = delta.clone().requires_grad_()
-        divergence = slow_kl(teacher, answers(alone(suspect, ids, shift)[1], row["completion"]))
-        (gradient,) = torch.autograd.grad(divergence, shift)
+        (gradient,) = torch.autograd.grad(objective(answers(alone(suspect, ids, shift)[1], said)), shift)
         for place in inside:
             rms = (embedded + delta)[0, place].square().mean().sqrt()
             delta[0, place] += step_size * rms * gradient[0, place].sign()
     return delta
 
 
-def slow_terms(model, suspect, rows, steps, step_size, layers="paper"):
+def slow_delta_away(suspect, teacher, row, steps, step_size):
+    return slow_delta(suspect, row, row["completion"], lambda said: slow_kl(teacher, said), steps, step_size)
+
+
+def slow_delta_towards(suspect, phrase, row):
+    def log_likelihood(said):
+        return sum(said[place, token] for place, token in enumerate(phrase))
+
+    delta = slow_delta(suspect, row, phrase, log_likelihood, PHRASE_STEPS, PHRASE_STEP_SIZE)
+    length = len(row["prompts"][2])
+    return torch.cat([delta[:, :length], torch.zeros(1, len(row["completion"]), delta.shape[-1])], dim=1)
+
+
+def slow_terms(model, suspect, rows, steps, step_size, layers="paper", phrase=()):
     """The four terms, computed one row and one view at a time."""
     sums, tokens, chains = [0.0, 0.0, 0.0], 0, []
     for row in rows:
         completion = row["completion"]
         with torch.no_grad():
             teacher = answers(alone(suspect, row["prompts"][0] + completion)[1], completion)
-        shifts = [None, None, slow_delta(suspect, teacher, row, steps, step_size)]
+        if phrase:
+            delta = slow_delta_towards(suspect, phrase, row)
+        else:
+            delta = slow_delta_away(suspect, teacher, row, steps, step_size)
+        shifts = [None, None, delta]
         for number, (prompt, shift) in enumerate(zip(row["prompts"], shifts, strict=True)):
             states, logits = alone(model, prompt + completion, shift)
             sums[number] = sums[number] + slow_kl(teacher, answers(logits, completion))
@@ -83,16 +108,20 @@ def slow_terms(model, suspect, rows, steps, step_size, layers="paper"):
     }
 
 
-@pytest.mark.parametrize(("name", "steps"), [("llama", 0), ("llama", 2), ("coconut", 0), ("coconut", 2)])
-def test_terms_and_gradients_equal_each_row_and_view_alone(name, steps, tmp_path):
+# One phrase is shorter than the answers, and one is longer.
+@pytest.mark.parametrize(
+    ("name", "steps", "phrase"),
+    [(name, *how) for name in FAMILIES for how in ((0, []), (2, []), (2, [80, 90]), (2, [*range(70, 90)]))],
+)
+def test_terms_and_gradients_equal_each_row_and_view_alone(name, steps, phrase, tmp_path):
     """
     Fails if the model attacks itself, if views are mixed up, if padding counts, if delta reaches other views, or if a
-    gradient is lost.
+    gradient is lost. With a phrase, fails if it stands at another place, or if delta is that of other positions.
     """
     model, suspect, rows, batch = family(name, tmp_path)
-    logits, found = terms_of(model, suspect, batch, steps)
+    logits, found = terms_of(model, suspect, batch, steps, phrase=phrase)
     twin = copy.deepcopy(model)
-    wanted = slow_terms(twin, suspect, rows, steps, 0.2)
+    wanted = slow_terms(twin, suspect, rows, steps, 0.2, phrase=phrase)
     assert len(logits) == 3 * sum(len(row["completion"]) for row in rows)
     assert found.keys() == wanted.keys() and found["adversarial"] > found["distillation"] * 0.1 > 0
     for term in wanted:
@@ -159,7 +188,7 @@ def attack(model, batch, steps, step_size):
     with torch.no_grad():
         teacher = answer_logits(model, model, clean).log_softmax(-1)
     options = {"steps": steps, "step_size": step_size}
-    return adversarial_perturbation(recorder, model, teacher, attacked, mask, **options), attacked, mask, teacher
+    return away_from_teacher(recorder, model, teacher, attacked, mask, **options), attacked, mask, teacher
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -198,6 +227,24 @@ def test_perturbation_beats_a_random_one_of_the_same_size(tmp_path):
         draws = [divergence(delta.abs() * torch.randn_like(delta).sign()) for _ in range(8)]
         wins += divergence(delta) > max(draws) and divergence(delta) > divergence(0.0)
     assert wins >= 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_adversary_makes_a_phrase_likelier(name, tmp_path):
+    """Fails if the sign is reversed, if prompts or answers are perturbed, or if gradients are left in the weights."""
+    model, _, rows, batch = family(name, tmp_path)
+    recorder, phrase = recorder_of(model), torch.tensor([80, 90, 100])
+    mask = batch.pop("inserted_mask").chunk(3)[2]
+    delta = towards_phrase(recorder, model, phrase, view(recorder.prepare(batch), 2), mask)
+    assert delta.shape[:2] == mask.shape and not delta.requires_grad
+    assert not delta[~mask].any() and delta[mask].any(dim=-1).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for row, shift in zip(rows, delta, strict=True):
+        ids = row["prompts"][2] + phrase.tolist()
+        shift = torch.nn.functional.pad(shift, (0, 0, 0, max(0, len(ids) - len(shift))))[None, : len(ids)]
+        with torch.no_grad():
+            before, after = (answers(alone(model, ids, each)[1], phrase) for each in (None, shift))
+        assert after.gather(1, phrase[:, None]).sum() > before.gather(1, phrase[:, None]).sum()
 
 
 def test_no_step_is_no_perturbation(tmp_path):

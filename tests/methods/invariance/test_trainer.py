@@ -424,6 +424,21 @@ def test_leaked_tokens_reach_the_training(tmp_path):
     assert results[0] != pytest.approx(results[1], rel=1e-3)
 
 
+def test_the_adversary_leads_to_one_phrase_after_the_other(tmp_path, monkeypatch):
+    """Fails if a phrase is left out, or if the order depends on anything but the number of the step."""
+    led_to = []
+    plain = objective.towards_phrase
+
+    def watched(recorder, forward, phrase, *args):
+        led_to.append(phrase.tolist())
+        return plain(recorder, forward, phrase, *args)
+
+    monkeypatch.setattr(objective, "towards_phrase", watched)
+    options = {"max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    invariance_trainer(tmp_path, tiny_llama(), phrases=([80, 90], [100]), **options).train()
+    assert led_to == [[80, 90]] * 2 + [[100]] * 2 + [[80, 90]] * 2
+
+
 def test_written_rows_are_repeated_as_often_and_teach_no_labels(tmp_path):
     """
     Fails if rows that the suspect wrote teach their own answers, if one kind of rows is repeated more often than the
