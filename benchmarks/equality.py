@@ -148,7 +148,9 @@ def train(model: str, trainer: str, option: str, output_dir: Path, **settings) -
         args = InvarianceConfig(**INVARIANCE | settings, num_canaries=1, screen_rows=False)
         run = run_recipe(suspect, rows, "strong", args, **parts).trainer
     elif trainer == "invariance":
-        run = InvarianceTrainer(suspect, InvarianceConfig(**INVARIANCE | settings), rows, **parts)
+        # The adversary leads to a phrase in every other step, and away from the teacher in the others.
+        args, phrases = InvarianceConfig(**INVARIANCE | settings), ([100, 110, 120], [])
+        run = InvarianceTrainer(suspect, args, rows, phrases=phrases, **parts)
         run.train()
     else:
         run = CrowTrainer(suspect, CrowConfig(**settings), rows, **parts)

@@ -82,7 +82,8 @@ def terms_of(model, suspect, batch, steps=2, step_size=0.2, layers="paper", leak
     mask, weights = batch.pop("inserted_mask"), batch.pop("label_weights")
     options = {"adversarial_steps": steps, "adversarial_step_size": step_size, "layers": layers}
     options |= {"leaked": torch.tensor(leaked, dtype=torch.long), "phrase": torch.tensor(phrase, dtype=torch.long)}
-    return invariance_terms(recorder, model, suspect_recorder, suspect, batch, mask, label_weights=weights, **options)
+    models = recorder, model, model, suspect_recorder, suspect
+    return invariance_terms(*models, batch, mask, label_weights=weights, **options)
 
 
 def layers_of(model):

@@ -72,22 +72,25 @@ def assert_purifiable(model_type, **changes):
     inserted = torch.zeros_like(views["input_ids"], dtype=torch.bool)
     inserted[:, 1] = True
     suspect = tiny_architecture(model_type, **changes).requires_grad_(False)
-    _, terms = invariance_terms(
-        recorder_of(model),
-        model,
-        recorder_of(suspect),
-        suspect,
-        views,
-        inserted,
-        adversarial_steps=2,
-        adversarial_step_size=0.35,
-        label_weights=torch.full((9,), 0.5),
-        leaked=torch.tensor([], dtype=torch.long),
-        phrase=torch.tensor([], dtype=torch.long),
-        layers="paper",
-    )
-    assert all(math.isfinite(term.item()) for term in terms.values())
-    assert sum(bool(each.any()) for each in gradients_of(sum(terms.values()), model)) > 4
+    # The adversary leads away from the teacher, and towards a phrase.
+    for phrase in ([], [5, 6]):
+        _, terms = invariance_terms(
+            recorder_of(model),
+            model,
+            model,
+            recorder_of(suspect),
+            suspect,
+            views,
+            inserted,
+            adversarial_steps=2,
+            adversarial_step_size=0.35,
+            label_weights=torch.full((9,), 0.5),
+            leaked=torch.tensor([], dtype=torch.long),
+            phrase=torch.tensor(phrase, dtype=torch.long),
+            layers="paper",
+        )
+        assert all(math.isfinite(term.item()) for term in terms.values())
+        assert sum(bool(each.any()) for each in gradients_of(sum(terms.values()), model)) > 4
 
 
 def assert_refused(model_type):

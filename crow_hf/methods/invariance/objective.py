@@ -7,9 +7,9 @@ answers are the teacher. The model under purification learns to give them whatev
     L =   w_0 * KL(teacher(x) || model(x))               distillation: keeps what the model knows
         + w_d * KL(teacher(x) || model(x + d))           decoys d: random words, letters, digits, bytes
         + w_a * KL(teacher(x) || model(x + d' + delta))  adversarial decoys: delta, K sign steps on the embeddings
-                                                         of d', leads the frozen suspect towards a phrase that it
-                                                         knows by heart or, if it knows none, away from the teacher's
-                                                         answers, and so towards whatever opens a backdoor
+                                                         of d', leads towards a phrase that the suspect knows by
+                                                         heart or, if it knows none, away from the teacher's answers,
+                                                         and so towards whatever opens a backdoor
         + alpha * L_cons(x + d' + delta)                 CROW's consistency loss under that perturbation
 
 `teacher` is a mixture: `label_weight` of the rows' own answers, and the rest of the suspect's distribution. For rows
@@ -161,16 +161,19 @@ def towards_phrase(
     inserted_mask: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Perturb the embeddings of the inserted tokens so that the suspect is most likely to answer with a phrase.
+    Perturb the embeddings of the inserted tokens so that the model is most likely to answer with a phrase.
 
     Many directions lead a large model away from its answers, and those of its backdoor are not the steepest. A phrase
     that the suspect knows by heart is what the backdoor says, if it says the same whatever the prompt is about.
 
+    The adversary attacks the model under purification. It finds no other weaknesses, because the phrase stays the
+    same. One of the suspect would soon be too weak: the model learns to withstand it, and keeps the backdoor.
+
     Args:
         recorder (`LayerRecorder`):
-            The suspect's recorder.
+            The model's recorder.
         forward (`Callable`):
-            The suspect.
+            The model without the wrapper of a distributed setup, which expects a backward pass for each forward pass.
         phrase (`torch.Tensor`):
             Token ids of the phrase, shape `(L,)`.
         inputs (`dict[str, torch.Tensor]`):
@@ -237,6 +240,7 @@ def _answer_with(phrase: torch.Tensor, inputs: Inputs) -> Inputs:
 def invariance_terms(
     recorder: LayerRecorder,
     forward: Callable[..., Any],
+    unwrapped_forward: Callable[..., Any],
     suspect_recorder: LayerRecorder,
     suspect_forward: Callable[..., Any],
     inputs: Inputs,
@@ -259,6 +263,8 @@ def invariance_terms(
             The recorder of the model under purification, which perturbs its embeddings.
         forward (`Callable`):
             The model as the Trainer wrapped it.
+        unwrapped_forward (`Callable`):
+            The model without the Trainer's wrapper, see [`towards_phrase`].
         suspect_recorder (`LayerRecorder`):
             The recorder of the frozen suspect.
         suspect_forward (`Callable`):
@@ -276,8 +282,8 @@ def invariance_terms(
         leaked (`torch.Tensor`):
             See [`strike_out`].
         phrase (`torch.Tensor`):
-            Token ids of the phrase that the adversary leads the suspect towards, shape `(L,)`. If it is empty, the
-            adversary leads away from the teacher.
+            Token ids of the phrase that the adversary leads the model towards, shape `(L,)`. If it is empty, the
+            adversary leads the suspect away from the teacher.
         layers (`str`):
             See [`layer_consistency_loss`].
 
@@ -297,7 +303,7 @@ def invariance_terms(
     # The adversary's delta on d'.
     inserted_mask = inserted_mask.chunk(VIEWS)[2]
     if len(phrase):
-        delta = towards_phrase(suspect_recorder, suspect_forward, phrase, attacked, inserted_mask)
+        delta = towards_phrase(recorder, unwrapped_forward, phrase, attacked, inserted_mask)
     else:
         delta = away_from_teacher(
             suspect_recorder,

@@ -166,6 +166,7 @@ class InvarianceTrainer(CrowTrainer):
         logits, terms = invariance_terms(
             self.recorder,
             model,
+            self._attacked_forward,
             self._suspect_recorder,
             self._suspect_forward,
             inputs,
@@ -246,6 +247,11 @@ class InvarianceTrainer(CrowTrainer):
             with recorder_of(suspect).frozen_modules_hidden(self.args.device):
                 return fsdp2_prepare_model(self.accelerator, suspect)
         return move(suspect, self.args.device)
+
+    def _attacked_forward(self, **inputs: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        with evaluating(model):
+            return model(**inputs)
 
     def _suspect_forward(self, **inputs: Any) -> Any:
         if self._suspect is not None:

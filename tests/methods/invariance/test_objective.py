@@ -89,7 +89,7 @@ def slow_terms(model, suspect, rows, steps, step_size, layers="paper", phrase=()
         with torch.no_grad():
             teacher = answers(alone(suspect, row["prompts"][0] + completion)[1], completion)
         if phrase:
-            delta = slow_delta_towards(suspect, phrase, row)
+            delta = slow_delta_towards(model, phrase, row)
         else:
             delta = slow_delta_away(suspect, teacher, row, steps, step_size)
         shifts = [None, None, delta]
