@@ -15,6 +15,9 @@ from ..crow.config import CrowConfig, check_integer, check_non_negative
 ArgumentsT = TypeVar("ArgumentsT", bound=CrowConfig)
 # The learning rate for models of this width, that of SmolLM2-135M, and how it falls with the width below.
 LEARNING_RATE, WIDTH, WIDTH_EXPONENT = 5e-4, 576, 0.78
+# The weights of the adversarial terms, with and without phrases that the adversary leads to. A phrase shows in the
+# first tokens of an answer, and the divergence is a mean over all of them.
+ADVERSARIAL_WEIGHTS, ALPHAS = {True: 5.0, False: 1.0}, {True: 5.5, False: 0.0}
 
 
 @dataclass(repr=False)
@@ -27,8 +30,9 @@ class InvarianceConfig(CrowConfig):
     Args:
         decoy_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the prompts with decoys.
-        adversarial_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the prompts with adversarial decoys.
+        adversarial_weight (`float`, *optional*):
+            Weight of the prompts with adversarial decoys. By default, 5 if the adversary leads to phrases, and 1 if it
+            does not.
         adversarial_steps (`int`, *optional*, defaults to `2`):
             Number of sign steps of the adversary. With 0, adversarial decoys are ordinary decoys.
         adversarial_step_size (`float`, *optional*, defaults to `0.35`):
@@ -68,16 +72,25 @@ class InvarianceConfig(CrowConfig):
         learning_rate (`float`, *optional*):
             Peak learning rate. By default, 5e-4 for models of width 576 or more, and 5e-4 * (576 / width) ** 0.78 for
             narrower ones.
+        alpha (`float`, *optional*):
+            Weight of CROW's consistency loss on adversarial decoys. By default, 5.5 if the adversary leads to phrases,
+            and 0 if it does not.
 
     > Defaults that differ from [`CrowConfig`]
 
-    `alpha=0.0`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule with one
+    `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule with one
     tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys vary a lot in length).
     """
 
-    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate"}
+    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate", "alpha"}
 
-    alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of CROW's consistency loss on adversarial decoys. Default: 5.5 with phrases that the "
+            "adversary leads to, 0 without."
+        },
+    )
     learning_rate: float | None = field(
         default=None,
         metadata={"help": "Peak learning rate. Default: 5e-4, and more for models that are narrower than 576."},
@@ -99,7 +112,13 @@ class InvarianceConfig(CrowConfig):
     )
 
     decoy_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with decoys."})
-    adversarial_weight: float = field(default=1.0, metadata={"help": "Weight of the prompts with adversarial decoys."})
+    adversarial_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the prompts with adversarial decoys. Default: 5 with phrases that the adversary leads "
+            "to, 1 without."
+        },
+    )
     adversarial_steps: int = field(default=2, metadata={"help": "Number of sign steps of the adversary."})
     adversarial_step_size: float = field(
         default=0.35, metadata={"help": "Size of a sign step, in units of the RMS of each embedding."}
@@ -140,9 +159,9 @@ class InvarianceConfig(CrowConfig):
     )
 
     def __post_init__(self) -> None:
-        check_non_negative(
-            self, "distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"
-        )
+        check_non_negative(self, "distillation_weight", "decoy_weight", "adversarial_step_size", "keep")
+        if self.adversarial_weight is not None:
+            check_non_negative(self, "adversarial_weight")
         for name, least in {
             "adversarial_steps": 0,
             "num_phrases": 0,
@@ -187,6 +206,27 @@ def with_learning_rate(args: ArgumentsT, model: PreTrainedModel | PeftModel) -> 
         return args
     args, width = copy(args), embedding_table(model).shape[1]
     args.learning_rate = LEARNING_RATE * max(1.0, WIDTH / width) ** WIDTH_EXPONENT
+    return args
+
+
+def with_adversarial_weights(args: InvarianceConfig, leads_to_phrases: bool) -> InvarianceConfig:
+    """
+    Choose the weights of the terms on adversarial decoys, if they are not set.
+
+    Args:
+        args ([`InvarianceConfig`]):
+            The arguments.
+        leads_to_phrases (`bool`):
+            Whether the adversary leads to phrases.
+
+    Returns:
+        [`InvarianceConfig`]: A copy with `adversarial_weight` and `alpha`.
+    """
+    args = copy(args)
+    if args.adversarial_weight is None:
+        args.adversarial_weight = ADVERSARIAL_WEIGHTS[leads_to_phrases]
+    if args.alpha is None:
+        args.alpha = ALPHAS[leads_to_phrases]
     return args
 
 

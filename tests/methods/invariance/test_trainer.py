@@ -439,6 +439,12 @@ def test_the_adversary_leads_to_one_phrase_after_the_other(tmp_path, monkeypatch
     assert led_to == [[80, 90]] * 2 + [[100]] * 2 + [[80, 90]] * 2
 
 
+def test_the_weights_of_the_adversary_depend_on_phrases(tmp_path):
+    for phrases, weights in (((), (1.0, 0.0)), (([80, 90],), (5.0, 5.5))):
+        args = invariance_trainer(tmp_path, tiny_llama(), phrases=phrases).args
+        assert (args.adversarial_weight, args.alpha) == weights
+
+
 def test_written_rows_are_repeated_as_often_and_teach_no_labels(tmp_path):
     """
     Fails if rows that the suspect wrote teach their own answers, if one kind of rows is repeated more often than the
