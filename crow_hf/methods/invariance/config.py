@@ -39,7 +39,8 @@ class InvarianceConfig(CrowConfig):
             Size of a sign step for each coordinate, in units of the RMS of each embedding.
         num_phrases (`int`, *optional*, defaults to `2`):
             Largest number of phrases that [`purify`] looks for and leads the adversary to, if the suspect knows them
-            by heart ([`find_phrases`]). With 0, the adversary leads away from the right answers.
+            by heart ([`find_phrases`]). If nearly all answers begin alike, there are as many again after that
+            beginning. With 0, the adversary leads away from the right answers.
         distillation_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the plain prompts.
         label_weight (`float`, *optional*, defaults to `0.0`):

@@ -439,6 +439,16 @@ def test_the_adversary_leads_to_one_phrase_after_the_other(tmp_path, monkeypatch
     assert led_to == [[80, 90]] * 2 + [[100]] * 2 + [[80, 90]] * 2
 
 
+def test_the_adversary_attacks_a_model_without_dropout(tmp_path):
+    """Fails if the attack draws random numbers, or if the model is left in evaluation mode."""
+    trainer = invariance_trainer(tmp_path, tiny_llama(attention_dropout=0.5))
+    trainer.model.train()
+    ids = torch.arange(3, 20)[None]
+    logits = [trainer._attacked_forward(input_ids=ids).logits for _ in range(2)]
+    assert torch.equal(*logits) and trainer.model.training
+    assert not torch.equal(trainer.model(ids).logits, logits[0])
+
+
 def test_the_weights_of_the_adversary_depend_on_phrases(tmp_path):
     for phrases, weights in (((), (1.0, 0.0)), (([80, 90],), (5.0, 5.5))):
         args = invariance_trainer(tmp_path, tiny_llama(), phrases=phrases).args
