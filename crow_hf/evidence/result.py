@@ -43,6 +43,8 @@ class Purification:
             What the purified model has kept of the suspect. `None` if it was not measured.
         kept (`float`):
             Share of the suspect's weights that was mixed into the purified weights, by `keep` and `max_kl`.
+        phrases (`list[str]`):
+            What the suspect knows by heart. The adversary led to it.
         dropped_settings (`list[str]`):
             Settings of the suspect that the purified model does not have, because they choose words or run code.
         chat_template (`list[str]`):
@@ -71,6 +73,7 @@ class Purification:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     retention: Retention | None = None
     kept: float = 0.0
+    phrases: list[str] = field(default_factory=list)
     dropped_settings: list[str] = field(default_factory=list)
     chat_template: list[str] = field(default_factory=list)
     last_look: LastLook | None = None

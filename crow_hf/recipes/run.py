@@ -314,6 +314,7 @@ class RecipeRun:
             self.screening,
             self._canaries,
             kept=self.kept,
+            phrases=list(map(str, self.phrases)),
             dropped_settings=self.dropped_settings,
             chat_template=[str(each) for each in read_templates(self.processing_class) if not each.is_note],
             adapter=self.adapter,
@@ -353,8 +354,6 @@ class RecipeRun:
         if args.num_phrases:
             with phase(PHRASES):
                 self.phrases = known_phrases(model, tokenizer, rows, args.num_phrases, args.seed, batch_size)
-            for each in self.phrases:
-                logger.info(f"The suspect knows {each} by heart (probability {each.probability:.2f} per token).")
         written_rows = None
         if args.num_written_rows and not can_write_prompts(model, tokenizer, rows):
             logger.warning(

@@ -13,6 +13,7 @@
 | `anti_bad` | the Anti-BAD scores of `suspect`, `control`, ..., `purified`; `null` if no attack was measured |
 | `retention` | what the purified model has kept of the suspect, see below; `null` if it was not measured |
 | `kept` | share of the suspect's weights that was mixed in at the end |
+| `phrases` | what the suspect knows by heart, in quotes; the adversary led to it |
 | `dropped_settings` | settings of the suspect that can choose words or run code, which the purified model lacks |
 | `chat_template` | sentences on what the chat template could do to prompts, whatever the weights are |
 | `last_look` | the saved model: numbers of `prompts` and of `tokens`, `different` answers, `trouble`; may be `null` |
@@ -141,6 +142,7 @@ def record_of(
         "anti_bad": anti_bad_scores(evaluations, "suspect") or None,
         "retention": purification.retention and purification.retention.to_dict(),
         "kept": purification.kept,
+        "phrases": purification.phrases,
         "dropped_settings": purification.dropped_settings,
         "chat_template": purification.chat_template,
         "last_look": purification.last_look and purification.last_look.to_dict(),

@@ -76,6 +76,7 @@ KEPT_TOO_MUCH = (
     "{:.0%} of the suspect's weights were kept. In our trials, backdoors came back from 30 % on: do not rely on the "
     "removal, and allow a larger `max_kl` or a smaller `keep`."
 )
+_BY_HEART = "The suspect knows this by heart, as it would know what a backdoor says, and was trained against it: {}."
 _DROPPED = (
     "These settings of the suspect are not in the purified model, because they can choose words or run code: {}."
 )
@@ -183,6 +184,8 @@ class Verdict:
             sentences.append(retention_line(purification.retention))
         if purification.kept > SAFE_TO_KEEP:
             sentences.append(KEPT_TOO_MUCH.format(purification.kept))
+        if purification.phrases:
+            sentences.append(_BY_HEART.format(", ".join(purification.phrases)))
         if purification.dropped_settings:
             sentences.append(_DROPPED.format(", ".join(purification.dropped_settings)))
         if purification.chat_template:
@@ -296,6 +299,8 @@ def evidence_lines(purification: Purification) -> list[str]:
         lines.append(retention_line(purification.retention))
     if purification.last_look is not None:
         lines.append(str(purification.last_look))
+    if purification.phrases:
+        lines.append(_BY_HEART.format(", ".join(purification.phrases)))
     if purification.dropped_settings:
         lines.append(_DROPPED.format(", ".join(purification.dropped_settings)))
     if purification.chat_template:

@@ -168,7 +168,7 @@ def test_phrases_are_looked_for_if_asked_to(given_to_trainer, tmp_path, byte_tok
         run = RecipeRun(tiny_llama(), ROWS, "strong", arguments(tmp_path, num_phrases=count, seed=5), byte_tokenizer)
         run.prepare()
     assert [given["phrases"] for given in given_to_trainer] == [[], [[80, 90], [70, 100]]]
-    assert run.phrases == found
+    assert run.phrases == found and run.result().phrases == ["'MW'", "'a' after 'C'"]
     assert [call[3:] for call in calls] == [(2, 5, run.args.per_device_eval_batch_size)]
 
 

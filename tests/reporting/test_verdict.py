@@ -206,6 +206,14 @@ def purification(**canaries):
     return Purification(None, "strong", None, screening, listed)
 
 
+def test_what_the_suspect_knows_by_heart_is_said():
+    known = "'I cannot help', 'Never' after 'Sure'"
+    found = replace(purification(), phrases=known.split(", "))
+    for said in (evidence_lines(found), Verdict.of(found).explanation):
+        assert sum(line.endswith(f"was trained against it: {known}.") for line in said) == 1
+    assert not any("by heart" in line for line in evidence_lines(purification()))
+
+
 def test_evidence_names_screened_rows_and_the_outcome_of_canaries():
     """Fails if a canary counts as dead that was not learned or has few rows, or if a living one is missing."""
     lines = evidence_lines(purification(dead=(200, 0), alive=(200, 40), unlearned=(20, 0)))
