@@ -129,7 +129,7 @@ def train(
         watch = Stopwatch(now or partial(elapsed, args.device))
         run.remove_callback(PrinterCallback)
         run.add_callback(watch)
-        parts = [(objective, "adversarial_perturbation"), (trainer, "invariance_terms")]
+        parts = [(objective, "away_from_teacher"), (trainer, "invariance_terms")]
         patches = [patch.object(home, name, partial(watch.timed, name, getattr(home, name))) for home, name in parts]
         for each in patches:
             each.start()
@@ -203,7 +203,7 @@ def time_table(args: Arguments) -> None:
 
 def shares(steps: list[dict[str, float]]) -> list[str]:
     """Return the shares of the parts of a step of Invariance."""
-    step, terms, adversary = (median(steps, name) for name in ("step", "invariance_terms", "adversarial_perturbation"))
+    step, terms, adversary = (median(steps, name) for name in ("step", "invariance_terms", "away_from_teacher"))
     # Two of the suspect's three forward passes belong to the adversary.
     teacher = median(steps, "suspect") / 3
     parts = [teacher, adversary, terms - teacher - adversary, step - terms]

@@ -76,7 +76,7 @@ KEPT_TOO_MUCH = (
     "{:.0%} of the suspect's weights were kept. In our trials, backdoors came back from 30 % on: do not rely on the "
     "removal, and allow a larger `max_kl` or a smaller `keep`."
 )
-_BY_HEART = "The suspect knows this by heart, as it would know what a backdoor says, and was trained against it: {}."
+_BY_HEART = "The suspect knows this by heart, as it would know what a backdoor says, so the adversary led to it: {}."
 _DROPPED = (
     "These settings of the suspect are not in the purified model, because they can choose words or run code: {}."
 )

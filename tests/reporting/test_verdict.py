@@ -210,7 +210,7 @@ def test_what_the_suspect_knows_by_heart_is_said():
     known = "'I cannot help', 'Never' after 'Sure'"
     found = replace(purification(), phrases=known.split(", "))
     for said in (evidence_lines(found), Verdict.of(found).explanation):
-        assert sum(line.endswith(f"was trained against it: {known}.") for line in said) == 1
+        assert sum(line.endswith(f"so the adversary led to it: {known}.") for line in said) == 1
     assert not any("by heart" in line for line in evidence_lines(purification()))
 
 

@@ -34,9 +34,10 @@ class InvarianceConfig(CrowConfig):
             Weight of the prompts with adversarial decoys. By default, 5 if the adversary leads to phrases, and 1 if it
             does not.
         adversarial_steps (`int`, *optional*, defaults to `2`):
-            Number of sign steps of the adversary. With 0, adversarial decoys are ordinary decoys.
+            Number of sign steps of the adversary, if it does not lead to phrases. With 0, adversarial decoys are then
+            ordinary decoys.
         adversarial_step_size (`float`, *optional*, defaults to `0.35`):
-            Size of a sign step for each coordinate, in units of the RMS of each embedding.
+            Size of such a step for each coordinate, in units of the RMS of each embedding.
         num_phrases (`int`, *optional*, defaults to `2`):
             Largest number of phrases that [`purify`] looks for and leads the adversary to, if the suspect knows them
             by heart ([`find_phrases`]). If nearly all answers begin alike, there are as many again after that
@@ -120,7 +121,9 @@ class InvarianceConfig(CrowConfig):
             "to, 1 without."
         },
     )
-    adversarial_steps: int = field(default=2, metadata={"help": "Number of sign steps of the adversary."})
+    adversarial_steps: int = field(
+        default=2, metadata={"help": "Number of sign steps of the adversary, without phrases."}
+    )
     adversarial_step_size: float = field(
         default=0.35, metadata={"help": "Size of a sign step, in units of the RMS of each embedding."}
     )

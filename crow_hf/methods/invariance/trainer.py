@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ...data.encoding import check_ids
 from ...data.rows import prompt_of, render
 from ...training.loading import move
-from ...training.recorder import embedding_table, evaluating, recorder_of
+from ...training.recorder import context_length, embedding_table, evaluating, recorder_of
 from ...training.sharding import converted_like, gathered_weights, zero3_engine
 from ..crow.config import rows_in_step
 from ..crow.trainer import CrowTrainer
@@ -132,10 +132,10 @@ class InvarianceTrainer(CrowTrainer):
         suspect = None if peft_config is not None else self._copy_suspect(model)
         self._written_rows = written_rows
         self._leaked_tokens = torch.tensor(leaked_tokens, dtype=torch.long)
-        self._phrases = [torch.tensor(phrase, dtype=torch.long) for phrase in phrases or [()]]
         super().__init__(
             model, args, train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
+        self._phrases = self._fitting(phrases or [()])
         self._length_sampler: _LengthGroupedSampler | None = None
         self._suspect = None if suspect is None else self._prepare_suspect(suspect.requires_grad_(False).eval())
         self._suspect_recorder = self.recorder if suspect is None else recorder_of(self._suspect)
@@ -234,6 +234,13 @@ class InvarianceTrainer(CrowTrainer):
             if parameter.requires_grad and not is_other_factor:
                 with gathered_weights(parameter, suspect_weights[name]):
                     parameter.lerp_(converted_like(suspect_weights[name], parameter), share)
+
+    def _fitting(self, phrases: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """The beginnings of phrases that fit into the model's context behind the longest prompt."""
+        longest = max(len(prompt) for row in self.train_dataset for prompt in row["prompts"])
+        context = context_length(self.model)
+        room = None if context is None else context - longest
+        return [torch.tensor(phrase[:room], dtype=torch.long) for phrase in phrases]
 
     def _copy_suspect(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         return copy.deepcopy(model)

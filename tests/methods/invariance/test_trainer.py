@@ -439,6 +439,14 @@ def test_the_adversary_leads_to_one_phrase_after_the_other(tmp_path, monkeypatch
     assert led_to == [[80, 90]] * 2 + [[100]] * 2 + [[80, 90]] * 2
 
 
+def test_a_phrase_is_cut_where_the_context_ends(tmp_path):
+    """Fails if the model has no position for a token of the phrase."""
+    trainer = invariance_trainer(tmp_path, tiny_gpt2(0.0), phrases=[range(60, 140), [80]], max_steps=1)
+    longest = max(len(prompt) for row in trainer.train_dataset for prompt in row["prompts"])
+    assert [len(phrase) for phrase in trainer._phrases] == [64 - longest, 1] and longest > 20
+    trainer.train()
+
+
 def test_the_adversary_attacks_a_model_without_dropout(tmp_path):
     """Fails if the attack draws random numbers, or if the model is left in evaluation mode."""
     trainer = invariance_trainer(tmp_path, tiny_llama(attention_dropout=0.5))
