@@ -152,7 +152,7 @@ def run_arena(
 
 
 def file_name(name: str) -> str:
-    """Turn a name into a part of a path: `"strong + labels"` becomes `strong_+_labels`."""
+    """Turn a name into a part of a path: `"strong + consistency"` becomes `strong_+_consistency`."""
     return re.sub(r"[^\w.,+%-]+", "_", name)
 
 

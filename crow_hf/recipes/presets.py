@@ -36,7 +36,6 @@ FORM_4: dict[str, Any] = {
     "num_written_rows": 0,
     "num_phrases": 0,
     "adversarial_weight": 1.0,
-    "alpha": 0.0,
 }
 # The rank of the LoRA that a recipe trains, unless the suspect is an adapter.
 LORA_RANKS = {"strong": 16, "paper": 8}

@@ -43,7 +43,7 @@ def test_settings_of_the_recipes(tmp_path):
     assert all(args.learning_rate == 3e-4 and args.alpha == 1.0 and args.output_dir == path for args in changed)
     strong = recipe_config("strong", path, use_cpu=True)
     assert strong.screen_rows and strong.num_canaries == 2 and strong.num_written_rows == 100
-    assert (strong.keep, strong.label_weight, strong.alpha, strong.learning_rate) == (0, 0, None, None)
+    assert (strong.keep, strong.label_weight, strong.alpha, strong.learning_rate) == (0, 0, 0, None)
 
 
 def test_control_of_crow_has_its_arguments_without_the_consistency_loss(tmp_path):

@@ -15,9 +15,9 @@ from ..crow.config import CrowConfig, check_integer, check_non_negative
 ArgumentsT = TypeVar("ArgumentsT", bound=CrowConfig)
 # The learning rate for models of this width, that of SmolLM2-135M, and how it falls with the width below.
 LEARNING_RATE, WIDTH, WIDTH_EXPONENT = 5e-4, 576, 0.78
-# The weights of the adversarial terms, with and without phrases that the adversary leads to. A phrase shows in the
-# first tokens of an answer, and the divergence is a mean over all of them.
-ADVERSARIAL_WEIGHTS, ALPHAS = {True: 5.0, False: 1.0}, {True: 5.5, False: 0.0}
+# The weight of the adversarial term, with and without phrases that the adversary leads to. A phrase shows in the first
+# tokens of an answer, and the divergence is a mean over all of them.
+ADVERSARIAL_WEIGHTS = {True: 5.0, False: 1.0}
 
 
 @dataclass(repr=False)
@@ -74,25 +74,16 @@ class InvarianceConfig(CrowConfig):
         learning_rate (`float`, *optional*):
             Peak learning rate. By default, 5e-4 for models of width 576 or more, and 5e-4 * (576 / width) ** 0.78 for
             narrower ones.
-        alpha (`float`, *optional*):
-            Weight of CROW's consistency loss on adversarial decoys. By default, 5.5 if the adversary leads to phrases,
-            and 0 if it does not.
 
     > Defaults that differ from [`CrowConfig`]
 
-    `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule with one
+    `alpha=0.0`, `per_device_train_batch_size=16`, `num_train_epochs=1` (over all views), a cosine schedule with one
     tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys vary a lot in length).
     """
 
-    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate", "alpha"}
+    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate"}
 
-    alpha: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of CROW's consistency loss on adversarial decoys. Default: 5.5 with phrases that the "
-            "adversary leads to, 0 without."
-        },
-    )
+    alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
     learning_rate: float | None = field(
         default=None,
         metadata={"help": "Peak learning rate. Default: 5e-4, and more for models that are narrower than 576."},
@@ -213,9 +204,9 @@ def with_learning_rate(args: ArgumentsT, model: PreTrainedModel | PeftModel) -> 
     return args
 
 
-def with_adversarial_weights(args: InvarianceConfig, leads_to_phrases: bool) -> InvarianceConfig:
+def with_adversarial_weight(args: InvarianceConfig, leads_to_phrases: bool) -> InvarianceConfig:
     """
-    Choose the weights of the terms on adversarial decoys, if they are not set.
+    Choose the weight of the adversarial term, if none is set.
 
     Args:
         args ([`InvarianceConfig`]):
@@ -224,13 +215,11 @@ def with_adversarial_weights(args: InvarianceConfig, leads_to_phrases: bool) -> 
             Whether the adversary leads to phrases.
 
     Returns:
-        [`InvarianceConfig`]: A copy with `adversarial_weight` and `alpha`.
+        [`InvarianceConfig`]: A copy with `adversarial_weight`.
     """
     args = copy(args)
     if args.adversarial_weight is None:
         args.adversarial_weight = ADVERSARIAL_WEIGHTS[leads_to_phrases]
-    if args.alpha is None:
-        args.alpha = ALPHAS[leads_to_phrases]
     return args
 
 

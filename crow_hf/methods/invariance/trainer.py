@@ -24,7 +24,7 @@ from ...training.recorder import context_length, embedding_table, evaluating, re
 from ...training.sharding import converted_like, gathered_weights, zero3_engine
 from ..crow.config import rows_in_step
 from ..crow.trainer import CrowTrainer
-from .config import InvarianceConfig, with_adversarial_weights, with_learning_rate
+from .config import InvarianceConfig, with_adversarial_weight, with_learning_rate
 from .objective import invariance_terms, view
 from .views import ViewCollator, ViewRow, words_of
 
@@ -128,7 +128,7 @@ class InvarianceTrainer(CrowTrainer):
                 "A new adapter must not train biases of the model, because the model without it is the suspect. Leave "
                 "`bias` at 'none'."
             )
-        args = with_adversarial_weights(with_learning_rate(args, model), bool(phrases))
+        args = with_adversarial_weight(with_learning_rate(args, model), bool(phrases))
         suspect = None if peft_config is not None else self._copy_suspect(model)
         self._written_rows = written_rows
         self._leaked_tokens = torch.tensor(leaked_tokens, dtype=torch.long)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from crow_hf import CrowConfig
-from crow_hf.methods.invariance.config import with_adversarial_weights, with_learning_rate
+from crow_hf.methods.invariance.config import with_adversarial_weight, with_learning_rate
 from helpers.coconut import coconut
 from helpers.invariance import invariance_args
 from helpers.tiny import tiny_llama
@@ -68,13 +68,11 @@ def test_only_a_purification_chooses_it(tmp_path):
         CrowConfig(str(tmp_path), use_cpu=True, learning_rate=None)
 
 
-@pytest.mark.parametrize(("leads_to_phrases", "weights"), [(True, (5.0, 5.5)), (False, (1.0, 0.0))])
-def test_the_adversary_weighs_more_if_it_leads_to_phrases(leads_to_phrases, weights, tmp_path):
+@pytest.mark.parametrize(("leads_to_phrases", "weight"), [(True, 5.0), (False, 1.0)])
+def test_the_adversary_weighs_more_if_it_leads_to_phrases(leads_to_phrases, weight, tmp_path):
     """Fails if what is set does not stay, or if the caller's arguments are changed."""
     args = invariance_args(tmp_path)
-    chosen = with_adversarial_weights(args, leads_to_phrases)
-    assert (chosen.adversarial_weight, chosen.alpha) == weights
-    assert args.adversarial_weight is None and args.alpha is None
-    args = invariance_args(tmp_path, adversarial_weight=0.0, alpha=0.25)
-    chosen = with_adversarial_weights(args, leads_to_phrases)
-    assert (chosen.adversarial_weight, chosen.alpha) == (0.0, 0.25)
+    assert with_adversarial_weight(args, leads_to_phrases).adversarial_weight == weight
+    assert args.adversarial_weight is None
+    args = invariance_args(tmp_path, adversarial_weight=0.0)
+    assert with_adversarial_weight(args, leads_to_phrases).adversarial_weight == 0
