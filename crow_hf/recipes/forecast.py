@@ -309,22 +309,27 @@ def _seconds(
 
 
 def _num_variants(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    rows = add_empty_answers(dataset) if isinstance(dataset, Dataset) else None
-    if rows is None or not has_prompts(rows.column_names):
+    rows = _rows_with_prompts(dataset)
+    if rows is None:
         return 0
     return sum(num_variants(render(row, tokenizer, index).prompt) for index, row in enumerate(rows))
 
 
 def _num_phrase_passes(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> float:
     """Return the number of rows whose tokens are as many as the search for phrases reads."""
-    rows = add_empty_answers(dataset) if isinstance(dataset, Dataset) else None
-    if rows is None or not has_prompts(rows.column_names) or len(rows) < PHRASE_PROMPTS:
+    rows = _rows_with_prompts(dataset)
+    if rows is None or len(rows) < PHRASE_PROMPTS:
         return 0.0
     length = length_in_tokens(PHRASE_BYTES, rows, tokenizer)
     rendered = (render(row, tokenizer, index) for index, row in enumerate(rows))
     row_length = length / PHRASE_BYTES * mean(len(f"{row.prompt}{row.answer}".encode()) for row in rendered)
     # Each beginning is read from its first token again whenever it grows by one.
     return PHRASE_PROMPTS * NUM_FOLLOWED * length**2 / 2 / row_length
+
+
+def _rows_with_prompts(dataset: Dataset | IterableDataset) -> Dataset | None:
+    rows = add_empty_answers(dataset) if isinstance(dataset, Dataset) else None
+    return rows if rows is not None and has_prompts(rows.column_names) else None
 
 
 def _trained(model: PreTrainedModel | PeftModel, adapter: PeftConfig | None) -> int:

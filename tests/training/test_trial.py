@@ -69,6 +69,7 @@ def assert_purifiable(model_type, **changes):
         assert (ours - oracle).norm() <= 2e-2 * (0.05 + oracle.norm())
 
     views = {name: torch.cat([value] * 3) for name, value in BATCH.items()}
+    # An answer stands behind a prompt, and so does a phrase.
     views["labels"][:, :2] = -100
     inserted = torch.zeros_like(views["input_ids"], dtype=torch.bool)
     inserted[:, 1] = True

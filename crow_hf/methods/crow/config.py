@@ -14,9 +14,11 @@ from ...training.recorder import Perturb
 from .objective import EpsilonMode, Layers
 
 
-def check_non_negative(args: TrainingArguments, *names: str) -> None:
+def check_non_negative(args: "CrowConfig", *names: str) -> None:
     for name in names:
         value = getattr(args, name)
+        if value is None and name in args._MAY_BE_NONE:
+            continue
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
 
@@ -125,10 +127,7 @@ class CrowConfig(TrainingArguments):
             self.model_init_kwargs = _read_json_object("model_init_kwargs", self.model_init_kwargs)
         remember_secrets(vars(self))
         # Nothing else checks the last two. A negative weight decay lets weights grow.
-        numbers = ("alpha", "epsilon", "learning_rate", "weight_decay", "neftune_noise_alpha")
-        check_non_negative(
-            self, *(name for name in numbers if name not in self._MAY_BE_NONE or getattr(self, name) is not None)
-        )
+        check_non_negative(self, "alpha", "epsilon", "learning_rate", "weight_decay", "neftune_noise_alpha")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_integer(self, name, 1)
         for name in ("seed", *(["data_seed"] if self.data_seed is not None else [])):

@@ -81,7 +81,7 @@ class InvarianceConfig(CrowConfig):
     tenth of warm-up, and `train_sampling_strategy="group_by_length"` (decoys vary a lot in length).
     """
 
-    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate"}
+    _MAY_BE_NONE = CrowConfig._MAY_BE_NONE | {"learning_rate", "adversarial_weight"}
 
     alpha: float = field(default=0.0, metadata={"help": "Weight of CROW's consistency loss on adversarial decoys."})
     learning_rate: float | None = field(
@@ -154,9 +154,9 @@ class InvarianceConfig(CrowConfig):
     )
 
     def __post_init__(self) -> None:
-        check_non_negative(self, "distillation_weight", "decoy_weight", "adversarial_step_size", "keep")
-        if self.adversarial_weight is not None:
-            check_non_negative(self, "adversarial_weight")
+        check_non_negative(
+            self, "distillation_weight", "decoy_weight", "adversarial_weight", "adversarial_step_size", "keep"
+        )
         for name, least in {
             "adversarial_steps": 0,
             "num_phrases": 0,
@@ -215,11 +215,12 @@ def with_adversarial_weight(args: InvarianceConfig, leads_to_phrases: bool) -> I
             Whether the adversary leads to phrases.
 
     Returns:
-        [`InvarianceConfig`]: A copy with `adversarial_weight`.
+        [`InvarianceConfig`]: The arguments themselves, or a copy with `adversarial_weight`.
     """
+    if args.adversarial_weight is not None:
+        return args
     args = copy(args)
-    if args.adversarial_weight is None:
-        args.adversarial_weight = ADVERSARIAL_WEIGHTS[leads_to_phrases]
+    args.adversarial_weight = ADVERSARIAL_WEIGHTS[leads_to_phrases]
     return args
 
 

@@ -237,7 +237,7 @@ class InvarianceTrainer(CrowTrainer):
 
     def _fitting(self, phrases: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """The beginnings of phrases that fit into the model's context behind the longest prompt."""
-        longest = max(len(prompt) for row in self.train_dataset for prompt in row["prompts"])
+        longest = max(len(prompt) for prompts in self.train_dataset["prompts"] for prompt in prompts)
         context = context_length(self.model)
         room = None if context is None else context - longest
         return [torch.tensor(phrase[:room], dtype=torch.long) for phrase in phrases]
